@@ -1,0 +1,96 @@
+"""Checkpoints: the only file that imports Orbax.
+
+A checkpoint is the train state, the position in the data and the config, written asynchronously and
+atomically under `<workdir>/checkpoints/<step>`. It restores onto any mesh.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from ltx2_jax.config import Config, from_json, to_json
+from ltx2_jax.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for pending writes when it closes."""
+
+    def __init__(self, workdir: str | Path, *, keep: int | None = None):
+        """Opens `<workdir>/checkpoints`; a writer gives `keep`, the number of newest ones that stay.
+
+        Raises:
+          UserError: a reader's folder does not exist.
+        """
+        self.folder = Path(workdir).resolve() / FOLDER
+        if keep is None and not self.folder.is_dir():
+            raise UserError(f"{workdir}: no checkpoints there (train writes {FOLDER}/)")
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.LatestN(keep) if keep is not None else None,
+            # A killed run leaves a half-written folder under a temporary name.
+            cleanup_tmp_directories=keep is not None,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, config: Config) -> None:
+        """Starts writing; returns as soon as the arrays are copied off the devices."""
+        if step == self.latest_step:
+            return
+        metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
+        self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+
+    def wait(self) -> None:
+        self._checkpointer.wait()
+
+    def config(self, step: int) -> Config:
+        """The config stored with a checkpoint."""
+        return from_json(Config, json.dumps(self._metadata(step)["config"]))
+
+    def data_position(self, step: int) -> int:
+        """Batches that the run had taken when the checkpoint was written."""
+        return self._metadata(step)["data"]["next_index"]
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        return self._checkpointer.metadata(step).custom_metadata
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state, with the shapes, dtypes and shardings of `abstract_state`.
+
+        Raises:
+          UserError: the checkpoint holds other arrays.
+        """
+        return self._load(step, abstract_state, "the state of this config")
+
+    def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
+        """Some entries of the state, the rest left on disk; errors as `restore`."""
+        stored = self._checkpointer.metadata(step).metadata
+        placeholders = {
+            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+            for name, tree in stored.items()
+            if name not in abstract_part
+        }
+        state = self._load(step, placeholders | abstract_part, "the weights of this config")
+        return {name: state[name] for name in abstract_part}
+
+    def _load(self, step: int, abstract: Any, what: str) -> Any:
+        try:
+            return self._checkpointer.load(step, abstract)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.folder / str(step)} does not hold {what}: {reason}") from error

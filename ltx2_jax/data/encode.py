@@ -1,0 +1,480 @@
+"""Clips and captions to a dataset: table -> codec -> tokenizer -> records, in one folder."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ltx2_jax.data.records import INDEX_NAME, Field, Records, RecordWriter, Schema, content_hash
+from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.tokenizer import Tokenizer
+from ltx2_jax.tokenizer import train as train_tokenizer
+
+CODEC_NAME = "codec.safetensors"
+TOKENIZER_NAME = "tokenizer.model"
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+      name: the clip's path as the table gives it.
+      path: where that is: relative paths count from the table's folder.
+      caption: its text; may be empty.
+    """
+
+    name: str
+    path: Path
+    caption: str
+
+
+def read_table(path: str | os.PathLike) -> list[Row]:
+    """Reads a table of clips and captions, in the layout of the official trainer.
+
+    CSV with a header, JSON (a list of objects) or JSONL, told apart by the suffix. Columns: `video`
+    (or `media_path`) and `caption`; others are ignored (`T/docs/dataset-preparation.md`).
+
+    Raises:
+      UserError: naming the file, and the line or column: missing or malformed file, missing column
+        or value, no rows.
+    """
+    path = Path(path)
+    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: a table is a .csv, .json or .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the table: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    rows = []
+    for where, values in readers[path.suffix.lower()](path, text):
+        video = "video" if "video" in values else "media_path"
+        for column in (video, "caption"):
+            if column not in values:
+                name = "'caption'" if column == "caption" else "'video' (or 'media_path')"
+                there = ", ".join(repr(key) for key in values) or "none"
+                raise UserError(f"{where}: no column {name}; there: {there}")
+            if not isinstance(values[column], str):
+                raise UserError(f"{where}: column {column!r} has no text")
+        name, caption = values[video].strip(), values["caption"].strip()
+        if not name:
+            raise UserError(f"{where}: column {video!r} is empty")
+        rows.append(Row(name, path.parent / name, caption))
+    if not rows:
+        raise UserError(f"{path}: the table has no rows")
+    return rows
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        for values in reader:
+            # The header is at fault when a column is missing; its line is 1.
+            complete = "caption" in values and ("video" in values or "media_path" in values)
+            # Key None holds the values beyond the last column.
+            if None in values:
+                raise UserError(
+                    f"{path}:{reader.line_num}: more values than columns; "
+                    "put a caption with commas in double quotes"
+                )
+            yield f"{path}:{reader.line_num if complete else 1}", values
+    except csv.Error as error:
+        # The inner reader's count: the outer one's stays at the last row that was fine.
+        raise UserError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
+
+
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must be a list of objects, not {type(rows).__name__}")
+    for index, values in enumerate(rows):
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: entry {index} must be an object, not {values!r:.40}")
+        yield f"{path}: entry {index}", values
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Not splitlines: a JSON string may hold U+2028, which that takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}:{number}: must be an object, not {values!r:.40}")
+        yield f"{path}:{number}", values
+
+
+# ---- reading clips -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What to make of every clip.
+
+    Attributes:
+      num_frames, height, width: size in pixels; the codec's strides must fit.
+      fps: frames per second to resample to; None keeps the rate of each file. All clips must have
+        the same number of audio latents, so other rates than the first clip's are skipped then.
+      text_length: tokens per caption.
+      vocab_size: upper limit for the tokenizer.
+      generation: whose latents these are, see `Schema`.
+      batch_size: clips encoded at once; no effect on the result.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float | None = None
+    text_length: int = 32
+    vocab_size: int = 512
+    generation: str = "linear"
+    batch_size: int = 16
+
+
+class ClipReader:
+    """The usable clips of a table, decoded by threads; can be iterated several times.
+
+    Yields (index of the row, clip) in the table's order. Clips have exactly `num_frames` frames,
+    finite stereo sound, and sound for a whole number of audio latents: cut or padded with silence.
+    Decoded clips stay in memory until `cache_bytes` are used up; the others are decoded again.
+
+    Attributes:
+      rows: the table.
+      bad: index to reason, for the clips found unusable so far.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        config: PrepareConfig,
+        *,
+        sample_rate: int,
+        latents_per_second: float,
+        read_clip: Callable | None = None,
+        cache_bytes: int = 2 * 2**30,
+    ):
+        """Takes what the audio codec needs: Hz and latents per second.
+
+        `read_clip` has the signature of `ltx2_jax.data.media.read_clip`, the default.
+        """
+        if read_clip is None:
+            from ltx2_jax.data.media import read_clip  # PyAV: not needed to read tables or records
+        self.rows = rows
+        self.bad: dict[int, str] = {}
+        self._config = config
+        self._sample_rate = sample_rate
+        self._latents_per_second = latents_per_second
+        self._read_clip = read_clip
+        self._cache: dict[int, Any] = {}
+        self._room = cache_bytes
+        self._samples: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        # Decoding releases the GIL. The window bounds the number of decoded clips that wait.
+        threads = min(8, os.cpu_count() or 1)
+        waiting: deque[tuple[int, Future]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for index in [i for i in range(len(self.rows)) if i not in self.bad]:
+                waiting.append((index, pool.submit(self._load, index)))
+                if len(waiting) > 2 * threads:
+                    yield from self._take(*waiting.popleft())
+            while waiting:
+                yield from self._take(*waiting.popleft())
+        if len(self.bad) == len(self.rows):
+            first = f"{self.rows[0].name}: {self.bad[0]}"
+            raise UserError(f"none of the {len(self.rows)} clips can be used; the first: {first}")
+
+    def _take(self, index: int, future: Future) -> Iterator[tuple[int, Any]]:
+        try:
+            clip = future.result()
+            self._same_length(clip)
+        except UserError as error:
+            # Listed under the name the table gives it; the path once more would only be noise.
+            self.bad[index] = str(error).removeprefix(f"{self.rows[index].path}: ")
+            return
+        size = clip.video.nbytes + clip.audio.nbytes
+        if index not in self._cache and size <= self._room:
+            self._room -= size
+            self._cache[index] = clip
+        yield index, clip
+
+    def _load(self, index: int) -> Any:
+        if index in self._cache:
+            return self._cache[index]
+        config = self._config
+        clip = self._read_clip(
+            self.rows[index].path,
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            fps=config.fps,
+            sample_rate=self._sample_rate,
+        )
+        size = (config.num_frames, config.height, config.width, 3)
+        if clip.video.shape != size:
+            raise UserError(f"video is {list(clip.video.shape)}, {list(size)} is needed")
+        return dataclasses.replace(clip, audio=self._whole_latents(clip))
+
+    def _whole_latents(self, clip: Any) -> np.ndarray:  # [samples, 2]
+        if clip.audio is None or clip.audio.size == 0:
+            raise UserError("no sound")
+        if clip.sample_rate != self._sample_rate or clip.audio.shape[1] not in (1, 2):
+            raise UserError(
+                f"sound is {clip.audio.shape[1]} channels at {clip.sample_rate} Hz, "
+                f"2 at {self._sample_rate} are needed"
+            )
+        if not np.isfinite(clip.audio).all():
+            raise UserError("sound has NaN or infinite samples")
+        latents = audio_latent_length(self._config.num_frames, clip.fps, self._latents_per_second)
+        if latents == 0:
+            raise UserError("too short for one audio latent")
+        samples = round(latents / self._latents_per_second * self._sample_rate)
+        audio = np.zeros((samples, 2), np.float32)
+        audio[: len(clip.audio)] = clip.audio[:samples]
+        return audio
+
+    def _same_length(self, clip: Any) -> None:
+        if self._samples is None:
+            self._samples = len(clip.audio)
+        if len(clip.audio) != self._samples:
+            ours, theirs = (
+                round(n / self._sample_rate, 3) for n in (len(clip.audio), self._samples)
+            )
+            raise UserError(
+                f"at {clip.fps:g} frames per second its sound lasts {ours:.2f} s, that of the "
+                f"first clip {theirs:.2f} s; give one frame rate for all (--fps)"
+            )
+
+
+# ---- encoding ------------------------------------------------------------------------------------
+
+
+def encode_clips(
+    clips: ClipReader,
+    *,
+    codec: Any,
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    writer: RecordWriter,
+) -> None:
+    """Encodes every usable clip and its caption, and writes one record each.
+
+    The codec and the tokenizer are in `writer.staging` already, as CODEC_NAME and TOKENIZER_NAME.
+    Clips that cannot be used go to `writer.skip` with the reason.
+
+    Args:
+      clips: the clips; see `ClipReader`.
+      codec: `.video.encode` pixels float32 [B, F, H, W, 3] in [-1, 1] -> [B, F', H', W', C], and
+        `.audio.encode` waveform float32 [B, samples, 2] -> [B, A, M, C].
+      tokenizer: for the captions.
+      config: sizes, text length, generation.
+      writer: entered, not started.
+
+    Raises:
+      UserError: no clip can be used.
+    """
+    schema = None
+    usable = len(clips.rows) - len(clips.bad)
+    with tqdm(desc="encoding clips", total=usable, unit="clip", disable=None) as bar:
+        for batch in _batches(iter(clips), config.batch_size):
+            for record in _encode(batch, clips.rows, codec, tokenizer, config):
+                if not all(np.isfinite(record[name]).all() for name in ("video", "audio")):
+                    clips.bad[int(record["id"])] = "its latents are not finite"
+                    continue
+                if schema is None:
+                    schema = _schema(record, writer.staging, tokenizer, config)
+                    writer.start(schema)
+                writer.write(record)
+            bar.update(len(batch))
+    for index, reason in sorted(clips.bad.items()):
+        writer.skip(clips.rows[index].name, reason)
+    if schema is None:
+        raise UserError(f"none of the {len(clips.rows)} clips has finite latents")
+
+
+def _batches(items: Iterator, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _encode(
+    batch: list, rows: Sequence[Row], codec: Any, tokenizer: Tokenizer, config: PrepareConfig
+) -> Iterator[dict[str, Any]]:
+    pixels = np.stack([clip.video for _, clip in batch]).astype(np.float32) / 127.5 - 1.0
+    video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
+    audio = np.asarray(codec.audio.encode(np.stack([clip.audio for _, clip in batch])))  # [B,A,M,C]
+    captions = [rows[index].caption for index, _ in batch]
+    tokens, mask = tokenizer.encode(captions, config.text_length)  # [B, S]
+    for i, (index, clip) in enumerate(batch):
+        yield {
+            "id": np.int64(index),
+            "video": video[i],
+            "audio": audio[i],
+            "tokens": tokens[i],
+            "token_mask": mask[i],
+            "fps": np.float32(clip.fps),
+            "caption": captions[i],
+            "source": rows[index].name,
+        }
+
+
+def _schema(
+    record: dict[str, Any], folder: Path, tokenizer: Tokenizer, config: PrepareConfig
+) -> Schema:
+    return Schema(
+        generation=config.generation,
+        text="tokens",
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        fps=float(record["fps"]),
+        codec=CODEC_NAME,
+        codec_hash=content_hash(folder / CODEC_NAME),
+        tokenizer=TOKENIZER_NAME,
+        tokenizer_hash=content_hash(folder / TOKENIZER_NAME),
+        vocab_size=tokenizer.vocab_size,
+        fields={name: Field.of(value) for name, value in record.items()},
+    )
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def prepare_dataset(
+    table: str | os.PathLike,
+    out: str | os.PathLike,
+    config: PrepareConfig,
+    *,
+    codec: Any = None,
+    overwrite: bool = False,
+    read_clip: Callable | None = None,
+) -> Records:
+    """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
+
+    A dataset that is there already and was made with the same settings is returned as it is. The
+    settings include the table's rows, not the contents of the clips: give `overwrite` after
+    changing a clip under its old name.
+
+    Args:
+      table: see `read_table`.
+      out: the folder to make.
+      config: sizes of the clips, text and batch.
+      codec: a fitted codec (see `encode_clips`; it also has `.save(path)`), or a
+        `LinearCodecConfig` to fit one on these clips; None fits one with the defaults.
+      overwrite: replace a dataset made with other settings.
+      read_clip: in place of `ltx2_jax.data.media.read_clip`.
+
+    Raises:
+      UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
+        clip; `out` holds something else.
+    """
+    codec = LinearCodecConfig() if codec is None else codec
+    fits = isinstance(codec, LinearCodecConfig)
+    _check_sizes(config, codec.video_strides if fits else codec.video.strides)
+    rows = read_table(table)
+    settings = _settings(rows, config, codec)
+    if (Path(out) / INDEX_NAME).exists() and not overwrite:
+        records = Records(out)
+        _check_settings(records, settings)
+        print(f"{out}: {len(records)} records are there already, made with the same settings")
+        return records
+
+    if fits:
+        mel = codec.mel
+        rates = mel.sample_rate, mel.sample_rate / mel.hop / codec.mel_frames_per_latent
+    else:
+        rates = codec.audio.sample_rate, codec.audio.latents_per_second
+    clips = ClipReader(
+        rows, config, sample_rate=rates[0], latents_per_second=rates[1], read_clip=read_clip
+    )
+    with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
+        tokenizer_path = writer.staging / TOKENIZER_NAME
+        train_tokenizer([row.caption for row in rows], tokenizer_path, config.vocab_size)
+        if fits:
+            bar = tqdm(clips, "fitting the codec", total=len(rows), unit="clip", disable=None)
+            codec = LinearCodec.fit(codec, (clip for _, clip in bar))
+        codec.save(writer.staging / CODEC_NAME)
+        tokenizer = Tokenizer(tokenizer_path)
+        encode_clips(clips, codec=codec, tokenizer=tokenizer, config=config, writer=writer)
+    return Records(out)
+
+
+def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
+    video_latent_shape(config.num_frames, config.height, config.width, strides)
+    if config.fps is not None and not 0 < config.fps < float("inf"):
+        raise UserError(f"fps {config.fps} must be above 0")
+    for name in ("text_length", "vocab_size", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)} must be at least 1")
+
+
+def _settings(rows: Sequence[Row], config: PrepareConfig, codec: Any) -> dict[str, Any]:
+    """What a dataset's contents depend on, as JSON values."""
+    names_and_captions = json.dumps([[row.name, row.caption] for row in rows])
+    if isinstance(codec, LinearCodecConfig):
+        codec_is = dataclasses.asdict(codec)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            codec.save(Path(folder) / CODEC_NAME)
+            codec_is = content_hash(Path(folder) / CODEC_NAME)
+    settings = {
+        "table": hashlib.sha256(names_and_captions.encode()).hexdigest()[:16],
+        **dataclasses.asdict(config),
+        "codec": codec_is,
+    }
+    del settings["batch_size"]
+    return json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
+
+
+def _check_settings(records: Records, settings: dict[str, Any]) -> None:
+    found, settings = _flat(records.settings), _flat(settings)
+    for name in sorted(found.keys() | settings.keys()):
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{records.folder}: holds a dataset with {name} {found.get(name)!r}, not "
+                f"{settings.get(name)!r}; choose another folder or overwrite it (--overwrite)"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

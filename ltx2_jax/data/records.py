@@ -1,0 +1,496 @@
+"""The record format: a folder with `dataset.json` and ArrayRecord shards.
+
+    dataset.json                      schema, shards, skipped clips, the settings it was made with
+    data-00000-of-00002.arrayrecord   one record per clip
+    codec.safetensors  tokenizer.model   what made the latents and the tokens, beside them
+
+A record is one safetensors blob: numeric fields as tensors, strings as JSON in its metadata. It
+describes itself, keeps bfloat16, and reading it can never run code.
+
+Fields of a record (F' H' W' latent frames, rows, columns; A M audio latent frames, mel bins; C
+channels; S text tokens):
+
+    id          int64   []             position of the clip in its table
+    video       float   [F', H', W', C]
+    audio       float   [A, M, C]
+    tokens      int32   [S]            left padded; with text = "tokens"
+    token_mask  bool    [S]            True where there is a token
+    fps         float32 []             frames per second of the clip
+    caption     str
+    source      str                    the clip's path as its table gives it
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from ltx2_jax.errors import UserError
+
+VERSION = 1
+INDEX_NAME = "dataset.json"
+
+_DTYPES = {  # by safetensors' names
+    "BOOL": np.bool_,
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": ml_dtypes.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Type and shape of one field, the same in every record.
+
+    Attributes:
+      dtype: a numpy name ("float32", "bfloat16", ...) or "str".
+      shape: () for scalars and strings.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> "Field":
+        """The field that holds `value`, a string or something numpy can hold."""
+        if isinstance(value, str):
+            return cls("str")
+        array = np.asarray(value)
+        return cls(array.dtype.name, array.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}" if self.dtype != "str" else "str"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What a dataset holds and what made it.
+
+    Attributes:
+      generation: whose latents and text these are: "linear" (the quickstart's codec), "2.0",
+        "2.3" or "2.5". Text features of different generations are incompatible (the official
+        format does not store this).
+      text: what stands for the caption: "tokens", "features-v1" or "features-v2".
+      num_frames, height, width: the clips' size in pixels.
+      fps: frames per second of the first clip; records carry their own.
+      codec: file name of the codec in the folder.
+      codec_hash: `content_hash` of that file.
+      tokenizer: file name of the tokenizer in the folder.
+      tokenizer_hash: `content_hash` of that file.
+      vocab_size: number of token ids.
+      fields: name to `Field`, for every field of a record.
+    """
+
+    generation: str
+    text: str
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    codec: str
+    codec_hash: str
+    tokenizer: str
+    tokenizer_hash: str
+    vocab_size: int
+    fields: Mapping[str, Field]
+
+    def check(self, record: Mapping[str, Any], where: str) -> None:
+        """Raises UserError, naming `where` and the field, unless `record` has these fields."""
+        for name in sorted(self.fields.keys() | record.keys()):
+            ours = self.fields.get(name)
+            theirs = Field.of(record[name]) if name in record else None
+            if ours != theirs:
+                raise UserError(
+                    f"{where}: field {name!r} is {theirs or 'missing'}, "
+                    f"the dataset's is {ours or 'missing'}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["fields"] = {name: dataclasses.asdict(f) for name, f in self.fields.items()}
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Schema":
+        """The reverse of `to_json`. Raises TypeError or KeyError for anything else."""
+        fields = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in values["fields"].items()}
+        return cls(**{**values, "fields": fields})
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """16 hex digits for what a file says.
+
+    A safetensors file is hashed tensor by tensor in the order of their names: its library writes
+    the metadata in random order, so the bytes of two equal files differ.
+    """
+    digest = hashlib.sha256()
+    if Path(path).suffix == ".safetensors":
+        arrays, metadata = _unpack(np.memmap(path, np.uint8, "r"))
+        digest.update(json.dumps(metadata, sort_keys=True).encode())
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{name} {Field.of(array)}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    else:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _unpack(data) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors (views of `data`) and metadata of a safetensors blob. Raises ValueError, KeyError."""
+    # Not safetensors.numpy.load: it cannot read bfloat16 and does not return the metadata.
+    buffer = memoryview(data)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    header = json.loads(bytes(buffer[8:start]))
+    metadata = header.pop("__metadata__", {})
+    arrays = {}
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        content = np.frombuffer(buffer[start + begin : start + end], _DTYPES[tensor["dtype"]])
+        arrays[name] = content.reshape(tensor["shape"])
+    return arrays, metadata
+
+
+def serialize(record: Mapping[str, Any]) -> bytes:
+    """One record as safetensors bytes; equal records give equal bytes."""
+    strings = {k: v for k, v in record.items() if isinstance(v, str)}
+    arrays = {k: np.asarray(v, order="C") for k, v in record.items() if k not in strings}
+    # One metadata entry, because the library writes several in random order.
+    return safetensors.numpy.save(arrays, {"strings": json.dumps(strings, ensure_ascii=False)})
+
+
+def deserialize(data: bytes) -> dict[str, Any]:
+    """The reverse of `serialize`; arrays are read-only views of `data`.
+
+    Raises:
+      ValueError, KeyError: the bytes are not a record.
+    """
+    arrays, metadata = _unpack(data)
+    return {**arrays, **json.loads(metadata["strings"])}
+
+
+class RecordWriter:
+    """Writes a dataset folder that appears complete or not at all.
+
+    Use as a context manager. Everything goes into a hidden folder beside the target, which takes
+    the target's name when the block ends without an exception; otherwise it is deleted. Other
+    files of the dataset (codec, tokenizer) belong in `staging` before the block ends.
+
+        with RecordWriter("data/bounce") as writer:
+            codec.save(writer.staging / "codec.safetensors")
+            writer.start(schema)
+            writer.write({"id": 0, "video": ..., ...})
+
+    Attributes:
+      staging: the hidden folder (pathlib.Path).
+      num_records: records written so far.
+      skipped: list of {"source", "reason"} that goes into dataset.json.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        shard_bytes: int = 256 * 2**20,
+    ):
+        """Prepares to write `folder`; nothing is created before the `with` block is entered.
+
+        Args:
+          folder: the dataset to be; its parents are created.
+          settings: JSON values to keep with the dataset: how it was made.
+          overwrite: replace a dataset that is there. Anything else that is there stays.
+          shard_bytes: a shard is closed when it holds this much.
+        """
+        self._folder = Path(os.path.abspath(folder))
+        self._settings = dict(settings or {})
+        self._overwrite = overwrite
+        self._shard_bytes = shard_bytes
+        self.staging = self._folder.with_name(
+            f".{self._folder.name}.{uuid.uuid4().hex[:8]}.partial"
+        )
+        self.num_records = 0
+        self.skipped: list[dict[str, str]] = []
+        self._schema: Schema | None = None
+        self._shard: ArrayRecordWriter | None = None
+        self._shards: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "RecordWriter":
+        self._check_target()
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.staging.parent}: cannot write here: {error.strerror}") from None
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if self._shard is not None:
+                self._close_shard()
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+    def start(self, schema: Schema) -> None:
+        """Sets what every record must look like; once, before the first `write`."""
+        self._schema = schema
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record.
+
+        Raises:
+          UserError: it does not fit the schema, or the disk does not take it.
+        """
+        if self._schema is None:
+            raise RuntimeError("start() sets the schema and comes before write()")
+        self._schema.check(record, f"{self._folder}: record {self.num_records}")
+        data = serialize(record)
+        if self._shard is None:
+            self._open_shard()
+        try:
+            self._shard.write(data)
+        except RuntimeError as error:
+            raise UserError(f"{self._folder}: cannot write a record: {error}") from None
+        self.num_records += 1
+        self._shards[-1]["records"] += 1
+        self._shards[-1]["bytes"] += len(data)
+        if self._shards[-1]["bytes"] >= self._shard_bytes:
+            self._close_shard()
+
+    def skip(self, source: str, reason: str) -> None:
+        """Notes that a clip was left out."""
+        self.skipped.append({"source": source, "reason": reason})
+
+    def _check_target(self) -> None:
+        if not self._folder.exists():
+            return
+        if not self._folder.is_dir():
+            raise UserError(f"{self._folder}: is a file; choose another folder")
+        if not any(self._folder.iterdir()):
+            return
+        if not (self._folder / INDEX_NAME).exists():
+            raise UserError(f"{self._folder}: holds files and no dataset; choose another folder")
+        if not self._overwrite:
+            raise UserError(f"{self._folder}: holds a dataset; choose another folder or overwrite")
+
+    def _shard_path(self, index: int) -> Path:
+        return self.staging / f"shard-{index}"
+
+    def _open_shard(self) -> None:
+        # One record per chunk, so that random access never decompresses a neighbour. Latents hardly
+        # compress and pass through quickly; padded text features shrink several times.
+        path = self._shard_path(len(self._shards))
+        try:
+            self._shard = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+        except RuntimeError as error:
+            raise UserError(f"{path}: cannot write: {error}") from None
+        self._shards.append({"records": 0, "bytes": 0})
+
+    def _close_shard(self) -> None:
+        shard, self._shard = self._shard, None
+        try:
+            shard.close()
+        except RuntimeError as error:
+            raise UserError(f"{self._folder}: cannot finish a shard: {error}") from None
+
+    def _finish(self) -> None:
+        if self.num_records == 0:
+            raise UserError(f"{self._folder}: no record was written")
+        for index, shard in enumerate(self._shards):
+            shard["file"] = f"data-{index:05d}-of-{len(self._shards):05d}.arrayrecord"
+            self._shard_path(index).rename(self.staging / shard["file"])
+            shard["bytes"] = (self.staging / shard["file"]).stat().st_size
+        contents = {
+            "version": VERSION,
+            "num_records": self.num_records,
+            "schema": self._schema.to_json(),
+            "shards": self._shards,
+            "skipped": self.skipped,
+            "settings": self._settings,
+        }
+        text = json.dumps(contents, indent=1, ensure_ascii=False)
+        (self.staging / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+        # Again: another process may have finished the same dataset in the meantime.
+        self._check_target()
+        self._move_into_place()
+
+    def _move_into_place(self) -> None:
+        # A folder with files in it cannot be replaced in one step: the old one steps aside, and
+        # back if the new one cannot take its place.
+        aside = self.staging.with_suffix(".old")
+        replaces = (self._folder / INDEX_NAME).exists()
+        if replaces:
+            self._folder.rename(aside)
+        try:
+            self.staging.rename(self._folder)
+        except BaseException:
+            if replaces:
+                aside.rename(self._folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class Records(Sequence):
+    """A dataset folder, opened: `len`, and `[i]` -> dict of numpy arrays and strings.
+
+    Safe to read from several threads. Arrays are read-only. Shards are opened when first read.
+
+    Attributes:
+      folder: pathlib.Path.
+      schema: `Schema`.
+      skipped: clips left out when it was made, list of {"source", "reason"}.
+      settings: what it was made with.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """See `open_records`."""
+        self.folder = Path(folder)
+        contents = _read_index(self.folder)
+        try:
+            self.schema = Schema.from_json(contents["schema"])
+            self.skipped = contents["skipped"]
+            self.settings = contents["settings"]
+            self._shards = [(s["file"], s["records"], s["bytes"]) for s in contents["shards"]]
+            if sum(count for _, count, _ in self._shards) != contents["num_records"]:
+                raise ValueError("num_records is not the sum over the shards")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
+        for name, _, size in self._shards:
+            path = self.folder / name
+            if not path.exists():
+                raise UserError(f"{path}: this shard of the dataset is missing")
+            if path.stat().st_size != size:
+                raise UserError(
+                    f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
+                )
+        self._ends = np.cumsum([count for _, count, _ in self._shards])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[shard]) - self._shards[shard][1]
+        reader = self._reader(shard)
+        try:
+            return deserialize(reader.read([index - first])[0])
+        except (RuntimeError, ValueError, KeyError) as error:
+            path = self.folder / self._shards[shard][0]
+            raise UserError(f"{path}: damaged shard: cannot read record {index}: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"Records({str(self.folder)!r}, {len(self)} records)"
+
+    @property
+    def codec_path(self) -> Path:
+        """The codec that made the latents."""
+        return self.folder / self.schema.codec
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that made the tokens."""
+        return self.folder / self.schema.tokenizer
+
+    def require(self, **expected: Any) -> None:
+        """Refuses a dataset that is not what the caller needs.
+
+        Args:
+          **expected: an attribute of `Schema` (`generation="2.3"`, `codec_hash=...`) or a field of
+            the records and its shape, None standing for any size (`video=(None, None, None, 128)`).
+
+        Raises:
+          UserError: the first mismatch, with dataset, name and both values.
+        """
+        attributes = {field.name for field in dataclasses.fields(Schema)} - {"fields"}
+        for name, value in expected.items():
+            if name in attributes:
+                found = getattr(self.schema, name)
+                same = found == value
+            elif name in self.schema.fields:
+                found = self.schema.fields[name].shape
+                value = tuple(value)
+                same = len(found) == len(value) and all(
+                    want is None or size == want for size, want in zip(found, value, strict=True)
+                )
+            else:
+                there = ", ".join(self.schema.fields)
+                raise UserError(f"{self.folder}: no field {name!r}; its records hold {there}")
+            if not same:
+                raise UserError(f"{self.folder}: {name} is {found!r}, {value!r} is needed")
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                name, count, _ = self._shards[shard]
+                path = self.folder / name
+                # No read-ahead: the shuffled next record is somewhere else.
+                reader = ArrayRecordReader(
+                    str(path),
+                    "readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=32768,
+                )
+                if reader.num_records() != count:
+                    raise UserError(
+                        f"{path}: damaged shard: {reader.num_records()} records, "
+                        f"{count} were written"
+                    )
+                self._readers[shard] = reader
+            return self._readers[shard]
+
+
+def open_records(folder: str | os.PathLike) -> Records:
+    """Opens the dataset in `folder`.
+
+    Raises:
+      UserError: no dataset there, written by another version, or a shard is missing or truncated.
+    """
+    return Records(folder)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_NAME
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        version = contents["version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder}: no dataset here ({INDEX_NAME} is missing); "
+            "python -m ltx2_jax.prepare makes one"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    if version != VERSION:
+        raise UserError(
+            f"{path}: dataset version is {version!r}, this program reads {VERSION}; prepare it anew"
+        )
+    return contents
+
+
+def read_schema(folder: str | os.PathLike) -> Schema:
+    """The schema in a folder's dataset.json, without opening the records.
+
+    Raises UserError as `open_records` does for the index.
+    """
+    try:
+        return Schema.from_json(_read_index(Path(folder))["schema"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{Path(folder) / INDEX_NAME}: damaged: {error!r}") from None

@@ -1,0 +1,189 @@
+"""Training metrics: a progress bar, `metrics.jsonl`, TensorBoard when tensorboardX is installed.
+
+Everything here takes floats. Reading a loss off the device waits for its step to finish, so the
+training loop logs each step one step late; waiting inside the logger would undo that.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from ltx2_jax.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+# What the progress bar has room for; the files get everything.
+SHOWN = ("loss", "video_loss", "audio_loss", "step_time", "mfu")
+
+
+class MetricsLogger:
+    """Writes each step's metrics on process 0 and does nothing on the others.
+
+    `metrics.jsonl` in `folder` gets one line `{"step": n, name: value, ...}` per call, on disk when
+    `log` returns. A resumed run starts at `start_step`: rows beyond it, which the killed run logged
+    and this one will log again, are dropped, and so is a last line cut off half-way. A value that
+    is not finite is written as null, under its name. Raises UserError when an existing file has a
+    line in its middle that is not JSON. Use as a context manager, so that the files are closed
+    however the run ends.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        process_index: int = 0,
+    ):
+        self._file = self._bar = self._tensorboard = None
+        if process_index != 0:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE_NAME
+        _truncate(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(folder / "tensorboard", start_step)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            # A log file keeps every redraw as a line of its own.
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step`: names to floats."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        # One write of one line: a kill between two writes would leave a line without its end.
+        self._file.write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress bar, on process 0."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the files and the bar; calling it again does nothing."""
+        for part in (self._bar, self._tensorboard, self._file):
+            if part is not None:
+                part.close()
+        self._file = self._bar = self._tensorboard = None
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of `folder`'s metrics.jsonl, oldest first; [] without a file.
+
+    Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
+    that was cut off is left out; any other line that is not a row raises UserError.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # not ended by a newline: the write was interrupted
+                break
+            raise UserError(
+                f"{path}:{number} is not a row of metrics: remove the line or move the file away"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+class StepTimer:
+    """Wall time of training steps, and tokens per second and MFU from it.
+
+    `tokens_per_step` and `flops_per_step` are of the global batch; `peak_flops` is FLOP/s of all
+    devices together, or None where the peak is unknown, which leaves the MFU out.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: float,
+        flops_per_step: float,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_step = flops_per_step
+        self.peak_flops = peak_flops
+        self._clock = clock
+        self._last: float | None = None
+
+    def tick(self, steps: int = 1) -> dict[str, float]:
+        """Metrics of the `steps` steps since the last tick; call when a step has finished.
+
+        Gives "step_time" in seconds, "tokens_per_second", and "mfu" as a share of 1. The first
+        tick, and the first after `restart`, gives {}: before it lies compilation or other work.
+        """
+        now, last = self._clock(), self._last
+        self._last = now
+        if last is None or now <= last:
+            return {}
+        seconds = (now - last) / steps
+        metrics = {"step_time": seconds, "tokens_per_second": self.tokens_per_step / seconds}
+        if self.peak_flops is not None:
+            metrics["mfu"] = self.flops_per_step / seconds / self.peak_flops
+        return metrics
+
+    def restart(self) -> None:
+        """Leave what happened since the last tick out: sampling, evaluation, a checkpoint."""
+        self._last = None
+
+
+def _truncate(path: Path, start_step: int) -> None:
+    """Drop the rows after `start_step` and a half-written last line, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path.parent) if row["step"] <= start_step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    # purge_step hides what a killed run logged beyond the step this one resumes from.
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

@@ -1,0 +1,116 @@
+"""Attention: `attend()` on split heads, and the module that LTX-2 uses everywhere around it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from ltx2_jax.models.layers import Axes, Linear, parameter, rms_norm
+from ltx2_jax.models.rope import Rope, apply_rope
+from ltx2_jax.sharding import axis_size, pin, spec
+
+
+def attend(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    v: Array,  # [B, Tk, N, H]
+    bias: Array | None = None,  # additive, broadcastable to [B, N, Tq, Tk]
+    *,
+    queries: str,  # logical name of the Tq axis
+    keys: str,  # logical name of the Tk axis
+) -> Array:  # [B, Tq, N, H]
+    """softmax(q k^T / sqrt(H) + bias) v, softmax in float32.
+
+    How it is parallel follows from the two token axes:
+    - both sharded (video self-attention): tokens are exchanged for heads (all-to-all), each chip
+      attends over whole sequences of some heads, and back; keys are gathered instead when the
+      heads do not divide over model x sequence;
+    - only queries sharded (audio or text to video): no communication;
+    - only keys sharded (video to audio): softmax and weighted sum are merged across the shards,
+      which moves a few rows instead of the keys.
+    """
+    both = axis_size(queries) > 1 and axis_size(keys) > 1
+    out = ("batch", queries, "heads", None)
+    if both and q.shape[2] % axis_size("exchanged_heads") == 0:
+        whole = ("batch", None, "exchanged_heads", None)
+        q, k, v = (pin(x, *whole) for x in (q, k, v))
+        return pin(_softmax_attention(q, k, v, bias, whole), *out)
+    if both:
+        k, v = (pin(x, "batch", None, "heads", None) for x in (k, v))
+    return _softmax_attention(q, k, v, bias, out)
+
+
+def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None, out: Axes) -> Array:
+    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqk,bknh->bqnh", weights, v, out_sharding=spec(*out))
+
+
+class Attention(nnx.Module):
+    """Self- or cross-attention with q/k RMSNorm over the whole inner width and optional head gates.
+
+    Queries come from x [B, Tq, query_dim]; keys and values from context [B, Tk, context_dim] or x
+    itself. Source: `ltx_core/model/transformer/attention.py`.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        tokens: tuple[str, str],  # logical names of the query and key token axes
+        eps: float,
+        gated: bool,
+        interleaved_rope: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        inner = heads * head_dim
+        self.heads, self.tokens, self.eps = heads, tokens, eps
+        self.interleaved_rope = interleaved_rope
+        self.to_q = Linear(query_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
+        self.to_k = Linear(context_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
+        self.to_v = Linear(context_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
+        self.to_out = Linear(inner, query_dim, axes=("heads", "fsdp"), rngs=rngs)
+        self.q_norm = parameter(rngs, (inner,), ("heads",), mean=1.0)
+        self.k_norm = parameter(rngs, (inner,), ("heads",), mean=1.0)
+        # Zero weights make every gate 2 sigmoid(0) = 1 at the start.
+        gate = partial(Linear, axes=("fsdp", "heads"), std=0.0, rngs=rngs)
+        self.to_gate = gate(query_dim, heads) if gated else None
+
+    def __call__(
+        self,
+        x: Array,  # [B, Tq, query_dim]
+        context: Array | None = None,  # [B, Tk, context_dim]
+        *,
+        rope: Rope | None = None,  # of the queries
+        context_rope: Rope | None = None,  # of the keys; defaults to `rope`
+        bias: Array | None = None,  # additive, broadcastable to [B, N, Tq, Tk]
+        keep: Array | None = None,  # [B]; 0 replaces attention by its own value projection
+    ) -> Array:  # [B, Tq, query_dim]
+        context = x if context is None else context
+        lead, context_lead = (("batch", tokens) for tokens in self.tokens)
+        q = rms_norm(self.to_q(x, lead), self.eps, self.q_norm[...])
+        k = rms_norm(self.to_k(context, context_lead), self.eps, self.k_norm[...])
+        v = self._split(self.to_v(context, context_lead))
+        q, k = self._split(q), self._split(k)
+        if rope is not None:
+            q = apply_rope(q, rope, interleaved=self.interleaved_rope)
+            k = apply_rope(k, context_rope or rope, interleaved=self.interleaved_rope)
+        out = attend(q, k, v, bias, queries=self.tokens[0], keys=self.tokens[1])
+        out = checkpoint_name(out, "attention")
+        if keep is not None:
+            out = jnp.where(keep[:, None, None, None] > 0, out, v)
+        if self.to_gate is not None:
+            out = out * (2 * jax.nn.sigmoid(self.to_gate(x, lead)))[..., None]
+        return self.to_out(out.reshape(*out.shape[:2], -1), lead)
+
+    def _split(self, x: Array) -> Array:  # [B, T, N * H] -> [B, T, N, H]
+        return x.reshape(*x.shape[:2], self.heads, -1)

@@ -1,0 +1,130 @@
+"""Building blocks of the transformer: linear maps, norms, AdaLN, timestep embedding, feed-forward.
+
+Weights are stored float32 (or bfloat16 for sampling) as [in, out] matrices and used in the dtype of
+the activations. Each states where it is stored (`weight_spec`) beside its shape; `Linear` gathers
+the FSDP part at the point of use.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ltx2_jax.sharding import pin, spec, weight_spec
+
+Axes = tuple[str | None, ...]
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, std: float = 0.0, mean: float = 0.0
+) -> nnx.Param:
+    """A float32 parameter born on its shards: constant `mean`, or normal with deviation `std`."""
+    where = weight_spec(shape, axes)
+    if std == 0:
+        return nnx.Param(jnp.full(shape, mean, jnp.float32, out_sharding=where))
+    key = rngs.params()
+    noise = jax.random.truncated_normal(key, -2, 2, shape, jnp.float32, out_sharding=where)
+    return nnx.Param(mean + noise * (std / 0.87962566))  # the deviation of a normal cut at +-2
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias over the last axis.
+
+    `axes` names the kernel's dimensions: ("fsdp", None) for an unsplit map, ("fsdp", "heads") to
+    split the output features over the model axis, ("heads", "fsdp") to contract split features.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        axes: Axes = ("fsdp", None),
+        bias: bool = True,
+        std: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        std = 1 / math.sqrt(n_in) if std is None else std
+        self.axes = axes
+        self.kernel = parameter(rngs, (n_in, n_out), axes, std=std)
+        self.bias = parameter(rngs, (n_out,), (axes[1] or "fsdp",)) if bias else None
+
+    def __call__(self, x: Array, lead: Axes) -> Array:
+        """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
+        n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
+        # Cast first, then gather: half the bytes on the wire in bfloat16.
+        kernel = pin(self.kernel[...].astype(x.dtype), n_in, n_out)
+        y = jnp.einsum("...i,io->...o", x, kernel, out_sharding=spec(*lead, n_out))
+        if self.bias is not None:
+            y = y + pin(self.bias[...].astype(x.dtype), n_out)
+        return y
+
+
+def rms_norm(x: Array, eps: float, scale: Array | None = None) -> Array:
+    """x / rms(x) over the last axis, computed in float32, with an optional weight."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def layer_norm(x: Array, eps: float) -> Array:
+    """LayerNorm without weights, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+def modulate(x: Array, scale: Array, shift: Array) -> Array:
+    """x (1 + scale) + shift; both broadcast over tokens when one sigma serves them all."""
+    return x * (1 + scale) + shift
+
+
+def timestep_embedding(timesteps: Array, dim: int, max_period: float = 10000.0) -> Array:
+    """Sinusoidal embedding, float32 [..., dim], cosine half first; an odd dim ends with a zero.
+
+    `timesteps` in units of 1/1000 sigma. bfloat16 would turn 999 into 1000: this stays float32.
+    Source: `ltx_core/model/transformer/timestep_embedding.py`.
+    """
+    half = dim // 2
+    rates = jnp.exp(-math.log(max_period) / half * jnp.arange(half, dtype=jnp.float32))
+    angle = timesteps.astype(jnp.float32)[..., None] * rates
+    embedding = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return jnp.pad(embedding, [(0, 0)] * timesteps.ndim + [(0, dim - 2 * half)])
+
+
+class AdaLayerNormSingle(nnx.Module):
+    """Timestep -> `rows` modulation vectors, one MLP shared by all blocks (PixArt's adaLN-single).
+
+    Source: `ltx_core/model/transformer/adaln.py`.
+    """
+
+    EMBEDDING = 256
+
+    def __init__(self, dim: int, rows: int, *, rngs: nnx.Rngs):
+        self.rows = rows
+        self.linear_1 = Linear(self.EMBEDDING, dim, rngs=rngs)
+        self.linear_2 = Linear(dim, dim, rngs=rngs)
+        self.linear = Linear(dim, rows * dim, std=0.02, rngs=rngs)
+
+    def __call__(self, timesteps: Array, dtype: jnp.dtype, lead: Axes) -> tuple[Array, Array]:
+        """timesteps [B, T] (already x 1000) -> modulation [B, T, rows, D], embedded [B, T, D]."""
+        x = timestep_embedding(timesteps, self.EMBEDDING).astype(dtype)
+        embedded = self.linear_2(jax.nn.silu(self.linear_1(x, lead)), lead)
+        rows = self.linear(jax.nn.silu(embedded), lead)
+        return rows.reshape(*timesteps.shape, self.rows, -1), embedded
+
+
+class FeedForward(nnx.Module):
+    """Linear -> tanh-GELU -> Linear, hidden width `mult` times the model's."""
+
+    def __init__(self, dim: int, mult: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.linear_in = Linear(dim, mult * dim, axes=("fsdp", "mlp"), bias=bias, rngs=rngs)
+        self.linear_out = Linear(mult * dim, dim, axes=("mlp", "fsdp"), bias=bias, rngs=rngs)
+
+    def __call__(self, x: Array, lead: Axes) -> Array:
+        return self.linear_out(jax.nn.gelu(self.linear_in(x, lead), approximate=True), lead)

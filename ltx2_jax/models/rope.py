@@ -1,0 +1,76 @@
+"""Rotary position embedding of LTX-2: fractional positions, one frequency grid for all axes.
+
+This is not the RoPE of language models: the angles of all position axes are interleaved over the
+whole attention width before it is cut into heads, so different heads see different frequencies.
+Source: `ltx_core/model/transformer/rope.py`; spec of the released model, paper section 3.
+"""
+
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ltx2_jax.sharding import pin
+
+Rope = tuple[Array, Array]  # cos, sin: [B, T, N, H/2]
+
+
+@cache
+def frequency_grid(
+    width: int, num_axes: int, theta: float, precision: str = "float64"
+) -> np.ndarray:
+    """float32 [width // (2 num_axes)]: (pi/2) theta^(k / (K-1)).
+
+    `precision` is that of the computation, "float64" or "float32"; released models use float64.
+    """
+    dtype = np.dtype(precision).type
+    steps = np.linspace(0.0, 1.0, width // (2 * num_axes), dtype=dtype)
+    return (np.power(dtype(theta), steps) * dtype(np.pi / 2)).astype(np.float32)
+
+
+def rope_tables(
+    positions: Array,  # [B, axes, T, 2] bounds (the middle is used) or [B, axes, T] values
+    *,
+    heads: int,
+    width: int,
+    max_pos: tuple[float, ...],  # one per axis: the position that maps to fraction 1
+    theta: float,
+    precision: str = "float64",
+    tokens: str | None = None,  # logical name of the T axis, for sharding
+) -> Rope:
+    """cos and sin, float32 [B, T, heads, width / heads / 2].
+
+    Angle k of axis a is frequency[k] * (2 position[a] / max_pos[a] - 1), laid out frequency-major
+    over the width; what the frequencies do not fill is identity (cos 1, sin 0) at the front.
+    Angles reach 1.6e4 rad: below float32 they would lose whole turns.
+    """
+    positions = positions.astype(jnp.float32)
+    if positions.ndim == 4:
+        positions = positions.mean(-1)
+    fraction = positions / jnp.asarray(max_pos, jnp.float32)[:, None]  # [B, axes, T]
+    grid = jnp.asarray(frequency_grid(width, len(max_pos), theta, precision))
+    batch, _, length = fraction.shape
+    angle = (2 * fraction.swapaxes(1, 2) - 1)[:, :, None, :] * grid[:, None]  # [B, T, K, axes]
+    angle = angle.reshape(batch, length, grid.size * len(max_pos))
+    front = ((0, 0), (0, 0), (width // 2 - angle.shape[-1], 0))
+    cos = jnp.pad(jnp.cos(angle), front, constant_values=1.0)
+    sin = jnp.pad(jnp.sin(angle), front)
+    shape = (batch, length, heads, width // heads // 2)
+    names = ("batch" if batch > 1 else None, tokens, "heads", None)
+    return pin(cos.reshape(shape), *names), pin(sin.reshape(shape), *names)
+
+
+def apply_rope(x: Array, rope: Rope, *, interleaved: bool = False) -> Array:
+    """Rotate x [B, T, N, H] by its tables; the result has the dtype of x.
+
+    Split (LTX-2): the first and second half of each head are the two coordinates of the rotated
+    pairs. Interleaved (earlier models): neighbouring features are.
+    """
+    # Back to the activation dtype, or float32 q and k would reach the kernel and the wire.
+    cos, sin = rope[0].astype(x.dtype), rope[1].astype(x.dtype)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

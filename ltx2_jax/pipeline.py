@@ -1,0 +1,258 @@
+"""Prompt to clip in one object.
+
+pipe = Pipeline.from_workdir("workdir/quickstart")
+clip = pipe("a red ball bounces three times")
+clip.save("ball.mp4")
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+from ltx2_jax import training
+from ltx2_jax.checkpoint import Checkpoints
+from ltx2_jax.config import Config, SampleConfig
+from ltx2_jax.contact_sheet import contact_sheet
+from ltx2_jax.data.media import Clip
+from ltx2_jax.data.records import read_schema
+from ltx2_jax.diffusion import geometry, schedules
+from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.linear_codec import LinearCodec
+from ltx2_jax.models.transformer import Modality
+from ltx2_jax.sharding import abstract_state, make_mesh, pin
+from ltx2_jax.tokenizer import Tokenizer
+
+ASSETS = "assets"  # in a workdir: the codec, the tokenizer and the schema of the dataset
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Pixel frames, rows, columns and frames per second of a clip."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+class Pipeline:
+    """A model with its codec and tokenizer, on a mesh; call it with a prompt or a list of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        params: Any,
+        codec: Any,
+        tokenizer: Tokenizer,
+        size: ClipSize,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.config, self.params, self.codec = config, params, codec
+        self.tokenizer, self.size = tokenizer, size
+        self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
+        self._graph = training.graph(config)
+
+    @classmethod
+    def from_workdir(
+        cls, workdir: str | Path, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    ) -> "Pipeline":
+        """The model that `train` left in a workdir: averaged weights if it averaged, else the last.
+
+        Raises:
+          UserError: no workdir, no checkpoint there, or none of `step`.
+        """
+        mesh = mesh or make_mesh(devices=jax.devices()[:1])
+        with Checkpoints(workdir) as checkpoints:
+            step = checkpoints.latest_step if step is None else step
+            if step is None or not (checkpoints.folder / str(step)).is_dir():
+                raise UserError(
+                    f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there"
+                )
+            config = checkpoints.config(step)
+            name = "params" if config.optim.ema_decay is None else "ema"
+            create = partial(training.init_params, config=config)
+            abstract = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
+            params = checkpoints.restore_part(step, {name: abstract})[name]
+        return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh)
+
+    @classmethod
+    def from_assets(
+        cls, config: Config, params: Any, assets: str | Path, mesh: jax.sharding.Mesh
+    ) -> "Pipeline":
+        """Weights in memory with the codec, tokenizer and clip size of a dataset folder."""
+        schema = read_schema(assets)
+        codec = LinearCodec.load(Path(assets) / schema.codec)
+        tokenizer = Tokenizer(Path(assets) / schema.tokenizer)
+        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
+        return cls(config, params, codec, tokenizer, size, mesh)
+
+    def __call__(
+        self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None
+    ) -> Clip | list[Clip]:
+        """One clip per prompt; a single prompt gives a single clip.
+
+        Clip i of a list depends on its prompt and on (seed, i), not on what it is batched with.
+        `sample` replaces the config's sampling settings.
+        """
+        if isinstance(prompts, str):
+            return self([prompts], sample=sample)[0]
+        sample = sample or self.config.sample
+        tokens, mask = self.tokenizer.encode(list(prompts), self.config.text.length)
+        # Every batch has the same size, so that one compiled program serves all; the last is padded.
+        shards = self.mesh.shape["data"]
+        batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
+        clips: list[Clip] = []
+        for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
+            rows = np.arange(start, start + batch)
+            real = np.minimum(rows, len(prompts) - 1)
+            with jax.set_mesh(self.mesh):
+                latents = self._generate(tokens[real], mask[real], rows, sample)
+            clips += self._decode(*(np.asarray(x) for x in latents))
+        return clips[: len(prompts)]
+
+    def _generate(
+        self, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray, sample: SampleConfig
+    ) -> tuple[Array, Array]:
+        video_shape, audio_length = self._latent_shapes()
+        num_tokens = int(np.prod(video_shape))
+        sigmas = schedules.make_sigmas(sample.schedule, sample.steps, num_tokens)
+        null = self.tokenizer.encode([""], self.config.text.length)
+        return generate(
+            self.params,
+            {"tokens": tokens, "token_mask": mask},
+            {"tokens": null[0], "token_mask": null[1]},
+            rows,
+            jax.random.key(sample.seed),
+            jnp.asarray(sigmas),
+            (jnp.float32(sample.video_guidance), jnp.float32(sample.audio_guidance)),
+            graphdef=self._graph,
+            request=Request(
+                video_shape=video_shape,
+                audio_length=audio_length,
+                audio_bins=self.codec.audio.bins,
+                strides=self.codec.video.strides,
+                fps=self.size.fps,
+                guided=sample.video_guidance != 1 or sample.audio_guidance != 1,
+            ),
+        )
+
+    def _latent_shapes(self) -> tuple[tuple[int, int, int], int]:
+        size = self.size
+        shape = geometry.video_latent_shape(
+            size.num_frames, size.height, size.width, self.codec.video.strides
+        )
+        rate = self.codec.audio.latents_per_second
+        return shape, geometry.audio_latent_length(size.num_frames, size.fps, rate)
+
+    def _decode(self, video: np.ndarray, audio: np.ndarray) -> list[Clip]:
+        samples = round(self.size.num_frames / self.size.fps * self.codec.audio.sample_rate)
+        pixels = np.asarray(self.codec.video.decode(video))
+        pixels = np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+        sound = np.clip(np.asarray(self.codec.audio.decode(audio, samples)), -1, 1)
+        rate = self.codec.audio.sample_rate
+        return [Clip(v, self.size.fps, a, rate) for v, a in zip(pixels, sound, strict=True)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one compiled sampler is specialised to."""
+
+    video_shape: tuple[int, int, int]  # F', H', W'
+    audio_length: int
+    audio_bins: int
+    strides: tuple[int, int, int]
+    fps: float
+    guided: bool  # one more pass, for the empty caption
+
+
+@partial(jax.jit, static_argnames=("graphdef", "request"))
+def generate(
+    params: Any,
+    text: dict[str, Array],  # tokens, token_mask [B, S]
+    null_text: dict[str, Array],  # the same of the empty caption, [1, S]
+    rows: Array,  # [B], number of each clip: its noise is a function of (key, number)
+    key: Array,
+    sigmas: Array,  # [steps + 1]
+    scales: tuple[Array, Array],  # of guidance: video, audio
+    *,
+    graphdef: Any,
+    request: Request,
+) -> tuple[Array, Array]:
+    """Text to clean latents of both streams: [B, F', H', W', C] and [B, A, M, C]. One program."""
+    model = nnx.merge(graphdef, params)
+    cfg = model.transformer.cfg
+    batch, tokens = rows.shape[0], int(np.prod(request.video_shape))
+    positions = (
+        jnp.asarray(geometry.video_positions(request.video_shape, request.fps, request.strides)),
+        jnp.asarray(geometry.audio_positions(request.audio_length)),
+    )
+
+    def context(text: dict[str, Array]) -> tuple[Array, ...]:
+        text = {k: jnp.broadcast_to(x, (batch, x.shape[1])) for k, x in text.items()}
+        return model.text(
+            pin(text["tokens"], "batch", None), pin(text["token_mask"], "batch", None)
+        )
+
+    def velocity(x: Latents, sigma: Array, text: tuple[Array, ...]) -> Latents:
+        video_context, audio_context, mask = text
+        keyframes = None
+        if cfg.keyframe_embedding:
+            keyframes = training.first_frame_mask((x.video.shape[0], *request.video_shape))
+        shared = {"sigma": sigma, "timesteps": sigma[:, None], "context_mask": mask}
+        video = Modality(x.video, positions=positions[0], context=video_context,
+                         keyframes_mask=keyframes, **shared)  # fmt: skip
+        audio = Modality(x.audio, positions=positions[1], context=audio_context, **shared)
+        return Latents(*model.transformer(video, audio))
+
+    def noise(stream: int, shape: tuple[int, ...], tokens: str) -> Array:
+        stream_key = jax.random.fold_in(key, stream)
+        keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
+        return pin(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), "batch", tokens, None)
+
+    start = Latents(
+        noise(0, (tokens, cfg.in_channels), "video_tokens"),
+        noise(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
+    )
+    if request.guided:
+        predict = guided(velocity, context(text), context(null_text), scales)
+    else:
+        predict = unguided(velocity, context(text))
+    clean = denoise(predict, start, sigmas)
+    # Whole clips per chip again: the grid axes below are not the sharded token axis.
+    video = pin(clean.video, "batch", None, None)
+    return (
+        geometry.unpatchify_video(video, request.video_shape),
+        geometry.unpatchify_audio(clean.audio, request.audio_bins),
+    )
+
+
+def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:
+    """`samples/NNN.mp4` of all clips, `sample.mp4` of the first, `samples.png` of the first four.
+
+    Small clips are enlarged in the files, pixel by pixel, to be watchable.
+    """
+    for i, clip in enumerate(clips):
+        enlarged(clip).save(folder / "samples" / f"{i:03d}.mp4")
+    enlarged(clips[0]).save(folder / "sample.mp4")
+    contact_sheet(folder / "samples.png", clips[:4], prompts[:4], title="generated clips")
+    print(
+        f"wrote {folder}/sample.mp4, {len(clips)} clips in {folder}/samples, {folder}/samples.png"
+    )
+
+
+def enlarged(clip: Clip, shortest: int = 256) -> Clip:
+    """A clip of at least `shortest` pixels a side, every pixel repeated."""
+    factor = max(1, shortest // min(clip.video.shape[1:3]))
+    video = clip.video.repeat(factor, axis=1).repeat(factor, axis=2)
+    return dataclasses.replace(clip, video=video)

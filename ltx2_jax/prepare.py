@@ -1,0 +1,124 @@
+"""The command that turns clips and captions into a dataset: python -m ltx2_jax.prepare --help."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
+from ltx2_jax.data.records import Records
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+
+_DESCRIPTION = """\
+Encode clips and captions into a dataset for training.
+
+TABLE is a CSV (with a header), JSON (list of objects) or JSONL file with the columns `video` (or
+`media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with the
+records, the codec fitted on these clips and the tokenizer trained on these captions. It appears
+when everything is done, or not at all. Clips that cannot be used are left out and listed.
+"""
+
+_EXAMPLE = """\
+example:
+  python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 25 --height 32 --width 32
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns 0, or 2 after printing what the user can fix."""
+    args = _parser().parse_args(argv)
+    try:
+        codec = LinearCodecConfig(
+            video_strides=args.video_strides,
+            video_channels=args.video_channels,
+            audio_channels=args.audio_channels,
+        )
+        config = PrepareConfig(
+            num_frames=args.num_frames,
+            height=args.height,
+            width=args.width,
+            fps=args.fps,
+            text_length=args.text_length,
+            vocab_size=args.vocab_size,
+        )
+        records = prepare_dataset(
+            args.table, args.out, config, codec=codec, overwrite=args.overwrite
+        )
+        _report(records)
+    except UserError as error:
+        print(f"prepare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = LinearCodecConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_jax.prepare",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", metavar="TABLE", help="clips and captions")
+    parser.add_argument("out", metavar="OUT", help="folder of the dataset")
+    size = parser.add_argument_group("clips")
+    size.add_argument("--num-frames", type=_count, required=True, help="frames taken of each")
+    size.add_argument("--height", type=_count, required=True, help="pixels, after resize and crop")
+    size.add_argument("--width", type=_count, required=True, help="pixels, after resize and crop")
+    size.add_argument("--fps", type=float, help="resample to this rate (default: each file's own)")
+    text = parser.add_argument_group("captions")
+    text.add_argument("--text-length", type=_count, default=32, help="tokens (%(default)s)")
+    text.add_argument("--vocab-size", type=_count, default=512, help="at most (%(default)s)")
+    codec = parser.add_argument_group("codec")
+    codec.add_argument(
+        "--video-strides",
+        type=_strides,
+        default=",".join(map(str, defaults.video_strides)),
+        metavar="T,H,W",
+        help="frames, rows, columns per latent (%(default)s)",
+    )
+    codec.add_argument(
+        "--video-channels",
+        type=_count,
+        default=defaults.video_channels,
+        help="numbers per video latent (%(default)s)",
+    )
+    codec.add_argument(
+        "--audio-channels",
+        type=_count,
+        default=defaults.audio_channels,
+        help="numbers per audio latent (%(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset made with other settings"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _strides(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three positive numbers like 4,8,8")
+    return tuple(int(part) for part in parts)
+
+
+def _report(records: Records) -> None:
+    print(f"{len(records)} records")
+    for name, field in records.schema.fields.items():
+        if field.shape:
+            print(f"  {name:<11} {field}")
+    for name, fraction in LinearCodec.load(records.codec_path).explained.items():
+        print(f"  the codec keeps {fraction:.1%} of the {name} variance")
+    for clip in records.skipped:
+        print(f"skipped {clip['source']}: {clip['reason']}")
+    print(f"in {records.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Where every array lives: the mesh, the logical-axis rules, and the few helpers that apply them.
+
+Mesh axis names appear in this file only. The rest of the package speaks of logical axes ("batch",
+"video_tokens", "heads"), which `RULES` maps to mesh axes:
+
+    tensor axis                 mesh axis           why
+    batch                       data                guidance passes are batch entries
+    video tokens                sequence            the only long axis
+    audio tokens, text tokens   (replicated)        few rows: moving them costs more
+    weights, input feature      data x sequence     FSDP: gathered in the compute dtype when used
+    heads, mlp features         model               tensor parallel
+    exchanged heads             model x sequence    self-attention trades tokens for heads (Ulysses)
+
+The mesh is explicit (`jax.sharding.AxisType.Explicit`): shardings are part of array types, so a
+wrong one is an error at trace time, without devices, and optimizer moments inherit the sharding of
+their parameters. Without a mesh in context every helper is a no-op.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ltx2_jax.errors import UserError
+
+MESH_AXES = ("data", "model", "sequence")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "video_tokens": ("sequence",),
+    "audio_tokens": (),
+    "text_tokens": (),
+    "fsdp": ("data", "sequence"),
+    "heads": ("model",),
+    "exchanged_heads": ("model", "sequence"),
+    "mlp": ("model",),
+}
+
+
+def make_mesh(
+    data: int = -1, model: int = 1, sequence: int = 1, *, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """An explicit mesh (data, model, sequence) over all devices; data = -1 takes what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    if data == -1 and min(model, sequence) >= 1 and count % (model * sequence) == 0:
+        data = count // (model * sequence)
+    if min(data, model, sequence) < 1 or data * model * sequence != count:
+        raise UserError(
+            f"mesh (data={data}, model={model}, sequence={sequence}) does not divide the "
+            f"{count} devices: data * model * sequence must be {count} (data=-1 takes the rest)"
+        )
+    sizes = (data, model, sequence)
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Explicit,) * 3, devices=devices)
+
+
+def abstract_mesh(data: int, model: int, sequence: int) -> jax.sharding.AbstractMesh:
+    """A mesh without devices, to trace and check shardings of any size on any machine."""
+    return jax.sharding.AbstractMesh((data, model, sequence), MESH_AXES, (AxisType.Explicit,) * 3)
+
+
+def axis_size(name: str) -> int:
+    """Number of shards of the logical axis `name` under the mesh in context (1 without one)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
+def spec(*names: str | None) -> PartitionSpec | None:
+    """PartitionSpec of one logical name per array dimension; None without a mesh in context.
+
+    Raises:
+      ValueError: an unknown logical name, or two names that share a mesh axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else _partition([_axes(name, mesh) for name in names])
+
+
+def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
+    """Mesh axes of a logical name, without those of size 1: they would only collide."""
+    if name is None:
+        return ()
+    if name not in RULES:
+        raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
+    return tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+
+
+def _partition(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    used = [axis for entry in entries for axis in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"a mesh axis is used twice: {entries}")
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else (axes or None) for axes in entries))
+
+
+def pin(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` resharded to the logical axes `names`, one a dimension; unchanged without a mesh."""
+    target = spec(*names)
+    return x if target is None else jax.sharding.reshard(x, target)
+
+
+def weight_spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec | None:
+    """Where a weight of `shape` is stored, given one logical name (or None) per dimension.
+
+    "fsdp" falls on the named dimension if data x sequence divides it, else on the largest other
+    free dimension that it divides, else on as many of its mesh axes as divide the named dimension.
+    A tensor-parallel name that does not divide its dimension is a UserError: heads or mlp features
+    cannot be split that way.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    entries: list[tuple[str, ...]] = []
+    for size, name in zip(shape, names, strict=True):
+        axes = _axes(None if name == "fsdp" else name, mesh)
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise UserError(f"mesh axis {'x'.join(axes)}={shards} does not divide {size} ({name})")
+        entries.append(axes)
+    if "fsdp" in names:
+        home = list(names).index("fsdp")
+        others = sorted((i for i in range(len(shape)) if not entries[i] and i != home),
+                        key=lambda i: -shape[i])  # fmt: skip
+        fsdp = _axes("fsdp", mesh)
+        options = [(i, fsdp) for i in (home, *others)] + [(home, (axis,)) for axis in fsdp]
+        for i, axes in options:
+            shards = math.prod(mesh.shape[axis] for axis in axes)
+            if shape[i] % shards == 0:
+                entries[i] = axes
+                break
+    return _partition(entries)
+
+
+def sharding_of(mesh: jax.sharding.Mesh, *names: str | None) -> NamedSharding:
+    """NamedSharding on `mesh` of one logical name per dimension, for data coming from the host."""
+    return NamedSharding(mesh, _partition([_axes(name, mesh) for name in names]))
+
+
+def abstract_state(create: Callable[..., Any], *args: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, dtypes and shardings of `create(*args)` on `mesh`, without computing anything."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = jax.eval_shape(create, *args)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, _spec_of(a))),
+        state,
+    )
+
+
+def _spec_of(a: Any) -> PartitionSpec:
+    return a.sharding.spec if getattr(a, "sharding", None) is not None else PartitionSpec()
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes of one shard of every array of `tree` (arrays or abstract values with shardings)."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        total += math.prod(_shard_shape(a)) * a.dtype.itemsize
+    return total
+
+
+def replicated(tree: Any, limit_bytes: int = 1_000_000) -> list[str]:
+    """Paths of arrays larger than `limit_bytes` of which every chip holds the whole."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, a in flat
+        if a.size * a.dtype.itemsize > limit_bytes and tuple(_shard_shape(a)) == tuple(a.shape)
+    ]
+
+
+def _shard_shape(a: Any) -> tuple[int, ...]:
+    mesh_shape = a.sharding.mesh.shape
+    spec_ = tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
+    shape = []
+    for size, entry in zip(a.shape, spec_, strict=True):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        shape.append(size // math.prod(mesh_shape[axis] for axis in axes))
+    return tuple(shape)

@@ -1,0 +1,341 @@
+"""Train from a config file, resume, and end with clips: python -m ltx2_jax.train --help."""
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ltx2_jax import config as config_lib
+from ltx2_jax import flops, training
+from ltx2_jax.checkpoint import Checkpoints
+from ltx2_jax.config import Config
+from ltx2_jax.data import synthetic
+from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
+from ltx2_jax.data.media import read_clip
+from ltx2_jax.data.pipeline import make_dataset, seek
+from ltx2_jax.data.records import INDEX_NAME, Records, open_records
+from ltx2_jax.errors import UserError
+from ltx2_jax.metrics import MetricsLogger, StepTimer
+from ltx2_jax.models.linear_codec import LinearCodec
+from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
+from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
+from ltx2_jax.sync import sync_report
+from ltx2_jax.tokenizer import Tokenizer
+
+EPILOG = """\
+example:
+  python -m ltx2_jax.train --config=configs/quickstart.py
+  python -m ltx2_jax.train --config=configs/quickstart.py --config.num_steps=100 \\
+      --config.workdir=/tmp/short
+
+Every field of the config can be changed with --config.FIELD=VALUE. Running the same command again
+resumes from the newest checkpoint of the workdir.
+"""
+
+
+def main(config: Config) -> None:
+    """Data, state, loop, clips; from the newest checkpoint of the workdir if there is one."""
+    workdir = Path(config.workdir)
+
+    # ------------------------------------------------------------------------------- mesh and data
+    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
+    check_mesh(config, mesh)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    start = checkpoints.latest_step or 0
+    if start:
+        check_same_run(config, checkpoints.config(start), workdir)
+    records = dataset(config)
+    check_data(config, records, mesh)
+    assets = keep_assets(records, workdir / ASSETS)
+    codec = LinearCodec.load(records.codec_path)
+    null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)
+    null_text = {"tokens": null[0][0], "token_mask": null[1][0]}
+    batches = make_dataset(
+        records,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.read_threads,
+    )
+
+    # ------------------------------------------------------------------------------ state and step
+    with jax.set_mesh(mesh):
+        create = partial(training.init_state, config=config)
+        key = jax.random.key(config.seed)
+        abstract = abstract_state(create, key, mesh=mesh)
+        # Resume order: 1. the newest checkpoint of this workdir; 2. fresh weights.
+        state = checkpoints.restore(start, abstract) if start else jax.jit(create)(key)
+        train_step = training.make_train_step(config, codec.video.strides, null_text)
+        describe(config, records, abstract, mesh, start)
+
+        # ------------------------------------------------------------------------------------ loop
+        examples = iter(batches)
+        seek(examples, start)
+        timer = step_timer(config, records)
+        pending, step = None, start
+        with (
+            MetricsLogger(
+                workdir,
+                total_steps=config.num_steps,
+                start_step=start,
+                process_index=jax.process_index(),
+            ) as logger,
+            StopSignals() as stop,
+            checkpoints,
+        ):
+            batch = place(next(examples), mesh)
+            while step < config.num_steps and not stop.requested:
+                state, metrics = train_step(state, batch)
+                step += 1
+                # While the devices work: the next batch, then the log of the step before.
+                batch = place(next(examples), mesh)
+                if pending is not None:
+                    log(logger, timer, *pending)
+                pending = (step, metrics)
+                if step % config.checkpoint.every_steps == 0:
+                    checkpoints.save(step, state, config)
+            if pending is not None:
+                log(logger, timer, *pending)
+            if step > start:
+                checkpoints.save(step, state, config)
+        if step < config.num_steps:
+            print(f"stopped and saved at step {step}; the same command resumes", flush=True)
+            return
+
+    # ---------------------------------------------------------------------------------------- clips
+    weights = state["params"] if config.optim.ema_decay is None else state["ema"]
+    show(Pipeline.from_assets(config, weights, assets, mesh), records, workdir)
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_jax.train",
+        description="Train the joint audio-video model, then sample from it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config(arg)"
+    )
+    args, rest = parser.parse_known_args(argv)
+    try:
+        started = time.perf_counter()
+        main(config_lib.load(args.config, config_lib.overrides(rest)))
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    except UserError as error:
+        print(f"train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --------------------------------------------------------------------- checks before any long work
+
+
+def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the mesh divides the heads, the batch and its micro-batches."""
+    model, data = mesh.shape["model"], mesh.shape["data"]
+    if config.model.num_heads % model:
+        raise UserError(
+            f"mesh.model={model} does not divide model.num_heads={config.model.num_heads}"
+        )
+    rows = data * config.optim.accumulate_steps
+    if config.data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
+            f"optim.accumulate_steps={config.optim.accumulate_steps}"
+        )
+
+
+def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
+    """UserError if the checkpoint's weights, moments or examples are not those of this config."""
+    changed = config_lib.difference(stored, config)
+    fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
+    free = ("model.remat", "model.dtype")
+    refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
+    if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
+        refused.append("optim.ema_decay is given in one of them only")
+    if refused:
+        raise UserError(
+            f"{workdir} holds a checkpoint of another config ({'; '.join(refused)}): "
+            "choose another --config.workdir"
+        )
+    for line in changed:
+        print(f"changed since the checkpoint: {line}")
+
+
+def check_data(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
+    model = config.model
+    _, height, width, channels = records.schema.fields["video"].shape
+    frames = records.schema.fields["video"].shape[0]
+    _, bins, audio_channels = records.schema.fields["audio"].shape
+    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
+        raise UserError(
+            f"{records.folder}: latents have {channels} video and {bins * audio_channels} audio "
+            f"channels, but model.in_channels={model.in_channels} and "
+            f"model.audio_in_channels={model.audio_in_channels}"
+        )
+    records.require(text="tokens", tokens=(config.text.length,))
+    if records.schema.vocab_size > config.text.vocab_size:
+        raise UserError(
+            f"{records.folder}: {records.schema.vocab_size} token ids, but "
+            f"text.vocab_size={config.text.vocab_size}"
+        )
+    tokens, shards = frames * height * width, mesh.shape["sequence"]
+    if tokens % shards:
+        raise UserError(
+            f"mesh.sequence={shards} does not divide the {tokens} video tokens of a clip"
+        )
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def dataset(config: Config) -> Records:
+    """The records to train on; the synthetic set is rendered and prepared on the first run."""
+    if config.data.path is not None:
+        return open_records(config.data.path)
+    folder = Path(config.workdir) / "data"
+    clips = config.data.synthetic
+    table = folder / "clips" / "captions.csv"
+    if jax.process_index() == 0:
+        synthetic.write_dataset(table.parent, clips)
+        sizes = PrepareConfig(
+            num_frames=clips.num_frames,
+            height=clips.height,
+            width=clips.width,
+            text_length=config.text.length,
+            vocab_size=config.text.vocab_size,
+        )
+        records = prepare_dataset(table, folder / "records", sizes, codec=config.data.codec)
+        for clip in records.skipped:
+            print(f"skipped {clip['source']}: {clip['reason']}")
+    return open_records(folder / "records")
+
+
+def keep_assets(records: Records, assets: Path) -> Path:
+    """What sampling needs of the dataset, copied into the workdir; returns the folder."""
+    if jax.process_index() == 0:
+        assets.mkdir(parents=True, exist_ok=True)
+        for source in (records.codec_path, records.tokenizer_path, records.folder / INDEX_NAME):
+            temporary = assets / (source.name + ".tmp")
+            shutil.copyfile(source, temporary)
+            temporary.replace(assets / source.name)
+    return assets
+
+
+def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> training.Batch:
+    """A host's part of a batch -> global arrays, rows over the data axis."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value
+        )
+        for name, value in batch.items()
+        if name != "id"
+    }
+
+
+# -------------------------------------------------------------------------------------------- loop
+
+
+class StopSignals:
+    """While in context, SIGINT and SIGTERM set `requested`; a second SIGINT interrupts at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.requested = False
+        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _stop(self, number: int, _frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def step_timer(config: Config, records: Records) -> StepTimer:
+    """Tokens and FLOPs of one global batch, for throughput and MFU."""
+    fields, rows = records.schema.fields, config.data.batch_size
+    video, audio = int(np.prod(fields["video"].shape[:3])), fields["audio"].shape[0]
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return StepTimer(
+        tokens_per_step=rows * (video + audio),
+        flops_per_step=rows * flops.train_flops(config.model, video, audio, config.text.length),
+        peak_flops=None if peak is None else peak * jax.device_count(),
+    )
+
+
+def log(logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]) -> None:
+    """Waits for a step's metrics and writes them; UserError once the loss is not finite."""
+    values: dict[str, float] = {}
+    for name, value in jax.device_get(metrics).items():
+        if np.ndim(value):
+            values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
+        else:
+            values[name] = float(value)
+    logger.log(step, values | timer.tick())
+    if not np.isfinite(values["loss"]):
+        raise UserError(
+            f"the loss is {values['loss']} at step {step}: lower optim.learning_rate or "
+            "optim.clip_norm; the same command goes on from the last checkpoint"
+        )
+
+
+# ------------------------------------------------------------------------------------------ reports
+
+
+def describe(
+    config: Config, records: Records, abstract: Any, mesh: jax.sharding.Mesh, start: int
+) -> None:
+    """What is about to run, in four lines."""
+    schema = records.schema
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(
+        f"data     {len(records)} clips of {schema.num_frames} frames, "
+        f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
+        f"{list(schema.fields['video'].shape)} and {list(schema.fields['audio'].shape)}\n"
+        f"model    {parameters / 1e6:,.2f} M parameters, {config.model.num_layers} blocks, "
+        f"video {config.model.width} and audio {config.model.audio_width} wide\n"
+        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
+        f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
+        f"run      steps {start} to {config.num_steps} in {config.workdir}",
+        flush=True,
+    )
+
+
+def show(pipeline: Pipeline, records: Records, workdir: Path) -> None:
+    """Clips from fresh prompts: files, a contact sheet, and how well sound and picture agree."""
+    config = pipeline.config
+    if config.data.path is None:
+        prompts = synthetic.captions(
+            config.data.synthetic, config.sample.num_clips, config.sample.seed
+        )
+    else:
+        count = min(config.sample.num_clips, len(records))
+        prompts = [records[i]["caption"] for i in range(count)]
+    clips = pipeline(prompts)
+    write_clips(clips, prompts, workdir)
+    print("generated clips:", sync_report(clips))
+    if config.data.path is None:
+        folder = Path(config.workdir) / "data" / "clips" / "clips"
+        real = [read_clip(path) for path in sorted(folder.glob("*.mp4"))[: len(clips)]]
+        print("real clips:     ", sync_report(real))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,292 @@
+"""The train state and the train step: pure functions of arrays and a config.
+
+    noise both streams -> predict velocities -> masked loss per stream -> AdamW -> EMA
+
+Randomness is a function of (seed, step) alone, and is drawn for the whole global batch at once, so
+the same step gives the same numbers on any mesh and however it is cut into micro-batches.
+Source: spec of the released trainer (`ltx_trainer/training_strategies/flexible.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from ltx2_jax.config import Config, OptimConfig
+from ltx2_jax.diffusion import flow, geometry
+from ltx2_jax.models.caption_embedding import CaptionEmbedding
+from ltx2_jax.models.transformer import LTX2Transformer, Modality
+from ltx2_jax.sharding import pin, spec
+
+State = dict[str, Any]  # "params", "opt", "step", and "ema" if the config averages weights
+Batch = dict[str, Array]  # what data.pipeline yields, placed on the mesh
+
+
+class LTX2(nnx.Module):
+    """What is trained as one: the text side and the transformer."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.text = CaptionEmbedding(config.text, config.model, rngs=rngs)
+        self.transformer = LTX2Transformer(config.model, rngs=rngs)
+
+
+def graph(config: Config) -> Any:
+    """The static half of the model: `nnx.merge(graph(config), params)` is callable."""
+    return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=nnx.Rngs(0))))
+
+
+def init_params(key: Array, config: Config) -> dict[str, Any]:
+    """Fresh float32 parameters as a nested dict, born on their shards."""
+    return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=nnx.Rngs(key)), nnx.Param)[1])
+
+
+def init_state(key: Array, config: Config) -> State:
+    """Fresh parameters, moments, EMA copy and step 0; run it under jit, or eval_shape."""
+    params = init_params(key, config)
+    state = {
+        "params": params,
+        "opt": optimizer(config).init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    if config.optim.ema_decay is not None:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def learning_rate(config: Config) -> Callable[[Array], Array]:
+    """Step -> learning rate: linear warm-up, then constant, linear or cosine decay."""
+    optim = config.optim
+    peak, final = optim.learning_rate, optim.learning_rate * optim.final_fraction
+    steps = max(config.num_steps - optim.warmup_steps, 1)
+    decay = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps, alpha=optim.final_fraction),
+    }[optim.schedule]()
+    # The first step trains at peak / warmup_steps, not at 0.
+    warmup = optax.linear_schedule(peak / max(optim.warmup_steps, 1), peak, optim.warmup_steps - 1)
+    return optax.join_schedules([warmup, decay], [optim.warmup_steps])
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW."""
+    optim: OptimConfig = config.optim
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            mask=_matrices,
+        ),
+    )
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a noised batch."""
+
+    x0: Array  # [B, T, C]
+    noise: Array  # [B, T, C]
+    sigma: Array  # [B]
+    clean: Array  # [B, T] bool: given tokens, neither noised nor learned
+    positions: Array  # [B or 1, axes, T, 2]
+
+
+jax.tree_util.register_dataclass(Stream, ("x0", "noise", "sigma", "clean", "positions"), ())
+
+
+def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]) -> dict[str, Any]:
+    """All that is random in one step: noise, noise levels, given frames, dropped captions.
+
+    Returns {"video": Stream, "audio": Stream, "drop_caption": bool [B]}.
+    """
+    keys = jax.random.split(key, 5)
+    x0_video = pin(geometry.patchify_video(batch["video"]), "batch", "video_tokens", None)
+    x0_audio = pin(geometry.patchify_audio(batch["audio"]), "batch", "audio_tokens", None)
+    size = x0_video.shape[0]
+    video_sigma, audio_sigma = flow.draw_sigmas(
+        keys[0],
+        size,
+        x0_video.shape[1],
+        x0_audio.shape[1],
+        shared_prob=config.flow.shared_sigma_prob,
+        std=config.flow.sigma_std,
+        uniform_prob=config.flow.sigma_uniform_prob,
+    )
+    latent_shape = batch["video"].shape[1:4]
+    in_first_frame = np.arange(x0_video.shape[1]) < latent_shape[1] * latent_shape[2]
+    given = jax.random.bernoulli(keys[1], config.flow.first_frame_prob, (size,))
+    # One latent frame is the whole clip: there is nothing left to learn.
+    clean = given[:, None] & in_first_frame & (latent_shape[0] > 1)
+    streams = {}
+    for name, key_, x0, sigma, mask, positions in (
+        ("video", keys[2], x0_video, video_sigma, clean,
+         geometry.video_positions(latent_shape, batch["fps"], strides)),
+        ("audio", keys[3], x0_audio, audio_sigma, jnp.zeros((size, x0_audio.shape[1]), bool),
+         jnp.asarray(geometry.audio_positions(x0_audio.shape[1]))),
+    ):  # fmt: skip
+        where = ("batch", f"{name}_tokens")
+        noise = jax.random.normal(key_, x0.shape, x0.dtype, out_sharding=spec(*where, None))
+        streams[name] = Stream(x0, noise, pin(sigma, "batch"), pin(mask, *where), positions)
+    drop = jax.random.bernoulli(keys[4], config.flow.caption_dropout, (size,))
+    return streams | {"drop_caption": pin(drop, "batch")}
+
+
+def as_modality(stream: Stream, context: Array, context_mask: Array, keyframes: Any) -> Modality:
+    """The noised stream as the network takes it: given tokens are clean and have timestep 0."""
+    timesteps = jnp.where(stream.clean, 0.0, stream.sigma[:, None])
+    return Modality(
+        latent=flow.noised(stream.x0, stream.noise, timesteps),
+        sigma=stream.sigma,
+        timesteps=timesteps,
+        positions=stream.positions,
+        context=context,
+        context_mask=context_mask,
+        keyframes_mask=keyframes,
+    )
+
+
+def loss(
+    model: LTX2, batch: Batch, drawn: dict[str, Any], null_text: dict[str, Array], config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """Mean of the per-sample losses, and sums for the log (so that micro-batches add up)."""
+    drop = drawn["drop_caption"][:, None]
+    tokens = jnp.where(drop, null_text["tokens"], batch["tokens"])
+    mask = jnp.where(drop, null_text["token_mask"], batch["token_mask"])
+    video_context, audio_context, mask = model.text(tokens, mask)
+    video, audio = drawn["video"], drawn["audio"]
+    keyframes = (
+        first_frame_mask(batch["video"].shape[:4]) if config.model.keyframe_embedding else None
+    )
+    v, a = model.transformer(
+        as_modality(video, video_context, mask, keyframes),
+        as_modality(audio, audio_context, mask, None),
+    )
+    sums: dict[str, Array] = {}
+    losses = {}
+    for name, stream, velocity in (("video", video, v), ("audio", audio, a)):
+        target = flow.velocity_target(stream.x0, stream.noise)
+        losses[name] = flow.masked_loss(velocity, target, ~stream.clean)
+        sums[f"{name}_loss"] = jnp.sum(losses[name])
+        sums[f"{name}_quarter"], sums[f"{name}_count"] = flow.sigma_quarters(
+            losses[name], stream.sigma
+        )
+    weights = {"video": config.flow.video_weight, "audio": config.flow.audio_weight}
+    return sum(weights[name] * jnp.mean(losses[name]) for name in losses), sums
+
+
+def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
+    """[B, T], 1 on latent frame 0: a keyframe to models that have the embedding.
+
+    The released trainer never sets it although inference does; here both do.
+    """
+    batch, frames, height, width = shape
+    first = jnp.arange(frames * height * width) < height * width
+    return pin(jnp.tile(first.astype(jnp.float32), (batch, 1)), "batch", "video_tokens")
+
+
+# -------------------------------------------------------------------------------------------- step
+
+
+def make_train_step(
+    config: Config, strides: tuple[int, int, int], null_text: dict[str, np.ndarray]
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """The jitted step: (state, batch) -> (state, metrics); the state is donated.
+
+    `strides` are the video codec's, `null_text` the tokens [S] and mask [S] of the empty caption.
+    Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
+    fell), gradient norm, learning rate.
+    """
+    graphdef, tx = graph(config), optimizer(config)
+    chunks = config.optim.accumulate_steps
+    schedule = learning_rate(config)
+
+    def loss_of(params, batch, drawn):
+        return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+
+    def gradients(params, batch, drawn):
+        if chunks == 1:
+            return jax.value_and_grad(loss_of, has_aux=True)(params, batch, drawn)
+
+        def add(total, part):
+            new = jax.value_and_grad(loss_of, has_aux=True)(params, *part)
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = jax.tree.map(lambda x: _split(x, batch["video"].shape[0], chunks), (batch, drawn))
+        first = jax.tree.map(lambda x: x[0], parts)
+        like = jax.eval_shape(
+            lambda p: jax.value_and_grad(loss_of, has_aux=True)(p, *first), params
+        )
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=_known_spec(a)), like
+        )
+        ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+        return (value / chunks, sums), jax.tree.map(lambda g: g / chunks, grads)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        drawn = draw(key, batch, config, strides)
+        (value, sums), grads = gradients(state["params"], batch, drawn)
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        new = {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt": opt,
+            "step": state["step"] + 1,
+        }
+        if config.optim.ema_decay is not None:
+            decay = ema_decay(config.optim.ema_decay, state["step"])
+            new["ema"] = jax.tree.map(
+                lambda e, p: decay * e + (1 - decay) * p, state["ema"], new["params"]
+            )
+        size = batch["video"].shape[0]
+        metrics = {
+            "loss": value,
+            "video_loss": sums["video_loss"] / size,
+            "audio_loss": sums["audio_loss"] / size,
+            "video_loss_quarters": sums["video_quarter"] / sums["video_count"],
+            "audio_loss_quarters": sums["audio_quarter"] / sums["audio_count"],
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state["step"]),
+        }
+        return new, metrics
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def ema_decay(decay: float, step: Array) -> Array:
+    """The decay after `step` updates: young averages forget the random start faster."""
+    step = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _split(x: Array, batch: int, chunks: int) -> Array:
+    """[B, ...] -> [chunks, B / chunks, ...], every chunk spread over all shards of the batch.
+
+    What is shared by the batch (leading axis 1) is repeated.
+    """
+    if x.shape[0] != batch:
+        return jnp.broadcast_to(x, (chunks, *x.shape))
+    return x.reshape(batch // chunks, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _known_spec(a: Any) -> Any:
+    return a.sharding.spec if a.sharding is not None else None

@@ -1,0 +1,42 @@
+"""One CPU process with 8 devices for all tests; golden data from the repository or --golden-dir."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="folder of golden data: one sub-folder with a cases.json per model generation",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "golden_case" in metafunc.fixturenames:
+        from test_golden import load_cases
+
+        cases = load_cases(metafunc.config.getoption("--golden-dir"))
+        metafunc.parametrize("golden_case", cases, ids=[f"{c.folder.name}/{c.name}" for c in cases])
+
+
+@pytest.fixture
+def mesh_context():
+    """`with mesh_context(data, model, sequence):` runs under an explicit mesh of fake devices."""
+    import jax
+
+    from ltx2_jax.sharding import make_mesh
+
+    def enter(data, model, sequence):
+        count = data * model * sequence
+        return jax.set_mesh(make_mesh(data, model, sequence, devices=jax.devices()[:count]))
+
+    return enter

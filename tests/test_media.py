@@ -1,0 +1,285 @@
+"""What goes into a file comes out at the same place and time; what is wrong is said in one line."""
+
+import contextlib
+import fractions
+import os
+
+import av
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+
+from ltx2_jax.data import media
+from ltx2_jax.errors import UserError
+
+
+def make_clip(num_frames=12, height=32, width=48, fps=12.0, sample_rate=16000, seed=0):
+    """Frame k is a flat colour of its own; the sound is quiet noise."""
+    rng = np.random.default_rng(seed)
+    colours = np.linspace(20, 235, num_frames).round().astype(np.uint8)
+    video = np.broadcast_to(colours[:, None, None, None], (num_frames, height, width, 3))
+    samples = round(num_frames / fps * sample_rate)
+    audio = rng.normal(0, 0.05, (samples, 2)).astype(np.float32)
+    return media.Clip(video=video, fps=fps, audio=audio, sample_rate=sample_rate)
+
+
+def write_raw(path, images, *, layout=None, audio=None, sample_rate=48000, rotation=None):
+    """A file with lossless picture and sound, written without the code under test."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("qtrle", rate=10)
+        video.height, video.width = images[0].shape[:2]
+        video.pix_fmt = "rgb24"
+        if rotation is not None:
+            video.set_display_rotation(rotation)
+        if audio is not None:
+            sound = container.add_stream("pcm_s16le", rate=sample_rate)
+            sound.layout = layout
+        for image in images:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode())
+        if audio is not None:
+            data = np.ascontiguousarray((audio * 32767).astype(np.int16).reshape(1, -1))
+            frame = av.AudioFrame.from_ndarray(data, format="s16", layout=layout)
+            frame.sample_rate, frame.pts = sample_rate, 0
+            frame.time_base = fractions.Fraction(1, sample_rate)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode())
+
+
+@pytest.mark.parametrize("fps", [12.0, 24.0, 30000 / 1001])
+def test_frame_k_comes_back_as_frame_k(tmp_path, fps):
+    clip = make_clip(num_frames=23, fps=fps)
+    media.write_mp4(tmp_path / "a.mp4", clip)
+    back = media.read_clip(tmp_path / "a.mp4")
+    assert back.video.shape == clip.video.shape
+    assert back.fps == pytest.approx(fps, rel=1e-6)
+    difference = np.abs(back.video.astype(int) - clip.video)
+    assert difference.max() <= 4  # neighbouring frames are 10 levels apart
+
+
+@pytest.mark.parametrize("sample_rate", [16000, 24000, 44100, 48000])
+@pytest.mark.parametrize("read_rate", [None, 16000])
+def test_a_click_stays_where_it_was_written(tmp_path, sample_rate, read_rate):
+    clip = make_clip(num_frames=24, sample_rate=sample_rate)
+    audio = np.zeros_like(clip.audio)
+    times = (0.25, 1.0, 1.75)
+    for time in times:
+        audio[round(time * sample_rate)] = 0.9
+    media.write_mp4(tmp_path / "a.mp4", media.Clip(clip.video, clip.fps, audio, sample_rate))
+    back = media.read_clip(tmp_path / "a.mp4", sample_rate=read_rate)
+    assert back.sample_rate == (read_rate or sample_rate)
+    assert back.audio.shape == (round(2.0 * back.sample_rate), 2)
+    for time in times:
+        begin = round((time - 0.2) * back.sample_rate)
+        window = np.abs(back.audio[begin : round((time + 0.2) * back.sample_rate), 0])
+        assert abs((begin + window.argmax()) / back.sample_rate - time) < 0.003
+
+
+def test_saturated_colours_survive_the_round_trip(tmp_path):
+    colours = np.array([[230, 40, 40], [40, 200, 60], [40, 70, 230], [240, 220, 40]], np.uint8)
+    video = np.broadcast_to(colours[:, None, None], (4, 32, 32, 3))
+    media.write_mp4(tmp_path / "a.mp4", media.Clip(video, 4.0))
+    back = media.read_clip(tmp_path / "a.mp4").video[:, 8:24, 8:24]
+    assert np.abs(back.astype(int) - video[:, 8:24, 8:24]).max() <= 5
+
+
+def test_sound_has_exactly_the_length_of_the_picture(tmp_path):
+    clip = make_clip(num_frames=25)
+    longer = np.concatenate([clip.audio, clip.audio])
+    media.write_mp4(tmp_path / "long.mp4", media.Clip(clip.video, clip.fps, longer))
+    media.write_mp4(tmp_path / "short.mp4", media.Clip(clip.video, clip.fps, clip.audio[:9000]))
+    for name in ("long", "short"):
+        back = media.read_clip(tmp_path / f"{name}.mp4", num_frames=25, sample_rate=16000)
+        assert back.audio.shape == (round(25 / 12 * 16000), 2)
+        assert back.duration == pytest.approx(25 / 12)
+    assert not back.audio[9000 + 2048 :].any()
+    assert media.read_clip(tmp_path / "long.mp4", num_frames=9).audio.shape == (12000, 2)
+
+
+def test_a_file_without_sound_reads_as_none(tmp_path):
+    clip = make_clip()
+    media.Clip(clip.video, clip.fps).save(tmp_path / "a.mp4")
+    assert media.read_clip(tmp_path / "a.mp4", sample_rate=16000).audio is None
+
+
+def test_mono_is_duplicated(tmp_path):
+    clip = make_clip()
+    media.write_mp4(tmp_path / "a.mp4", media.Clip(clip.video, clip.fps, clip.audio[:, :1]))
+    audio = media.read_clip(tmp_path / "a.mp4").audio
+    assert audio.shape[1] == 2
+    assert audio.any()
+    np.testing.assert_array_equal(audio[:, 0], audio[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "left", "right"),
+    [
+        ("5.1", [1, 0, 0.707, 0, 0.707, 0], [0, 1, 0.707, 0, 0, 0.707]),
+        ("7.1", [1, 0, 0.707, 0, 0.707, 0, 0.707, 0], [0, 1, 0.707, 0, 0, 0.707, 0, 0.707]),
+        ("quad", [1, 1, 1, 1], [1, 1, 1, 1]),
+    ],
+)
+def test_surround_down_mix(tmp_path, layout, left, right):
+    """Every channel carries its own constant level, so the mix is a dot product."""
+    levels = np.linspace(0.1, 0.8, len(left))
+    audio = np.broadcast_to(levels, (24000, len(left)))
+    images = [np.zeros((16, 16, 3), np.uint8)] * 5
+    write_raw(tmp_path / "a.mov", images, layout=layout, audio=audio)
+    got = media.read_clip(tmp_path / "a.mov").audio
+    norm = {"5.1": 2.414, "7.1": 3.121, "quad": 4.0}[layout]
+    expected = [levels @ np.array(row) / norm for row in (left, right)]
+    np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=2e-3)
+
+
+def test_resize_covers_and_crops_the_centre(tmp_path):
+    """A wide picture with a white middle square: asked for a square, only the middle remains."""
+    image = np.zeros((32, 96, 3), np.uint8)
+    image[:, 32:64] = 255
+    write_raw(tmp_path / "a.mov", [image] * 3)
+    video = media.read_clip(tmp_path / "a.mov", height=64, width=64).video
+    assert video.shape == (3, 64, 64, 3)
+    assert (video[:, :, 4:-4] > 250).all()
+    tall = media.read_clip(tmp_path / "a.mov", height=16, width=48).video
+    assert (tall[:, :, :13] < 5).all()
+    assert (tall[:, :, 19:29] > 250).all()
+
+
+def test_a_rotated_phone_video_is_upright(tmp_path):
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, :8] = (255, 0, 0)
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV cannot write a rotation")
+    write_raw(tmp_path / "a.mov", [image] * 2, rotation=90)  # counter-clockwise
+    video = media.read_clip(tmp_path / "a.mov").video
+    assert video.shape == (2, 32, 16, 3)
+    np.testing.assert_array_equal(video[0], np.rot90(image))
+    assert media.read_clip(tmp_path / "a.mov", height=32, width=16).video[0, -4, 8, 0] > 200
+
+
+def test_fps_selects_the_nearest_frame_in_time(tmp_path):
+    clip = make_clip(num_frames=24, fps=24.0)
+    media.write_mp4(tmp_path / "a.mp4", clip)
+    back = media.read_clip(tmp_path / "a.mp4", fps=10.0)
+    assert back.fps == 10.0
+    assert len(back.video) == 10
+    assert back.audio.shape == (16000, 2)
+    # The times k / 10 never fall in the middle of two frames of 24, except at k = 5 m + 2.5.
+    expected = [round(k * 2.4) for k in range(10)]
+    got = [
+        int(np.abs(clip.video[:, 0, 0, 0].astype(int) - f[8, 8, 0]).argmin()) for f in back.video
+    ]
+    assert got == expected
+    assert len(media.read_clip(tmp_path / "a.mp4", fps=48.0).video) == 48
+    assert len(media.read_clip(tmp_path / "a.mp4", fps=48.0, num_frames=7).video) == 7
+    with pytest.raises(UserError, match="only 10 at 10 fps"):
+        media.read_clip(tmp_path / "a.mp4", fps=10.0, num_frames=11)
+
+
+def test_resampling_agrees_with_scipy_and_keeps_time_zero():
+    time = np.arange(24000) / 48000
+    audio = np.stack([np.sin(2 * np.pi * f * time) for f in (440, 1000, 3000)], axis=1)
+    audio *= np.hanning(24000)[:, None]
+    ours = media.resample(audio, 48000, 16000)
+    theirs = scipy.signal.resample_poly(audio, 1, 3, axis=0)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_wav_round_trip_and_resampling(tmp_path):
+    audio = make_clip().audio
+    media.write_wav(tmp_path / "a.wav", audio, 16000)
+    back, rate = media.read_wav(tmp_path / "a.wav")
+    assert rate == 16000
+    np.testing.assert_allclose(back, audio, atol=1 / 32768)
+    half, rate = media.read_wav(tmp_path / "a.wav", sample_rate=8000)
+    assert (half.shape, rate) == ((8000, 2), 8000)
+    media.Clip(make_clip().video, 12.0, audio).save(tmp_path / "b.wav")
+    assert soundfile.info(tmp_path / "b.wav").frames == len(audio)
+
+
+def test_a_clip_shows_itself_in_a_notebook():
+    page = make_clip()._repr_html_()
+    assert page.startswith("<video controls")
+    assert "data:video/mp4;base64,AAAA" in page
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.mp4: no such file"):
+        media.read_clip(tmp_path / "nowhere.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"not a film" * 100)
+    with pytest.raises(UserError, match=r"bad\.mp4: not a readable video") as caught:
+        media.read_clip(tmp_path / "bad.mp4")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="is a folder"):
+        media.read_clip(tmp_path)
+    media.write_wav(tmp_path / "sound.wav", np.zeros((800, 2)), 16000)
+    with pytest.raises(UserError, match=r"sound\.wav: the file has no video stream"):
+        media.read_clip(tmp_path / "sound.wav")
+    with pytest.raises(UserError, match=r"bad\.mp4: not a readable sound"):
+        media.read_wav(tmp_path / "bad.mp4")
+    with pytest.raises(UserError, match=r"none\.wav: no such file"):
+        media.read_wav(tmp_path / "none.wav")
+
+
+def test_short_and_empty_videos_are_refused(tmp_path):
+    media.write_mp4(tmp_path / "a.mp4", make_clip(num_frames=12))
+    with pytest.raises(UserError, match=r"a\.mp4: 25 frames wanted, but it has only 12"):
+        media.read_clip(tmp_path / "a.mp4", num_frames=25)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 4])
+    with pytest.raises(UserError, match=r"cut\.mp4: "):
+        media.read_clip(tmp_path / "cut.mp4", num_frames=12)
+    with av.open(str(tmp_path / "empty.mkv"), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.height, video.width, video.pix_fmt = 16, 16, "yuv420p"
+        sound = container.add_stream("aac", rate=16000)
+        sound.layout = "mono"
+        container.mux(sound.encode(media._audio_frame(np.zeros((4800, 1)), 16000)))
+        container.mux(sound.encode())
+    with pytest.raises(UserError, match=r"empty\.mkv: the video stream has no frames"):
+        media.read_clip(tmp_path / "empty.mkv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": np.zeros((2, 31, 32, 3), np.uint8)}, "height 31 x width 32"),
+        ({"video": np.zeros((0, 32, 32, 3), np.uint8)}, "no pictures"),
+        ({"video": np.zeros((2, 32, 32, 3), np.float32)}, "uint8"),
+        ({"audio": np.full((100, 2), np.nan, np.float32)}, "NaN"),
+        ({"audio": np.zeros((100, 3), np.float32)}, r"\[samples, 1 or 2\]"),
+        ({"sample_rate": 11000}, "AAC has no sample rate 11000"),
+        ({"fps": 0.0}, "fps must be positive"),
+    ],
+)
+def test_what_mp4_cannot_hold_is_refused_by_name(tmp_path, change, message):
+    fields = {"video": make_clip().video, "fps": 12.0, "audio": np.zeros((100, 2), np.float32)}
+    with pytest.raises(UserError, match=message):
+        media.write_mp4(tmp_path / "a.mp4", media.Clip(**(fields | change)))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a.mp4"
+    media.write_mp4(path, make_clip())
+    before = path.read_bytes()
+    with pytest.raises(UserError):
+        media.write_mp4(path, media.Clip(np.zeros((2, 3, 3, 3), np.uint8), 12.0))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        media.write_mp4(tmp_path / "file" / "a.mp4", make_clip())
+    with pytest.raises(UserError, match=r"use \.mp4 or \.wav"):
+        make_clip().save(tmp_path / "a.gif")
+
+
+def test_libav_is_quiet(tmp_path, capfd):
+    media.write_mp4(tmp_path / "a.mp4", make_clip())
+    media.read_clip(tmp_path / "a.mp4")
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:-400])
+    with contextlib.suppress(UserError):
+        media.read_clip(tmp_path / "cut.mp4", num_frames=12)
+    assert capfd.readouterr() == ("", "")
