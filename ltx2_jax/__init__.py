@@ -1,1 +1,33 @@
 """LTX-2 in JAX: joint audio-video diffusion, from one CPU core to a TPU pod."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Imported when first used: `import ltx2_jax` is quick, and leaves time to set the environment
+# variables that jax reads when it is imported.
+_HOMES = {
+    "Clip": "data.media",
+    "Config": "config",
+    "LTX2Transformer": "models.transformer",
+    "PRESETS": "models.transformer",
+    "Pipeline": "pipeline",
+    "TransformerConfig": "models.transformer",
+    "UserError": "errors",
+    "make_mesh": "sharding",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # so that this function is asked once for a name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,10 +18,10 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for pending writes when it closes."""
+    """The checkpoints of one run; closing the context waits for pending writes."""
 
     def __init__(self, workdir: str | Path, *, keep: int | None = None):
-        """Opens `<workdir>/checkpoints`; a writer gives `keep`, the number of newest ones that stay.
+        """Opens `<workdir>/checkpoints`; a writer gives `keep`, how many of the newest stay.
 
         Raises:
           UserError: a reader's folder does not exist.

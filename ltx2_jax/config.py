@@ -9,16 +9,19 @@ right. One config object goes down through the program, and into every checkpoin
 """
 
 import ast
+import contextlib
 import dataclasses
-import importlib.util
 import json
+import runpy
+import traceback
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.caption_embedding import TextConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
@@ -27,13 +30,16 @@ from ltx2_jax.models.transformer import TransformerConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: a dataset folder written by `prepare`, or a synthetic set rendered first."""
+    """What is trained on: a folder written by `prepare`, or a synthetic set rendered first."""
 
     path: str | None = None  # dataset folder; None: rendered and prepared under the workdir
-    synthetic: SyntheticConfig = SyntheticConfig()  # what is rendered when path is None
-    codec: LinearCodecConfig = LinearCodecConfig()  # fitted to it
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if path is None
+    codec: LinearCodecConfig = field(default_factory=LinearCodecConfig)  # fitted to it
     batch_size: int = 16  # clips per step over all hosts
     read_threads: int = 2
+
+    def __post_init__(self):
+        _check_least(self, batch_size=1, read_threads=0)
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,17 @@ class OptimConfig:
 
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise UserError(f"optim.schedule={self.schedule!r}: use constant, linear or cosine")
+            raise UserError(f"schedule={self.schedule!r}: use constant, linear or cosine")
+        _check_least(self, accumulate_steps=1)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 500
     keep: int = 2  # newest checkpoints that stay on disk
+
+    def __post_init__(self):
+        _check_least(self, every_steps=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,15 @@ class SampleConfig:
 
     num_clips: int = 8
     batch_size: int = 16  # clips in one call of the jitted sampler
-    schedule: str = "ltx2"  # or "linear_quadratic", "distilled"
+    schedule: str = "ltx2"  # or another of `schedules.SCHEDULES`
     steps: int = 30
     video_guidance: float = 3.0  # classifier-free guidance scales; 1 = off
     audio_guidance: float = 7.0
     seed: int = 10
+
+    def __post_init__(self):
+        _check_least(self, num_clips=1, batch_size=1)
+        schedules.make_sigmas(self.schedule, self.steps)  # refused now, not after the training
 
 
 @dataclass(frozen=True)
@@ -103,16 +117,25 @@ class Config:
     """Everything a run depends on."""
 
     workdir: str
-    model: TransformerConfig = TransformerConfig()
-    text: TextConfig = TextConfig()
-    data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    flow: FlowConfig = FlowConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: SampleConfig = SampleConfig()
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     num_steps: int = 1000
     seed: int = 0
+
+    def __post_init__(self):
+        _check_least(self, num_steps=1)
+
+
+def _check_least(config: Any, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
 # ------------------------------------------------------------------------------- files and flags
@@ -122,97 +145,107 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
     """`file.py` or `file.py:ARG`, then `{"optim.learning_rate": "3e-4", ...}`.
 
     Raises:
-      UserError: no such file, no `get_config`, an argument it refuses, an unknown or mistyped field.
+      UserError: no such file, one that does not run, no `get_config`, an argument it refuses, an
+        unknown or mistyped field.
     """
     path, _, arg = source.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config: no file {path}")
-    module_spec = importlib.util.spec_from_file_location("ltx2_jax_config_file", path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, TypeError, NameError) as error:
-        raise UserError(f"--config: {path} does not load: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {path} has no function get_config(arg)")
-    config = module.get_config(arg or None)
-    for name, text in (overrides or {}).items():
-        config = _replace(config, name.split("."), text, name)
-    return config
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise UserError("has no function get_config(arg)")
+        config = names["get_config"](arg or None)
+    except Exception as error:  # whatever it is, it is in the user's file
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        message = kind + " ".join(str(error).split())
+        raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
+    return _replace(config, overrides or {})
+
+
+def _place(error: Exception, path: str) -> str:
+    """Where in the file at `path` the error came from, as a suffix of its name."""
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == path]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def overrides(flags: list[str]) -> dict[str, str]:
-    """`--config.a.b=value` or `--config.a.b value` flags -> {"a.b": "value"}; UserError for others."""
+    """`--config.a.b=value` or `--config.a.b value` -> {"a.b": "value"}; UserError for others."""
     found, rest = {}, list(flags)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--config."):
             raise UserError(f"unknown flag {name}; fields of the config are --config.FIELD=VALUE")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"{name} needs a value")
             value = rest.pop(0)
         found[name.removeprefix("--config.")] = value
     return found
 
 
-def _replace(node: Any, path: list[str], text: str, whole: str) -> Any:
+def _replace(node: Any, changes: dict[str, str], prefix: str = "--config") -> Any:
+    """`node` with all changes made at once: a class may check its fields against one another."""
     hints = typing.get_type_hints(type(node))
-    if path[0] not in hints:
-        raise UserError(f"--config.{whole}: no field {path[0]!r}; valid: {', '.join(hints)}")
-    value = getattr(node, path[0])
-    if len(path) > 1:
+    grouped: dict[str, dict[str, str]] = {}
+    for path, text in changes.items():
+        name, _, rest = path.partition(".")
+        if name not in hints:
+            raise UserError(f"{prefix}.{path}: no field {name!r}; valid: {', '.join(hints)}")
+        grouped.setdefault(name, {})[rest] = text
+    new = {}
+    for name, inner in grouped.items():
+        value, where = getattr(node, name), f"{prefix}.{name}"
         if not dataclasses.is_dataclass(value):
-            raise UserError(f"--config.{whole}: {path[0]} has no fields")
-        new = _replace(value, path[1:], text, whole)
-    else:
-        new = _parse(text, hints[path[0]], whole)
+            if list(inner) != [""]:
+                raise UserError(f"{where} has no fields")
+            new[name] = _parse(inner[""], hints[name], where)
+        elif "" in inner:
+            raise UserError(f"{where}: set its fields: {', '.join(vars(value))}")
+        else:
+            new[name] = _replace(value, inner, where)
     try:
-        return dataclasses.replace(node, **{path[0]: new})
+        return dataclasses.replace(node, **new)
     except ValueError as error:
-        raise UserError(f"--config.{whole}: {error}") from error
+        raise UserError(f"{prefix}: {error}") from error
 
 
-def _parse(text: str, hint: Any, whole: str) -> Any:
-    if hint is str:
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    try:
-        return _coerce(value, hint)
-    except TypeError:
-        raise UserError(f"--config.{whole}={text}: expected {_type_name(hint)}") from None
+def _parse(text: str, hint: Any, where: str) -> Any:
+    readings: list[Any] = [text]  # as it stands last: a folder may be called 2024
+    if hint is not str:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            readings.insert(0, ast.literal_eval(text))
+    for reading in readings:
+        with contextlib.suppress(TypeError):
+            return _coerce(reading, hint)
+    raise UserError(f"{where}={text}: expected {_type_name(hint)}")
 
 
 def _coerce(value: Any, hint: Any) -> Any:
     """`value` as `hint` says (ints pass as floats, lists as tuples); TypeError otherwise."""
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value)
+    mismatch = TypeError(f"expected {_type_name(hint)}, not {value!r}")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in args:
-            try:
+            with contextlib.suppress(TypeError):
                 return _coerce(value, option)
-            except TypeError:
-                continue
-        raise TypeError
+        raise mismatch
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError
+            raise mismatch
         items = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(items) != len(value):
-            raise TypeError
+            raise mismatch
         return tuple(_coerce(v, h) for v, h in zip(value, items, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
         return float(value)
-    if hint is type(None) and value is None:
-        return None
-    if not isinstance(hint, type) or not isinstance(value, hint):
-        raise TypeError
-    if hint is int and isinstance(value, bool):
-        raise TypeError
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise mismatch
     return value
 
 
@@ -232,11 +265,11 @@ def from_json(kind: type, text: str) -> Any:
     """The inverse of `to_json`.
 
     Raises:
-      UserError: not JSON, or fields that `kind` does not have.
+      UserError: not JSON, or fields or values that `kind` does not have.
     """
     try:
         return _from_dict(kind, json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"not a {kind.__name__} of this version: {error}") from error
 
 
@@ -244,10 +277,15 @@ def _from_dict(kind: type, values: Any) -> Any:
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} needs fields, got {values!r}")
     hints = typing.get_type_hints(kind)
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}")
-    return kind(**{name: _coerce(value, hints[name]) for name, value in values.items()})
+    fields = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise TypeError(f"{kind.__name__} has no field {name}")
+        try:
+            fields[name] = _coerce(value, hints[name])
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+    return kind(**fields)
 
 
 def difference(a: Any, b: Any, prefix: str = "") -> list[str]:

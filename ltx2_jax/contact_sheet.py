@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ltx2_jax.data.media import Clip
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.sync import audio_onsets, visual_onsets
 
 INK, MUTED, GRID = "#1c2430", "#7d8896", "#e3e7ec"
@@ -80,7 +81,9 @@ def contact_sheet(
         _draw_sound(wave, clip, begin, end, labelled=index == len(clips) - 1)
         _draw_onsets(frames, wave, clip)
         top -= row_heights[index]
-    return _save(figure, Path(path))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(path)
 
 
 def _span(clip: Clip, stride: int) -> tuple[float, float]:
@@ -162,14 +165,3 @@ def _tick_step(seconds: float) -> float:
         if seconds / step <= 12:
             return step
     return 30.0
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    return path

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 
 FILE_NAME = "metrics.jsonl"
 # What the progress bar has room for; the files get everything.
@@ -175,9 +176,8 @@ def _truncate(path: Path, start_step: int) -> None:
         return
     kept = [row for row in read_metrics(path.parent) if row["step"] <= start_step]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:

@@ -109,7 +109,7 @@ class Pipeline:
             return self([prompts], sample=sample)[0]
         sample = sample or self.config.sample
         tokens, mask = self.tokenizer.encode(list(prompts), self.config.text.length)
-        # Every batch has the same size, so that one compiled program serves all; the last is padded.
+        # Batches of one size, the last padded, so that one compiled program serves all.
         shards = self.mesh.shape["data"]
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
         clips: list[Clip] = []

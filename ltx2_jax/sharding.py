@@ -144,21 +144,19 @@ def abstract_state(create: Callable[..., Any], *args: Any, mesh: jax.sharding.Me
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(create, *args)
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, _spec_of(a))),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec_of(a))),
         state,
     )
 
 
-def _spec_of(a: Any) -> PartitionSpec:
+def spec_of(a: Any) -> PartitionSpec:
+    """PartitionSpec of an array or abstract value; empty if it has no sharding."""
     return a.sharding.spec if getattr(a, "sharding", None) is not None else PartitionSpec()
 
 
 def bytes_per_chip(tree: Any) -> int:
     """Bytes of one shard of every array of `tree` (arrays or abstract values with shardings)."""
-    total = 0
-    for a in jax.tree.leaves(tree):
-        total += math.prod(_shard_shape(a)) * a.dtype.itemsize
-    return total
+    return sum(math.prod(_shard_shape(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def replicated(tree: Any, limit_bytes: int = 1_000_000) -> list[str]:
@@ -167,15 +165,9 @@ def replicated(tree: Any, limit_bytes: int = 1_000_000) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, a in flat
-        if a.size * a.dtype.itemsize > limit_bytes and tuple(_shard_shape(a)) == tuple(a.shape)
+        if a.size * a.dtype.itemsize > limit_bytes and _shard_shape(a) == a.shape
     ]
 
 
 def _shard_shape(a: Any) -> tuple[int, ...]:
-    mesh_shape = a.sharding.mesh.shape
-    spec_ = tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
-    shape = []
-    for size, entry in zip(a.shape, spec_, strict=True):
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        shape.append(size // math.prod(mesh_shape[axis] for axis in axes))
-    return tuple(shape)
+    return tuple(a.shape) if a.sharding is None else tuple(a.sharding.shard_shape(a.shape))

@@ -9,9 +9,14 @@ What counts as a visual event:
   - the object turns from falling to rising (an impact). Its time is where the fall and the rise,
     extended with the curvature measured over the whole clip, meet.
 
-The lag of an audio onset is the distance to the nearest visual onset of the same clip. The same
-measure over clips whose sound tracks were exchanged is what chance gives, so a report always has
-both: a detector that fires everywhere would lower both alike.
+The lag of an audio onset is the distance to the nearest visual onset of the same clip, an event in
+the picture being where its frame is: a viewer sees nothing between frames, and detectors for any
+footage resolve no more. At 12 frames per second perfectly aligned clips then have a median lag of
+a quarter of a frame, 21 ms. The finer times that this file reads from the motion of scripted
+events are reported beside it.
+
+The same measure over clips whose sound tracks were exchanged is what chance gives, so a report
+always has both: a detector that fires everywhere would lower both alike.
 """
 
 from __future__ import annotations
@@ -48,13 +53,16 @@ DECAY_DEFAULT = 0.15
 class SyncReport:
     """Audio-visual agreement of a set of clips; times in seconds.
 
-    median_lag: median |audio onset - nearest visual onset|. shuffled_median_lag: the same with the
-    sound tracks exchanged among the clips. Both are NaN without any audio onset, and the shuffled
-    one for fewer than two clips. num_onsets: audio onsets, the number of lags behind median_lag.
+    median_lag: median |audio onset - nearest visual onset|, visual onsets at frame times.
+    shuffled_median_lag: the same with the sound tracks exchanged among the clips.
+    subframe_median_lag: as median_lag, with visual onsets interpolated between frames. All are NaN
+    without any audio onset, and the shuffled one for fewer than two clips. num_onsets: audio
+    onsets, the number of lags behind a median.
     """
 
     median_lag: float
     shuffled_median_lag: float
+    subframe_median_lag: float
     num_onsets: int
     num_visual_onsets: int
     num_clips: int
@@ -64,7 +72,8 @@ class SyncReport:
     def __str__(self) -> str:
         return (
             f"median |lag| {1000 * self.median_lag:.0f} ms, shuffled "
-            f"{1000 * self.shuffled_median_lag:.0f} ms ({self.num_onsets} audio and "
+            f"{1000 * self.shuffled_median_lag:.0f} ms, between frames "
+            f"{1000 * self.subframe_median_lag:.0f} ms ({self.num_onsets} audio and "
             f"{self.num_visual_onsets} visual onsets in {self.num_clips} clips; "
             f"{self.num_clips_without_audio_onset} clips without audio onset, "
             f"{self.num_clips_without_visual_onset} without visual onset)"
@@ -74,14 +83,16 @@ class SyncReport:
 # ---------------------------------------------------------------- lags
 
 
-def onset_lags(clips: Iterable[Clip]) -> np.ndarray:
+def onset_lags(clips: Iterable[Clip], *, subframe: bool = False) -> np.ndarray:
     """|audio onset - nearest visual onset| in seconds, float64 [all audio onsets of all clips].
 
+    Visual onsets are at the time of a frame, or between frames with `subframe`.
     A clip without audio onsets contributes nothing (`SyncReport` counts such clips). In a clip
     without visual onsets every audio onset has the clip's duration as its lag: no onset found in
     the picture could be further away, so missing events in the picture never improve a result.
     """
     tracks = [_onsets(clip) for clip in clips]
+    tracks = tracks if subframe else [track.at_frames() for track in tracks]
     return _lags([track.audio for track in tracks], tracks)
 
 
@@ -92,7 +103,8 @@ def sync_report(clips: Iterable[Clip], *, num_shuffles: int = 8, seed: int = 0) 
     track; their lags are pooled before the median. Clips without visual onsets are treated as in
     `onset_lags`, alike in both measures.
     """
-    tracks = [_onsets(clip) for clip in clips]
+    between = [_onsets(clip) for clip in clips]
+    tracks = [track.at_frames() for track in between]
     sounds = [track.audio for track in tracks]
     lags = _lags(sounds, tracks)
     rng = np.random.default_rng(seed)
@@ -106,6 +118,7 @@ def sync_report(clips: Iterable[Clip], *, num_shuffles: int = 8, seed: int = 0) 
     return SyncReport(
         median_lag=_median(lags),
         shuffled_median_lag=_median(np.concatenate(shuffled)),
+        subframe_median_lag=_median(_lags(sounds, between)),
         num_onsets=len(lags),
         num_visual_onsets=sum(len(track.visual) for track in tracks),
         num_clips=len(tracks),
@@ -119,11 +132,16 @@ class _Onsets:
     audio: np.ndarray
     visual: np.ndarray
     duration: float
+    fps: float
+
+    def at_frames(self) -> _Onsets:
+        """The same with visual onsets at the nearest frame."""
+        return dataclasses.replace(self, visual=np.round(self.visual * self.fps) / self.fps)
 
 
 def _onsets(clip: Clip) -> _Onsets:
     audio = np.zeros(0) if clip.audio is None else audio_onsets(clip.audio, clip.sample_rate)
-    return _Onsets(audio, visual_onsets(clip.video, clip.fps), clip.duration)
+    return _Onsets(audio, visual_onsets(clip.video, clip.fps), clip.duration, clip.fps)
 
 
 def _lags(sounds: Sequence[np.ndarray], tracks: Sequence[_Onsets]) -> np.ndarray:

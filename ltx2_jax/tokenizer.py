@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 
 
 def train(captions: Iterable[str], path: str | os.PathLike, vocab_size: int) -> None:
@@ -24,7 +25,7 @@ def train(captions: Iterable[str], path: str | os.PathLike, vocab_size: int) -> 
 
     Args:
       captions: the texts; blank ones are ignored.
-      path: where the model goes; the folder must exist.
+      path: where the model goes.
       vocab_size: an upper limit. Captions with few distinct words support fewer pieces.
 
     Raises:
@@ -65,7 +66,8 @@ def train(captions: Iterable[str], path: str | os.PathLike, vocab_size: int) -> 
             f"vocab_size {vocab_size} is too small for these captions: 4 special pieces, 256 bytes "
             f"and their distinct characters need at least {too_small[2]}"
         ) from None
-    _write_atomically(Path(path), model.getvalue())
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
 
 
 class Tokenizer:
@@ -125,14 +127,3 @@ class Tokenizer:
             ids[row, length - len(tokens) :] = tokens
             mask[row, length - len(tokens) :] = True
         return ids, mask
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # Not tempfile: its files are readable by their owner alone, whatever the umask says.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the tokenizer model: {error.strerror}") from None

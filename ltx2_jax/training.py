@@ -107,7 +107,7 @@ class Stream:
     x0: Array  # [B, T, C]
     noise: Array  # [B, T, C]
     sigma: Array  # [B]
-    clean: Array  # [B, T] bool: given tokens, neither noised nor learned
+    clean: Array | None  # [B, T] bool: given tokens, neither noised nor learned; None: no token
     positions: Array  # [B or 1, axes, T, 2]
 
 
@@ -133,27 +133,35 @@ def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]
         uniform_prob=config.flow.sigma_uniform_prob,
     )
     latent_shape = batch["video"].shape[1:4]
-    in_first_frame = np.arange(x0_video.shape[1]) < latent_shape[1] * latent_shape[2]
-    given = jax.random.bernoulli(keys[1], config.flow.first_frame_prob, (size,))
-    # One latent frame is the whole clip: there is nothing left to learn.
-    clean = given[:, None] & in_first_frame & (latent_shape[0] > 1)
-    streams = {}
-    for name, key_, x0, sigma, mask, positions in (
-        ("video", keys[2], x0_video, video_sigma, clean,
-         geometry.video_positions(latent_shape, batch["fps"], strides)),
-        ("audio", keys[3], x0_audio, audio_sigma, jnp.zeros((size, x0_audio.shape[1]), bool),
-         jnp.asarray(geometry.audio_positions(x0_audio.shape[1]))),
-    ):  # fmt: skip
-        where = ("batch", f"{name}_tokens")
-        noise = jax.random.normal(key_, x0.shape, x0.dtype, out_sharding=spec(*where, None))
-        streams[name] = Stream(x0, noise, pin(sigma, "batch"), pin(mask, *where), positions)
+    clean = None
+    # One latent frame is the whole clip: given, it would leave nothing to learn.
+    if config.flow.first_frame_prob > 0 and latent_shape[0] > 1:
+        given = jax.random.bernoulli(keys[1], config.flow.first_frame_prob, (size,))
+        first = np.arange(x0_video.shape[1]) < latent_shape[1] * latent_shape[2]
+        clean = pin(given[:, None] & first, "batch", "video_tokens")
+    noise = [
+        jax.random.normal(key, x.shape, x.dtype, out_sharding=spec("batch", tokens, None))
+        for key, x, tokens in (
+            (keys[2], x0_video, "video_tokens"),
+            (keys[3], x0_audio, "audio_tokens"),
+        )
+    ]
+    video_positions = geometry.video_positions(latent_shape, batch["fps"], strides)
+    audio_positions = jnp.asarray(geometry.audio_positions(x0_audio.shape[1]))
+    video_sigma, audio_sigma = pin(video_sigma, "batch"), pin(audio_sigma, "batch")
     drop = jax.random.bernoulli(keys[4], config.flow.caption_dropout, (size,))
-    return streams | {"drop_caption": pin(drop, "batch")}
+    return {
+        "video": Stream(x0_video, noise[0], video_sigma, clean, video_positions),
+        "audio": Stream(x0_audio, noise[1], audio_sigma, None, audio_positions),
+        "drop_caption": pin(drop, "batch"),
+    }
 
 
 def as_modality(stream: Stream, context: Array, context_mask: Array, keyframes: Any) -> Modality:
     """The noised stream as the network takes it: given tokens are clean and have timestep 0."""
-    timesteps = jnp.where(stream.clean, 0.0, stream.sigma[:, None])
+    timesteps = stream.sigma[:, None]  # [B, 1]: one AdaLN vector per sample
+    if stream.clean is not None:
+        timesteps = jnp.where(stream.clean, 0.0, timesteps)
     return Modality(
         latent=flow.noised(stream.x0, stream.noise, timesteps),
         sigma=stream.sigma,
@@ -185,13 +193,20 @@ def loss(
     losses = {}
     for name, stream, velocity in (("video", video, v), ("audio", audio, a)):
         target = flow.velocity_target(stream.x0, stream.noise)
-        losses[name] = flow.masked_loss(velocity, target, ~stream.clean)
+        losses[name] = flow.masked_loss(velocity, target, learned_mask(stream))
         sums[f"{name}_loss"] = jnp.sum(losses[name])
         sums[f"{name}_quarter"], sums[f"{name}_count"] = flow.sigma_quarters(
             losses[name], stream.sigma
         )
     weights = {"video": config.flow.video_weight, "audio": config.flow.audio_weight}
     return sum(weights[name] * jnp.mean(losses[name]) for name in losses), sums
+
+
+def learned_mask(stream: Stream) -> Array:
+    """[B, T], 1 where the token counts in the loss."""
+    if stream.clean is None:
+        return jnp.ones(stream.x0.shape[:2], out_sharding=jax.typeof(stream.x0[..., 0]).sharding)
+    return (~stream.clean).astype(jnp.float32)
 
 
 def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
@@ -264,7 +279,7 @@ def make_train_step(
             "audio_loss": sums["audio_loss"] / size,
             "video_loss_quarters": sums["video_quarter"] / sums["video_count"],
             "audio_loss_quarters": sums["audio_quarter"] / sums["audio_count"],
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state["step"]),
         }
         return new, metrics

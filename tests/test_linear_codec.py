@@ -94,7 +94,7 @@ def test_audio_latents_agree_with_the_frame_count(codec, fps):
     for frames in range(1, 242, 4):
         seconds = Fraction(frames) / fps  # exact: a float moves some halves, 69 / 30 * 25 is one
         samples = round(seconds * RATE)
-        assert codec.audio.num_latents(samples) == max(1, round(seconds * 25))
+        assert codec.config.num_audio_latents(samples) == max(1, round(seconds * 25))
 
 
 def test_the_first_latent_frame_sees_only_the_first_pixel_frame(codec, videos):
@@ -118,14 +118,12 @@ def test_an_illegal_frame_count_is_cropped(codec, videos):
     np.testing.assert_array_equal(cropped, codec.video.encode(videos[:1, :9]))
 
 
-def test_num_latents_crops_or_holds_the_sound(codec, audios):
-    whole = codec.audio.encode(audios[:1])
-    np.testing.assert_allclose(
-        codec.audio.encode(audios[:1], num_latents=10), whole[:, :10], atol=1e-5
-    )
-    held = codec.audio.encode(audios[:1], num_latents=40)
-    assert held.shape[1] == 40
-    np.testing.assert_allclose(held[:, 29:], np.repeat(held[:, 29:30], 11, axis=1), atol=1e-5)
+def test_every_length_has_the_mel_frames_of_its_latents(codec):
+    stride = codec.config.mel_frames_per_latent
+    for samples in range(1, 4000):
+        latents = codec.config.num_audio_latents(samples)
+        assert codec.config.mel.num_frames(samples) >= stride * (latents - 1) + 1
+    assert codec.audio.encode(np.zeros((1, 960, 2))).shape == (1, 2, 1, 32)  # a latent and a half
 
 
 def test_a_very_short_waveform_is_one_latent(codec):
@@ -269,6 +267,8 @@ def test_a_saved_codec_comes_back_whole(codec, videos, audios, tmp_path):
     assert loaded.config == codec.config
     assert loaded.explained == codec.explained
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # readable by others, too
     np.testing.assert_array_equal(loaded.video.encode(videos[:2]), codec.video.encode(videos[:2]))
     np.testing.assert_array_equal(loaded.audio.encode(audios[:2]), codec.audio.encode(audios[:2]))
 

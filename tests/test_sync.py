@@ -56,6 +56,7 @@ def test_files_agree_and_exchanged_sounds_do_not(from_files):
     assert report.num_clips == NUM_CLIPS
     assert report.num_clips_without_audio_onset == report.num_clips_without_visual_onset == 0
     assert report.median_lag < 0.035
+    assert report.subframe_median_lag < 0.010
     assert report.median_lag < report.shuffled_median_lag / 3
     assert report.shuffled_median_lag > 0.1
     assert str(report).startswith("median |lag| ")

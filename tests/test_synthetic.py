@@ -166,7 +166,7 @@ def test_the_lamp_jumps_at_the_event_and_decays():
 
 def test_written_files_match_what_was_rendered(tmp_path):
     config = SyntheticConfig(num_clips=4)
-    table = write_dataset(tmp_path / "set", config, progress=False)
+    table = write_dataset(tmp_path / "set", config)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert list(rows[0]) == ["video", "caption", "family", "events"]
     assert len(rows) == 4
@@ -195,17 +195,17 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(media, "write_mp4", counting_write)
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(folder, config, progress=False)
+        write_dataset(folder, config)
     assert not (folder / "captions.csv").exists()
     monkeypatch.setattr(media, "write_mp4", real_write)
     kept = (folder / "clips" / written[0]).stat().st_mtime_ns
-    write_dataset(folder, config, progress=False)
-    write_dataset(folder, dataclasses.replace(config, num_clips=4), progress=False)
+    write_dataset(folder, config)
+    write_dataset(folder, dataclasses.replace(config, num_clips=4))
     assert (folder / "clips" / written[0]).stat().st_mtime_ns == kept
     assert len((folder / "captions.csv").read_text().splitlines()) == 5
     assert len(os.listdir(folder / "clips")) == 4
     with pytest.raises(UserError, match=r"another config \(different: fps, seed\)"):
-        write_dataset(folder, dataclasses.replace(config, seed=1, fps=10.0), progress=False)
+        write_dataset(folder, dataclasses.replace(config, seed=1, fps=10.0))
 
 
 @pytest.mark.parametrize(

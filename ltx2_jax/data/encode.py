@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import INDEX_NAME, Field, Records, RecordWriter, Schema, content_hash
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
@@ -177,26 +178,19 @@ class ClipReader:
         *,
         sample_rate: int,
         latents_per_second: float,
-        read_clip: Callable | None = None,
         cache_bytes: int = 2 * 2**30,
     ):
-        """Takes what the audio codec needs: Hz and latents per second.
-
-        `read_clip` has the signature of `ltx2_jax.data.media.read_clip`, the default.
-        """
-        if read_clip is None:
-            from ltx2_jax.data.media import read_clip  # PyAV: not needed to read tables or records
+        """Takes what the audio codec needs: Hz and latents per second."""
         self.rows = rows
         self.bad: dict[int, str] = {}
         self._config = config
         self._sample_rate = sample_rate
         self._latents_per_second = latents_per_second
-        self._read_clip = read_clip
-        self._cache: dict[int, Any] = {}
+        self._cache: dict[int, Clip] = {}
         self._room = cache_bytes
         self._samples: int | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, Clip]]:
         # Decoding releases the GIL. The window bounds the number of decoded clips that wait.
         threads = min(8, os.cpu_count() or 1)
         waiting: deque[tuple[int, Future]] = deque()
@@ -211,7 +205,7 @@ class ClipReader:
             first = f"{self.rows[0].name}: {self.bad[0]}"
             raise UserError(f"none of the {len(self.rows)} clips can be used; the first: {first}")
 
-    def _take(self, index: int, future: Future) -> Iterator[tuple[int, Any]]:
+    def _take(self, index: int, future: Future) -> Iterator[tuple[int, Clip]]:
         try:
             clip = future.result()
             self._same_length(clip)
@@ -225,11 +219,11 @@ class ClipReader:
             self._cache[index] = clip
         yield index, clip
 
-    def _load(self, index: int) -> Any:
+    def _load(self, index: int) -> Clip:
         if index in self._cache:
             return self._cache[index]
         config = self._config
-        clip = self._read_clip(
+        clip = read_clip(
             self.rows[index].path,
             num_frames=config.num_frames,
             height=config.height,
@@ -237,19 +231,11 @@ class ClipReader:
             fps=config.fps,
             sample_rate=self._sample_rate,
         )
-        size = (config.num_frames, config.height, config.width, 3)
-        if clip.video.shape != size:
-            raise UserError(f"video is {list(clip.video.shape)}, {list(size)} is needed")
         return dataclasses.replace(clip, audio=self._whole_latents(clip))
 
-    def _whole_latents(self, clip: Any) -> np.ndarray:  # [samples, 2]
+    def _whole_latents(self, clip: Clip) -> np.ndarray:  # [samples, 2]
         if clip.audio is None or clip.audio.size == 0:
             raise UserError("no sound")
-        if clip.sample_rate != self._sample_rate or clip.audio.shape[1] not in (1, 2):
-            raise UserError(
-                f"sound is {clip.audio.shape[1]} channels at {clip.sample_rate} Hz, "
-                f"2 at {self._sample_rate} are needed"
-            )
         if not np.isfinite(clip.audio).all():
             raise UserError("sound has NaN or infinite samples")
         latents = audio_latent_length(self._config.num_frames, clip.fps, self._latents_per_second)
@@ -260,7 +246,7 @@ class ClipReader:
         audio[: len(clip.audio)] = clip.audio[:samples]
         return audio
 
-    def _same_length(self, clip: Any) -> None:
+    def _same_length(self, clip: Clip) -> None:
         if self._samples is None:
             self._samples = len(clip.audio)
         if len(clip.audio) != self._samples:
@@ -380,7 +366,6 @@ def prepare_dataset(
     *,
     codec: Any = None,
     overwrite: bool = False,
-    read_clip: Callable | None = None,
 ) -> Records:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
 
@@ -395,7 +380,6 @@ def prepare_dataset(
       codec: a fitted codec (see `encode_clips`; it also has `.save(path)`), or a
         `LinearCodecConfig` to fit one on these clips; None fits one with the defaults.
       overwrite: replace a dataset made with other settings.
-      read_clip: in place of `ltx2_jax.data.media.read_clip`.
 
     Raises:
       UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
@@ -417,9 +401,7 @@ def prepare_dataset(
         rates = mel.sample_rate, mel.sample_rate / mel.hop / codec.mel_frames_per_latent
     else:
         rates = codec.audio.sample_rate, codec.audio.latents_per_second
-    clips = ClipReader(
-        rows, config, sample_rate=rates[0], latents_per_second=rates[1], read_clip=read_clip
-    )
+    clips = ClipReader(rows, config, sample_rate=rates[0], latents_per_second=rates[1])
     with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
         tokenizer_path = writer.staging / TOKENIZER_NAME
         train_tokenizer([row.caption for row in rows], tokenizer_path, config.vocab_size)

@@ -12,7 +12,6 @@ import dataclasses
 import html
 import io
 import os
-import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason, replacing
 
 AAC_SAMPLE_RATES = (
     *(7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000),
@@ -196,7 +196,7 @@ def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[n
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{path}: not a readable sound file ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable sound file ({reason(error)})") from None
     if sample_rate is not None:
         audio, rate = resample(audio, rate, sample_rate), sample_rate
     return audio, rate
@@ -212,8 +212,8 @@ def write_mp4(path: str | os.PathLike, clip: Clip, *, crf: int = 18) -> None:
     stream. Raises UserError for odd sizes, an empty clip, a sample rate AAC lacks, sound that is
     not mono or stereo or not finite, and a file that cannot be written.
     """
-    with _replacing(path) as temporary:
-        _mux(temporary, clip, crf=crf, name=str(path))
+    with replacing(path, av.error.FFmpegError) as temporary:
+        _mux(str(temporary), clip, crf=crf, name=str(path))
 
 
 def write_wav(
@@ -226,7 +226,7 @@ def write_wav(
     Raises UserError when the file cannot be written.
     """
     _check_finite(audio, str(path))
-    with _replacing(path) as temporary:
+    with replacing(path, soundfile.SoundFileError) as temporary:
         soundfile.write(
             temporary, np.clip(audio, -1, 1), sample_rate, format="WAV", subtype="PCM_16"
         )
@@ -247,7 +247,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         with av.open(str(path)) as container:
             yield container
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: not a readable video file ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable video file ({reason(error)})") from None
 
 
 def _decode_video(
@@ -426,32 +426,10 @@ def _audio_frame(audio: np.ndarray, sample_rate: int) -> av.AudioFrame:
 # ---------------------------------------------------------------- small pieces
 
 
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name beside `path` that takes its place if the block succeeds."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield str(temporary)
-        os.replace(temporary, path)
-    except (av.error.FFmpegError, soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def _quiet() -> None:
     """libx264 prints a summary and libav warns on every damaged packet; errors reach us anyway."""
     av.logging.set_level(None)
     av.logging.set_libav_level(av.logging.PANIC)
-
-
-def _reason(error: Exception) -> str:
-    """One line about an exception of libav, libsndfile or the system, without the path again."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
 
 
 def _fit_length(audio: np.ndarray, length: int) -> np.ndarray:

@@ -29,6 +29,7 @@ import tqdm
 
 from ltx2_jax.data import media
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 
 COLORS = {
     "red": (214, 40, 46),
@@ -166,9 +167,7 @@ def captions(config: SyntheticConfig, num: int, seed: int) -> list[str]:
     return result
 
 
-def write_dataset(
-    folder: str | os.PathLike, config: SyntheticConfig, *, progress: bool = True
-) -> Path:
+def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
     """Renders `config.num_clips` clips to files: H.264 + AAC in clips/*.mp4, then captions.csv.
 
     The table has the columns video (relative to the table), caption, family and events (seconds,
@@ -181,7 +180,7 @@ def write_dataset(
     folder = Path(folder)
     _claim(folder, config)
     rows = []
-    for index in tqdm.trange(config.num_clips, desc="clips", disable=not progress):
+    for index in tqdm.trange(config.num_clips, desc="clips", disable=None):
         name = f"clips/{index:06d}.mp4"
         made = render(config, index)
         if not (folder / name).exists():
@@ -192,7 +191,8 @@ def write_dataset(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("video", "caption", "family", "events"))
     writer.writerows(rows)
-    _replace_text(folder / "captions.csv", text.getvalue())
+    with replacing(folder / "captions.csv") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
     return folder / "captions.csv"
 
 
@@ -351,14 +351,5 @@ def _claim(folder: Path, config: SyntheticConfig) -> None:
             )
     elif (folder / "clips").exists() or (folder / "captions.csv").exists():
         raise UserError(f"{folder}: holds clips of unknown origin; choose another folder")
-    _replace_text(note, json.dumps(facts, indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with replacing(note) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

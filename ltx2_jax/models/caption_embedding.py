@@ -35,7 +35,7 @@ class CaptionEmbedding(nnx.Module):
         self.to_audio = Linear(cfg.width, caption or model.audio_context_dim, rngs=rngs)
 
     def __call__(self, tokens: Array, mask: Array) -> tuple[Array, Array, Array]:
-        """ids and mask [B, S] -> video context [B, S, Dv], audio context [B, S, Da], mask [B, S]."""
+        """ids, mask [B, S] -> context of video [B, S, Dv], of audio [B, S, Da], and the mask."""
         lead = ("batch", "text_tokens")
         table, positions = pin(self.tokens[...], None, None), pin(self.positions[...], None, None)
         x = table.at[tokens].get(out_sharding=spec(*lead, None)) + positions

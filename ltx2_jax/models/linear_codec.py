@@ -28,9 +28,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.models.mel import MelConfig, istft, log_mel, mel_filter_bank, stft
 
 _KIND = "ltx2_jax.linear_codec.1"  # the number changes with the file's layout
@@ -55,9 +56,6 @@ class LinearCodecConfig:
     griffin_lim_momentum: float = 0.99
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "video_strides", tuple(self.video_strides))
-        if isinstance(self.mel, dict):
-            object.__setattr__(self, "mel", MelConfig(**self.mel))
         if len(self.video_strides) != 3 or min(self.video_strides) < 1:
             raise UserError(f"video_strides {self.video_strides}: expected three positive numbers")
         for name in ("video_channels", "audio_channels", "mel_frames_per_latent"):
@@ -67,7 +65,12 @@ class LinearCodecConfig:
             raise UserError(f"whitening {self.whitening}: expected a number from 0 to 1")
 
     def num_audio_latents(self, samples: int) -> int:
-        """Audio latents of a waveform of `samples` samples: the nearest count, halves to even."""
+        """Audio latents of a waveform: seconds * latents per second, halves to even, at least one.
+
+        For a clip of F frames this is the official round(F / fps * 25) (`ltx_core/types.py`) except
+        where that product is a half, or a sample from one: at 69 / 30 * 25 float arithmetic falls
+        short of the half. `ltx2_jax.data.encode` cuts the sound to the official count first.
+        """
         return max(1, round(samples / (self.mel.hop * self.mel_frames_per_latent)))
 
 
@@ -112,8 +115,8 @@ class LinearVideoCodec:
 
     def decode(self, latents: ArrayLike) -> Array:
         """Pixels float32 [B, F, H, W, 3], clipped to [-1, 1], of latents [B, F', H', W', C]."""
-        latents = jnp.asarray(latents, jnp.float32)
-        return _decode_video(latents, *self.space.decoder, strides=self.strides)
+        x = jnp.asarray(latents, jnp.float32)
+        return _decode_video(x, *self.space.decoder, strides=self.strides)
 
 
 class LinearAudioCodec:
@@ -132,27 +135,17 @@ class LinearAudioCodec:
         mel = self.config.mel
         return mel.sample_rate / (mel.hop * self.config.mel_frames_per_latent)
 
-    def num_latents(self, samples: int) -> int:
-        """Latents of a waveform: seconds * latents_per_second, halves to even, at least one.
-
-        For a clip of F frames this is the official round(F / fps * 25) (`ltx_core/types.py`) except
-        where that product is a half, or a sample from one: at 69 / 30 * 25 float arithmetic falls
-        short of the half. Callers that know F and fps pass `num_latents` to `encode`.
-        """
-        return self.config.num_audio_latents(samples)
-
-    def encode(self, audio: ArrayLike, num_latents: int | None = None) -> Array:
+    def encode(self, audio: ArrayLike) -> Array:
         """Latents float32 [B, A, 1, C] of a waveform [B, samples, 2] in [-1, 1]; mono is doubled.
 
-        A is num_latents or `num_latents(samples)`. Only the first 4A - 3 mel frames are used, the
-        geometry of the released codec; a shorter waveform repeats its last mel frame.
+        A is `LinearCodecConfig.num_audio_latents(samples)`. Only the first 4A - 3 mel frames are
+        used, the geometry of the released codec.
 
         Raises:
             UserError: no samples, a sample that is not finite, or neither one nor two channels.
         """
         audio = _checked_audio(audio, "audio")
-        num_latents = self.num_latents(audio.shape[1]) if num_latents is None else num_latents
-        return _encode_audio(audio, *self.space.encoder, config=self.config, latents=num_latents)
+        return _encode_audio(audio, *self.space.encoder, config=self.config)
 
     def decode(self, latents: ArrayLike, num_samples: int | None = None) -> Array:
         """Waveform float32 [B, num_samples, 2] in [-1, 1] of latents [B, A, 1, C].
@@ -162,8 +155,8 @@ class LinearAudioCodec:
         """
         group = self.config.mel.hop * self.config.mel_frames_per_latent
         samples = latents.shape[1] * group if num_samples is None else num_samples
-        latents = jnp.asarray(latents, jnp.float32)
-        mel = _decode_mel(latents, *self.space.decoder, config=self.config)
+        x = jnp.asarray(latents, jnp.float32)
+        mel = _decode_mel(x, *self.space.decoder, config=self.config)
         return waveform(mel, self.config, samples)
 
 
@@ -208,7 +201,6 @@ class LinearCodec:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one .safetensors file, config and explained variance in its metadata; atomic."""
-        path = Path(path)
         tensors = {
             f"{name}.{field}": np.ascontiguousarray(getattr(space, field))
             for name, space in (("video", self.video.space), ("audio", self.audio.space))
@@ -219,12 +211,9 @@ class LinearCodec:
             "config": json.dumps(dataclasses.asdict(self.config)),
             "explained": json.dumps(self.explained),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, str(temporary), metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Not `save_file`, which makes files that only their owner can read.
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LinearCodec":
@@ -245,7 +234,9 @@ class LinearCodec:
         if (kind := metadata.get("kind")) != _KIND:
             raise UserError(f"{path}: kind {kind}, not {_KIND}; expected a file that prepare wrote")
         try:
-            config = LinearCodecConfig(**json.loads(metadata["config"]))
+            fields = json.loads(metadata["config"])
+            fields["video_strides"] = tuple(fields["video_strides"])
+            config = LinearCodecConfig(**(fields | {"mel": MelConfig(**fields["mel"])}))
             explained = json.loads(metadata["explained"])
             spaces = [
                 LinearSpace(**{f: tensors[f"{name}.{f}"] for f in ("mean", "basis", "scale")})
@@ -261,8 +252,7 @@ class LinearCodec:
 
 def _legal_video_frames(shape: tuple[int, ...], strides: tuple[int, int, int]) -> int:
     """The largest st * k + 1 not above F, for a video of shape [B, F, H, W, 3]."""
-    frames, height, width, colours = shape[1:]
-    st, sh, sw = strides
+    (frames, height, width, colours), (st, sh, sw) = shape[1:], strides
     if frames < 1 or colours != 3:
         raise UserError(f"video of shape {shape}: expected [B, F, H, W, 3] with F >= 1")
     for axis, size, stride in (("height", height, sh), ("width", width, sw)):
@@ -328,22 +318,19 @@ def _checked_audio(audio: ArrayLike, name: str) -> np.ndarray:
     return np.repeat(audio, 2, axis=2) if audio.shape[2] == 1 else audio
 
 
-def _grouped_log_mel(audio: Array, config: LinearCodecConfig, latents: int) -> Array:
+def _grouped_log_mel(audio: Array, config: LinearCodecConfig) -> Array:
     """[B, samples, 2] -> [B, A, D] with D = (mel frames of a latent, mels, 2) flattened."""
-    stride = config.mel_frames_per_latent
+    stride, latents = config.mel_frames_per_latent, config.num_audio_latents(audio.shape[1])
     # The edges of the STFT are reflected, which takes half a window of samples.
     missing = max(0, config.mel.n_fft // 2 + 1 - audio.shape[1])
     mel = log_mel(_pad_time(audio, audio.shape[1] + missing), config.mel)
-    frames = stride * (latents - 1) + 1
-    mel = _pad_time(mel[:, :frames], frames, mode="edge")
+    mel = mel[:, : stride * (latents - 1) + 1]
     return _group_frames(mel, stride).reshape(audio.shape[0], latents, -1)
 
 
-@partial(jax.jit, static_argnames=("config", "latents"))
-def _encode_audio(
-    audio: Array, mean: Array, matrix: Array, config: LinearCodecConfig, latents: int
-) -> Array:
-    groups = _grouped_log_mel(audio, config, latents)
+@partial(jax.jit, static_argnames=("config",))
+def _encode_audio(audio: Array, mean: Array, matrix: Array, config: LinearCodecConfig) -> Array:
+    groups = _grouped_log_mel(audio, config)
     x = jnp.matmul(groups - mean, matrix, precision=jax.lax.Precision.HIGHEST)
     return x[:, :, None, :]
 
@@ -440,8 +427,7 @@ class _Moments:
             self.flush()
 
     def flush(self) -> None:
-        rows = np.concatenate(self.waiting) if self.waiting else ()
-        self.waiting = []
+        rows, self.waiting = np.concatenate(self.waiting) if self.waiting else (), []
         for start in range(0, len(rows), 1024):
             block = rows[start : start + 1024]
             self.count += len(block)
@@ -479,9 +465,9 @@ def _pixel_groups(clip: object, config: LinearCodecConfig) -> np.ndarray:
     They are whole numbers of at most 128, so sums of products over 1024 rows stay within 2**24 and
     float32 matrix multiplication is exact: fast, and the same in any order.
     """
-    video = np.asarray(clip.video)
-    frames = _legal_video_frames((1, *video.shape), config.video_strides)
-    pixels = video[None, :frames].astype(np.float32) - 128.0
+    video = np.asarray(clip.video)[None]
+    frames = _legal_video_frames(video.shape, config.video_strides)
+    pixels = video[:, :frames].astype(np.float32) - 128.0
     groups = _jit_patches(pixels, strides=config.video_strides)
     return np.asarray(groups).reshape(-1, groups.shape[-1])
 
@@ -493,10 +479,9 @@ def _mel_groups(clip: object, config: LinearCodecConfig, name: str) -> np.ndarra
             f"{name} has audio at {clip.sample_rate} Hz; the codec needs {config.mel.sample_rate}"
         )
     audio = _checked_audio(np.asarray(clip.audio)[None], f"the audio of {name}")
-    latents = config.num_audio_latents(audio.shape[1])
-    groups = _jit_grouped_log_mel(audio, config=config, latents=latents)
+    groups = _jit_grouped_log_mel(audio, config=config)
     return np.asarray(groups[0], np.float64)
 
 
 _jit_patches = jax.jit(_patches, static_argnames=("strides",))
-_jit_grouped_log_mel = jax.jit(_grouped_log_mel, static_argnames=("config", "latents"))
+_jit_grouped_log_mel = jax.jit(_grouped_log_mel, static_argnames=("config",))

@@ -1,0 +1,168 @@
+"""Clips from a trained model: python -m ltx2_jax.sample --help."""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ltx2_jax.config import Config, SampleConfig
+from ltx2_jax.data import synthetic
+from ltx2_jax.diffusion.geometry import video_latent_shape
+from ltx2_jax.diffusion.schedules import SCHEDULES
+from ltx2_jax.errors import UserError
+from ltx2_jax.pipeline import Pipeline, write_clips
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.sync import sync_report
+
+DESCRIPTION = """\
+Make clips with the model that train left in a workdir.
+
+One clip for each PROMPT. Without any, a model of the synthetic clips gets fresh captions of their
+grammar. Into the output folder go samples/000.mp4 and on, sample.mp4 (the first clip) and
+samples.png (frames and sound of the first four). A folder that holds clips is never written over.
+"""
+
+EXAMPLE = """\
+example:
+  python -m ltx2_jax.sample --workdir=workdir/quickstart \\
+      "a red ball bounces twice at a fast tempo, each impact a high note"
+
+The same prompts, settings and seed give the same clips. Settings that are not given are those of
+the config that the model was trained with.
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, sample, write, report."""
+    out = output_folder(args.workdir, args.out)
+    mesh = make_mesh(*args.mesh)
+    pipeline = Pipeline.from_workdir(args.workdir, step=args.checkpoint_step, mesh=mesh)
+    check_mesh(pipeline)
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SampleConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(pipeline.config.sample, **given)
+    prompts = all_prompts(args.prompts, args.num_clips, pipeline.config, settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
+    clips = pipeline(prompts, sample=settings)
+    write_clips(clips, prompts, out)
+    if len(clips) > 1:  # one clip has no other to exchange its sound with
+        print("generated clips:", sync_report(clips))
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    args = _parser().parse_args(argv)
+    try:
+        main(args)
+    except UserError as error:
+        print(f"sample: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def output_folder(workdir: str, out: str | None) -> Path:
+    """`out`, or the first of out-001, out-002, ... that the workdir does not have.
+
+    Raises:
+      UserError: `out` is a file, or holds clips.
+    """
+    if out is None:
+        names = (Path(workdir) / f"out-{number:03d}" for number in itertools.count(1))
+        return next(name for name in names if not name.exists())
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file")
+    if (folder / "sample.mp4").exists() or (folder / "samples").exists():
+        raise UserError(f"--out: {folder} holds clips already; choose another folder")
+    return folder
+
+
+def check_mesh(pipeline: Pipeline) -> None:
+    """UserError unless the mesh divides the heads and the video tokens of a clip."""
+    size, shards = pipeline.size, pipeline.mesh.shape
+    strides = pipeline.codec.video.strides
+    shape = video_latent_shape(size.num_frames, size.height, size.width, strides)
+    counts = {"model": pipeline.config.model.num_heads, "sequence": math.prod(shape)}
+    for axis, things in (("model", "heads"), ("sequence", "video tokens of a clip")):
+        if counts[axis] % shards[axis]:
+            raise UserError(
+                f"--mesh: {axis}={shards[axis]} does not divide {counts[axis]} {things}"
+            )
+
+
+def all_prompts(
+    prompts: Sequence[str], num_clips: int | None, config: Config, settings: SampleConfig
+) -> list[str]:
+    """One prompt for each clip: those given, in turn, or captions that the model may not know.
+
+    Raises:
+      UserError: no prompts for a model of other clips than the synthetic ones; too few clips.
+    """
+    if not prompts:
+        if config.data.path is not None:
+            raise UserError(
+                f"give a prompt: this model was trained on {config.data.path}, and only for the "
+                "synthetic clips can captions be made up"
+            )
+        return synthetic.captions(config.data.synthetic, settings.num_clips, settings.seed)
+    count = len(prompts) if num_clips is None else num_clips
+    if count < len(prompts):
+        raise UserError(f"--num-clips={count} is too few for {len(prompts)} prompts")
+    return list(itertools.islice(itertools.cycle(prompts), count))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_jax.sample",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("prompts", metavar="PROMPT", nargs="*", help="what to see and hear")
+    add("--workdir", required=True, metavar="FOLDER", help="what train wrote")
+    add(
+        "--checkpoint-step",
+        type=int,
+        metavar="STEP",
+        help="the checkpoint to take (default: the newest)",
+    )
+    add("--out", metavar="FOLDER", help="default: out-001 in the workdir, or the next free number")
+    add(
+        "--num-clips",
+        type=int,
+        metavar="N",
+        help="clips in all, from the prompts in turn (default: one for each prompt)",
+    )
+    add("--seed", type=int, help="of the noise, and of the captions made up")
+    add("--steps", type=int, metavar="N", help="calls of the model for each clip")
+    add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
+    add("--video-guidance", type=float, metavar="SCALE", help="how strictly to the prompt; 1 = off")
+    add("--audio-guidance", type=float, metavar="SCALE", help="the same for the sound")
+    add(
+        "--mesh",
+        type=_mesh,
+        default=(-1, 1, 1),
+        metavar="DATA,MODEL,SEQUENCE",
+        help="how the devices share the work; -1 takes what is left (default: -1,1,1)",
+    )
+    return parser
+
+
+def _mesh(text: str) -> tuple[int, int, int]:
+    try:
+        data, model, sequence = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers like -1,1,1") from None
+    return data, model, sequence
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

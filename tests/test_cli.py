@@ -1,0 +1,274 @@
+"""The commands as they are typed: help with an example, and one clear line for every mistake."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ltx2_jax
+from ltx2_jax import prepare, sample, train
+from ltx2_jax.config import load
+from ltx2_jax.data.media import Clip, read_clip
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+SMALL = Path(__file__).parent / "resume_config.py"
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "ltx2_jax").glob("*.py")
+    if "\nif __name__ == " in path.read_text()
+)
+
+
+def entry(name):
+    module = importlib.import_module(f"ltx2_jax.{name}")
+    return getattr(module, "cli", None) or module.main
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail with one line on stderr, and returns the line."""
+
+    def refused(command, *argv):
+        assert command([str(argument) for argument in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.endswith("\n")
+        assert error.count("\n") == 1
+        assert "Traceback" not in error
+        return error.rstrip()
+
+    return refused
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+def test_these_are_the_commands():
+    assert {"train", "sample", "prepare"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        entry(name)(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"example:\n +python -m ltx2_jax\.{name} ", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "missing"),
+    [
+        ("train", [], "--config"),
+        ("sample", ["a ball"], "--workdir"),
+        ("sample", ["--workdir=x", "--mesh=1,2"], "--mesh"),
+        ("sample", ["--workdir=x", "--steps=some"], "--steps"),
+        ("prepare", ["table.csv", "out"], "--num-frames"),
+    ],
+)
+def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsys):
+    with pytest.raises(SystemExit) as caught:
+        entry(name)(argv)
+    assert caught.value.code == 2
+    assert missing in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.optim.lr=1"], "--config.optim.lr: no field 'lr'; valid: learning_rate, "),
+        (["--config.num_steps=many"], "--config.num_steps=many: expected int"),
+        (["--confg.num_steps=3"], "unknown flag --confg.num_steps"),
+        (["--config.mesh.model=3"], r"mesh \(data=-1, model=3, sequence=1\) does not divide the 8"),
+        (["--config.mesh.data=2"], r"mesh \(data=2, .*must be 8"),
+        (["--config.mesh.model=8"], "mesh.model=8 does not divide model.num_heads=4"),
+        (["--config.data.batch_size=12"], "data.batch_size=12 is not a multiple of mesh.data=8"),
+        (["--config.optim.accumulate_steps=4"], "is not a multiple of .*optim.accumulate_steps=4"),
+        (["--config.sample.schedule=euler"], "no schedule is called 'euler': choose from ltx2, "),
+        (["--config.sample.schedule=distilled"], "the distilled schedule has 8 steps, not 20"),
+        (["--config.data.path=no/where"], "no/where: no dataset here"),
+    ],
+)
+def test_train_refuses_before_it_makes_anything(flags, message, refused, tmp_path):
+    workdir = tmp_path / "run"
+    error = refused(train.cli, QUICKSTART, f"--config.workdir={workdir}", *flags)
+    assert re.match("train: error: .*" + message, error)
+    assert not (workdir / "data").exists()
+
+
+def test_train_without_a_file_of_that_name_says_so(refused):
+    error = refused(train.cli, "--config=configs/quickstrat.py")
+    assert error == "train: error: --config: no file configs/quickstrat.py"
+
+
+def test_train_refuses_a_model_that_does_not_fit_the_codec(refused, tmp_path):
+    small = [f"--config={SMALL}", f"--config.workdir={tmp_path}"]
+    error = refused(train.cli, *small, "--config.data.codec.video_channels=12")
+    assert "12 video" in error
+    assert "model.in_channels=8" in error
+
+
+# ---- sample --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """What train leaves of an untrained model, with a checkpoint at step 3."""
+    import jax
+
+    from ltx2_jax import training
+    from ltx2_jax.checkpoint import Checkpoints
+    from ltx2_jax.sharding import make_mesh
+
+    folder = tmp_path_factory.mktemp("workdir")
+    config = load(str(SMALL), {"workdir": str(folder)})
+    train.keep_assets(train.dataset(config), folder / "assets")
+    with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
+        state = jax.jit(training.init_state, static_argnames="config")(
+            jax.random.key(0), config=config
+        )
+        checkpoints.save(3, state, config)
+    return folder
+
+
+def test_sample_writes_clips_beside_those_of_earlier_calls(workdir, capsys):
+    prompts = ["a red ball bounces once", "a blue lamp flashes twice"]
+    for folder, seed in (("out-001", 1), ("out-002", 1), ("out-003", 2)):
+        assert sample.cli([f"--workdir={workdir}", f"--seed={seed}", *prompts]) == 0
+        assert "generated clips: median |lag|" in capsys.readouterr().out
+        files = sorted(
+            str(p.relative_to(workdir / folder)) for p in (workdir / folder).rglob("*.*")
+        )
+        assert files == ["sample.mp4", "samples.png", "samples/000.mp4", "samples/001.mp4"]
+    clips = [read_clip(workdir / f"out-00{n}" / "samples" / "001.mp4") for n in (1, 2, 3)]
+    assert len(clips[0].video) == 9
+    np.testing.assert_array_equal(clips[0].video, clips[1].video)
+    assert (clips[0].video != clips[2].video).any()
+
+
+def test_sample_without_prompts_makes_captions_up(workdir, tmp_path, capsys):
+    assert sample.cli([f"--workdir={workdir}", f"--out={tmp_path}", "--num-clips=3"]) == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+
+
+def test_prompts_take_turns_and_captions_are_fresh():
+    config = load(str(SMALL))
+    assert sample.all_prompts(["a", "b"], 5, config, config.sample) == ["a", "b", "a", "b", "a"]
+    captions = sample.all_prompts([], None, config, config.sample)
+    assert len(captions) == config.sample.num_clips
+    assert captions == sample.all_prompts([], None, config, config.sample)
+    with pytest.raises(ltx2_jax.UserError, match="--num-clips=1 is too few for 2 prompts"):
+        sample.all_prompts(["a", "b"], 1, config, config.sample)
+    real = load(str(SMALL), {"data.path": "my/clips"})
+    with pytest.raises(ltx2_jax.UserError, match=r"give a prompt: .*trained on my/clips"):
+        sample.all_prompts([], None, real, real.sample)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--schedule=euler"], "no schedule is called 'euler': choose from ltx2, "),
+        (["--schedule=distilled", "--steps=9"], "the distilled schedule has 8 steps, not 9"),
+        (["--steps=0"], "steps=0"),
+        (["--num-clips=0"], "num_clips=0"),
+        (["--checkpoint-step=7"], ".*no checkpoint 7"),
+        (["--mesh=3,1,1"], r"mesh \(data=3, .*must be 8"),
+        (["--mesh=-1,4,1"], "--mesh: model=4 does not divide 2 heads"),
+        (["--mesh=-1,1,8"], "--mesh: sequence=8 does not divide 20 video tokens"),
+    ],
+)
+def test_sample_refuses_before_it_makes_anything(flags, message, workdir, refused, tmp_path):
+    out = tmp_path / "out"
+    error = refused(sample.cli, f"--workdir={workdir}", f"--out={out}", *flags)
+    assert re.match("sample: error: " + message, error)
+    assert not out.exists()
+
+
+def test_sample_names_a_workdir_without_a_checkpoint(refused, tmp_path):
+    error = refused(sample.cli, f"--workdir={tmp_path}/none", "a ball")
+    assert error.startswith(f"sample: error: {tmp_path}/none: no checkpoint")
+    (tmp_path / "checkpoints").mkdir()
+    error = refused(sample.cli, f"--workdir={tmp_path}", "a ball")
+    assert error.startswith(f"sample: error: {tmp_path}: no checkpoint")
+
+
+def test_sample_never_writes_over_clips(refused, tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "file").write_text("")
+    error = refused(sample.cli, "--workdir=x", f"--out={tmp_path}")
+    assert error == f"sample: error: --out: {tmp_path} holds clips already; choose another folder"
+    error = refused(sample.cli, "--workdir=x", f"--out={tmp_path}/file")
+    assert error == f"sample: error: --out: {tmp_path}/file is a file"
+
+
+# ---- prepare -------------------------------------------------------------------------------------
+
+SIZE = ("--num-frames=9", "--height=16", "--width=16")
+
+
+def test_prepare_names_a_table_that_is_not_there(refused, tmp_path):
+    error = refused(prepare.main, tmp_path / "clips.csv", tmp_path / "out", *SIZE)
+    assert error == f"prepare: error: {tmp_path}/clips.csv: no such table"
+
+
+def test_prepare_names_a_column_that_is_missing(refused, tmp_path):
+    table = tmp_path / "clips.csv"
+    table.write_text("video,text\na.mp4,a ball\n")
+    error = refused(prepare.main, table, tmp_path / "out", *SIZE)
+    assert error == f"prepare: error: {table}:1: no column 'caption'; there: 'video', 'text'"
+    table = tmp_path / "clips.jsonl"
+    table.write_text(json.dumps({"caption": "a ball"}))
+    error = refused(prepare.main, table, tmp_path / "out", *SIZE)
+    assert f"{table}:1: no column 'video' (or 'media_path')" in error
+
+
+def test_prepare_with_bad_clips_only_names_the_first(refused, tmp_path):
+    silent = Clip(np.zeros((9, 16, 16, 3), np.uint8), 12.0)
+    silent.save(tmp_path / "silent.mp4")
+    table = tmp_path / "clips.csv"
+    table.write_text("video,caption\nsilent.mp4,a ball\nnone.mp4,a lamp\n")
+    error = refused(prepare.main, table, tmp_path / "out", *SIZE)
+    assert "none of the 2 clips can be used; the first: silent.mp4: no sound" in error
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the package ---------------------------------------------------------------------------------
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = (
+        "import sys, ltx2_jax; assert 'Pipeline' in dir(ltx2_jax);"
+        "print([name for name in ('jax', 'numpy', 'av') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_public_names_are_those_of_their_modules():
+    from ltx2_jax.models import transformer
+    from ltx2_jax.pipeline import Pipeline
+
+    assert ltx2_jax.Pipeline is Pipeline
+    assert ltx2_jax.PRESETS is transformer.PRESETS
+    for name in ltx2_jax.__all__:
+        assert getattr(ltx2_jax, name) is not None
+        assert name in dir(ltx2_jax)
+    with pytest.raises(AttributeError, match="no attribute 'pipline'"):
+        _ = ltx2_jax.pipline
+
+
+def test_the_version_is_that_of_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ltx2_jax.__version__ == project["version"]

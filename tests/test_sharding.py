@@ -1,0 +1,181 @@
+"""The same numbers on every mesh, nothing large replicated, and the full size traced abstractly."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ltx2_jax import sharding, training
+from ltx2_jax.config import Config, DataConfig, OptimConfig
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.models.transformer import LTX2_19B
+from ltx2_jax.train import place
+
+# As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
+WIDE = dataclasses.replace(
+    tiny.MODEL, head_dim=64, audio_head_dim=32, context_dim=512, audio_context_dim=256
+)
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+
+
+def loss_and_gradients(mesh_context, sizes):
+    config = tiny.config()
+    graphdef = training.graph(config)
+
+    def compute(params, batch):
+        drawn = training.draw(jax.random.key(7), batch, config, tiny.STRIDES)
+
+        def loss(p):
+            model = nnx.merge(graphdef, p)
+            return training.loss(model, batch, drawn, tiny.NULL_TEXT, config)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    with mesh_context(*sizes), jax.default_matmul_precision("highest"):
+        mesh = jax.sharding.get_mesh()
+        value, grads = jax.jit(compute)(tiny.params(config, mesh), place(tiny.batch(), mesh))
+        return float(value), jax.tree.map(np.asarray, grads)
+
+
+@pytest.fixture(scope="module")
+def single_device():
+    return {}  # filled by the first test that needs it
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m)))
+def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh_context, mesh, single_device):
+    if not single_device:
+        single_device["value"], single_device["grads"] = loss_and_gradients(mesh_context, (1, 1, 1))
+    value, grads = loss_and_gradients(mesh_context, mesh)
+    assert value == pytest.approx(single_device["value"], rel=1e-5)
+    for want, got in zip(
+        jax.tree.leaves(single_device["grads"]), jax.tree.leaves(grads), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5 * np.abs(want).max() + 1e-7)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m)))
+def test_no_weight_moment_or_average_is_replicated(mesh_context, mesh):
+    config = dataclasses.replace(tiny.config(), model=WIDE)
+    with mesh_context(*mesh):
+        state = sharding.abstract_state(
+            partial(training.init_state, config=config),
+            jax.eval_shape(jax.random.key, 0),
+            mesh=jax.sharding.get_mesh(),
+        )
+    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size * 4 > 1_000_000]
+    assert len(large) > 100
+    assert sharding.replicated(state, limit_bytes=1_000_000) == []
+
+
+def full_size_config() -> Config:
+    return Config(
+        workdir="unused",
+        model=LTX2_19B,
+        text=TextConfig(length=1024, vocab_size=1024, width=3840),
+        data=DataConfig(batch_size=64),
+        optim=OptimConfig(ema_decay=0.999),
+    )
+
+
+def abstract_batch(mesh, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Latents of 121 frames at 1280x704."""
+    shapes = {
+        "video": ((size, 16, 22, 40, 128), jnp.float32),
+        "audio": ((size, 126, 16, 8), jnp.float32),
+        "tokens": ((size, 1024), jnp.int32),
+        "token_mask": ((size, 1024), jnp.bool_),
+        "fps": ((size,), jnp.float32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding.sharding_of(mesh, "batch", *[None] * (len(shape) - 1))
+        )
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def test_19b_train_step_traces_on_256_chips():
+    config, mesh = full_size_config(), sharding.abstract_mesh(32, 4, 2)
+    key = jax.eval_shape(jax.random.key, 0)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(partial(training.init_state, config=config), key)
+        null = {"tokens": np.zeros(1024, np.int32), "token_mask": np.ones(1024, bool)}
+        step = training.make_train_step(config, (8, 32, 32), null)
+        new_state, metrics = jax.eval_shape(step, state, abstract_batch(mesh, 64))
+    assert metrics["loss"].shape == ()
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+        assert sharding.spec_of(old) == sharding.spec_of(new)
+    assert sharding.replicated(state, limit_bytes=1_000_000) == []
+    # float32 weights, two moments and the average: 16 bytes a parameter, spread over 256 chips.
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    assert parameters > 18.88e9
+    assert sharding.bytes_per_chip(state) < 1.01 * 16 * parameters / 256
+
+
+def test_self_attention_exchanges_tokens_for_heads_and_gathers_nothing(mesh_context):
+    from ltx2_jax.models.attention import attend
+
+    with mesh_context(1, 2, 4):
+        where = sharding.spec("batch", "video_tokens", "heads", None)
+        q = jax.random.normal(jax.random.key(0), (2, 16, 8, 4), out_sharding=where)
+        attention = jax.jit(partial(attend, queries="video_tokens", keys="video_tokens"))
+        program = attention.lower(q, q, q).compile().as_text()
+    assert "all-to-all" in program
+    assert "all-gather" not in program
+
+
+def test_audio_queries_do_not_gather_video_keys(mesh_context):
+    from ltx2_jax.models.attention import attend
+
+    with mesh_context(1, 2, 4):
+        where = sharding.spec("batch", "video_tokens", "heads", None)
+        k = jax.random.normal(jax.random.key(0), (2, 16, 8, 4), out_sharding=where)
+        audio = sharding.spec("batch", "audio_tokens", "heads", None)
+        q = jax.random.normal(jax.random.key(1), (2, 5, 8, 4), out_sharding=audio)
+        attention = jax.jit(partial(attend, queries="audio_tokens", keys="video_tokens"))
+        program = attention.lower(q, k, k).compile().as_text()
+        got = np.asarray(attention(q, k, k))
+    assert "all-gather" not in program
+    q, k = np.asarray(q), np.asarray(k)
+    logits = np.einsum("bqnh,bknh->bnqk", q, k) / 2
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(got, np.einsum("bnqk,bknh->bqnh", weights, k), atol=1e-5)
+
+
+def test_spec_refuses_one_mesh_axis_used_twice(mesh_context):
+    with mesh_context(2, 2, 2):
+        assert sharding.spec("batch", "video_tokens", "heads") == P("data", "sequence", "model")
+        with pytest.raises(ValueError, match="used twice"):
+            sharding.spec("video_tokens", "exchanged_heads")
+        with pytest.raises(ValueError, match="unknown logical axis"):
+            sharding.spec("chanels")
+
+
+def test_without_a_mesh_nothing_is_pinned():
+    x = jnp.ones((4, 4))
+    assert sharding.spec("batch", None) is None
+    assert sharding.pin(x, "batch", None) is x
+
+
+def test_weights_move_to_another_axis_when_fsdp_does_not_divide(mesh_context):
+    with mesh_context(2, 2, 2):
+        assert sharding.weight_spec((8, 6), ("fsdp", "heads")) == P(("data", "sequence"), "model")
+        assert sharding.weight_spec((3, 8), ("fsdp", None)) == P(None, ("data", "sequence"))
+        assert sharding.weight_spec((6, 3), ("fsdp", None)) == P("data", None)
+        with pytest.raises(UserError, match="does not divide 5"):
+            sharding.weight_spec((8, 5), ("fsdp", "heads"))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (8, 2, 1), (-1, 3, 1), (0, 1, 1)])
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes):
+    with pytest.raises(UserError, match="does not divide the 8 devices"):
+        sharding.make_mesh(*sizes)

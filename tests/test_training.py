@@ -1,0 +1,133 @@
+"""The train step: what is learned, what is drawn, and what accumulation must not change."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ltx2_jax import training
+from ltx2_jax.config import FlowConfig, OptimConfig
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.train import place
+
+SMALL = dataclasses.replace(tiny.MODEL, num_layers=1)
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        yield
+
+
+def small(**changes):
+    return dataclasses.replace(tiny.config(model=SMALL), **changes)
+
+
+def on_mesh(batch):
+    return place(batch, jax.sharding.get_mesh())
+
+
+def run(config, steps, batch=None):
+    state = tiny.state(config, jax.sharding.get_mesh())
+    step = training.make_train_step(config, tiny.STRIDES, tiny.NULL_TEXT)
+    metrics = []
+    for _ in range(steps):
+        state, values = step(state, on_mesh(batch or tiny.batch()))
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+def test_the_model_learns_one_batch():
+    config = small(num_steps=30, flow=FlowConfig(), optim=OptimConfig(learning_rate=1e-2))
+    _, metrics = run(config, 30)
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    assert np.isfinite([m["grad_norm"] for m in metrics]).all()
+
+
+def test_accumulated_micro_batches_equal_one_large_batch():
+    whole = small(optim=OptimConfig(learning_rate=1e-2, ema_decay=0.9))
+    cut = dataclasses.replace(whole, optim=dataclasses.replace(whole.optim, accumulate_steps=4))
+    (state, a), (cut_state, b) = run(whole, 1), run(cut, 1)
+    for name in a[0]:
+        np.testing.assert_allclose(b[0][name], a[0][name], rtol=2e-5, err_msg=name)
+    # Adam's first update is the sign of the gradient: compare the moments, which are linear in it.
+    for x, y in zip(jax.tree.leaves(state["opt"]), jax.tree.leaves(cut_state["opt"]), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-6)
+
+
+def test_every_step_draws_new_noise_and_the_same_step_the_same():
+    config = small()
+    batch = on_mesh(tiny.batch())
+    draws = [
+        training.draw(jax.random.fold_in(jax.random.key(config.seed), i), batch, config, (4, 8, 8))
+        for i in (0, 0, 1)
+    ]
+    assert (draws[0]["video"].noise == draws[1]["video"].noise).all()
+    assert not (draws[0]["video"].noise == draws[2]["video"].noise).any()
+    assert not (draws[0]["video"].sigma == draws[2]["video"].sigma).any()
+
+
+def test_given_first_frames_are_clean_and_not_learned():
+    config = small(flow=FlowConfig(first_frame_prob=1.0))
+    drawn = training.draw(jax.random.key(0), on_mesh(tiny.batch()), config, tiny.STRIDES)
+    video = drawn["video"]
+    first = np.arange(16) < 8  # two latent frames of 2 x 4 tokens
+    np.testing.assert_array_equal(video.clean, np.tile(first, (8, 1)))
+    modality = training.as_modality(video, None, None, None)
+    np.testing.assert_array_equal(modality.latent[:, :8], video.x0[:, :8])
+    assert not np.array_equal(modality.latent[:, 8:], video.x0[:, 8:])
+    assert (np.asarray(modality.timesteps)[:, :8] == 0).all()
+    np.testing.assert_array_equal(modality.timesteps[:, 8:], np.tile(video.sigma, (8, 1)).T)
+    np.testing.assert_array_equal(modality.sigma, video.sigma)
+    np.testing.assert_array_equal(training.learned_mask(video), np.tile(~first, (8, 1)))
+
+
+def test_streams_share_sigma_as_often_as_configured():
+    batch = on_mesh(tiny.batch(size=8))
+    for share, expected in ((0.0, 0), (1.0, 8)):
+        config = small(flow=FlowConfig(shared_sigma_prob=share))
+        drawn = training.draw(jax.random.key(3), batch, config, tiny.STRIDES)
+        assert (drawn["video"].sigma == drawn["audio"].sigma).sum() == expected
+
+
+def test_a_dropped_caption_is_the_empty_caption():
+    config = small(flow=FlowConfig(caption_dropout=1.0))
+    batch, other = tiny.batch(), tiny.batch(seed=1)
+    mixed = batch | {"tokens": other["tokens"], "token_mask": other["token_mask"]}
+    losses = [run(config, 1, b)[1][0]["loss"] for b in (batch, mixed)]
+    assert losses[0] == losses[1]
+
+
+def test_weight_decay_reaches_matrices_only():
+    params = tiny.params(small(), jax.sharding.get_mesh())
+    mask = training._matrices(params)
+    decayed = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if on}
+    spared = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if not on}
+    assert decayed == {"kernel"}
+    assert {"bias", "q_norm", "video_table", "tokens"} <= spared
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at"),
+    [("constant", {10: 1.0, 110: 1.0}), ("linear", {60: 0.55, 110: 0.1}),
+     ("cosine", {60: 0.55, 110: 0.1})],
+)  # fmt: skip
+def test_learning_rate_warms_up_then_decays(schedule, at):
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule)
+    rate = training.learning_rate(small(optim=optim, num_steps=110))
+    np.testing.assert_allclose([rate(0), rate(4), rate(9)], [0.1, 0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose([rate(step) for step in at], list(at.values()), rtol=1e-5)
+
+
+def test_average_of_weights_follows_its_decay():
+    config = small(optim=OptimConfig(learning_rate=1e-2, ema_decay=0.5))
+    before = jax.tree.map(np.asarray, tiny.params(config, jax.sharding.get_mesh()))
+    state, _ = run(config, 1)
+    decay = min(0.5, 1 / 10)
+    expected = jax.tree.map(
+        lambda b, p: decay * b + (1 - decay) * np.asarray(p), before, state["params"]
+    )
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(state["ema"]), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,87 @@
+"""A tiny but complete run for tests: the wiring of 2.5, eight heads, eight-way shapes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltx2_jax import training
+from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig
+from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.models.transformer import LTX2_5_22B
+from ltx2_jax.sharding import abstract_state, make_mesh
+
+STRIDES = (4, 8, 8)
+NULL_TEXT = {"tokens": np.zeros(6, np.int32), "token_mask": np.arange(6) == 5}
+
+MODEL = dataclasses.replace(
+    LTX2_5_22B,
+    num_layers=2,
+    num_heads=8,
+    head_dim=4,
+    audio_num_heads=8,
+    audio_head_dim=2,
+    in_channels=8,
+    out_channels=8,
+    audio_in_channels=16,
+    audio_out_channels=16,
+    context_dim=24,
+    audio_context_dim=16,
+    rope_theta=100.0,
+    dtype="float32",
+)
+
+
+def config(**changes) -> Config:
+    base = Config(
+        workdir="unused",
+        model=MODEL,
+        text=TextConfig(length=6, vocab_size=16, width=8),
+        data=DataConfig(batch_size=8),
+        flow=FlowConfig(shared_sigma_prob=0.5, first_frame_prob=0.5, caption_dropout=0.3),
+        optim=OptimConfig(learning_rate=1e-2, ema_decay=0.9),
+        num_steps=10,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def batch(size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    """Latents of 2 x 2 x 4 = 16 video tokens and 5 audio tokens, with two frame rates."""
+    rng = np.random.default_rng(seed)
+    return {
+        "video": rng.normal(size=(size, 2, 2, 4, 8)).astype(np.float32),
+        "audio": rng.normal(size=(size, 5, 1, 16)).astype(np.float32),
+        "tokens": rng.integers(0, 16, (size, 6)).astype(np.int32),
+        "token_mask": rng.random((size, 6)) < 0.8,
+        "fps": np.where(np.arange(size) % 2, 24.0, 12.5).astype(np.float32),
+    }
+
+
+def params(config: Config, mesh=None):
+    """Parameters all of whose entries count: nothing starts at zero. The same on every mesh.
+
+    Drawn by numpy, because compiling the initialisers takes longer than most tests.
+    """
+    create = partial(training.init_params, config=config)
+    key = jax.eval_shape(jax.random.key, 0)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    rng = np.random.default_rng(1)
+
+    def value(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.normal(size=leaf.shape, scale=0.2).astype(np.float32)
+        return jax.device_put(values, leaf.sharding)
+
+    return jax.tree.map(value, abstract_state(create, key, mesh=mesh))
+
+
+def state(config: Config, mesh=None):
+    """A train state around `params`, without compiling the initialisers."""
+    weights = params(config, mesh)
+    state = {
+        "params": weights,
+        "opt": training.optimizer(config).init(weights),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    return state | ({"ema": jax.tree.map(jnp.copy, weights)} if config.optim.ema_decay else {})
