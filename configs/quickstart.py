@@ -1,16 +1,35 @@
-"""Quickstart."""
+"""A small LTX-2 on two CPU cores: from nothing to a clip with sound in about six minutes.
+
+    python -m ltx2_jax.train --config=configs/quickstart.py
+
+renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
+linear codec to them, trains 1.5 M parameters for 2,200 steps of about 0.13 s, and makes 64 clips
+from captions of the same grammar. The wiring is that of LTX-2 2.3; only sizes differ. One video
+latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens.
+
+    --config=configs/quickstart.py:ablation
+
+is the same without cross-attention between audio and video: picture and sound then know of each
+other only what the caption says, and no longer agree in time.
+"""
+
+import dataclasses
 
 from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, SampleConfig
 from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.errors import UserError
 from ltx2_jax.models.caption_embedding import TextConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
-from ltx2_jax.models.transformer import TransformerConfig
+from ltx2_jax.models.transformer import LTX2_3_22B
 
 
 def get_config(arg: str | None = None) -> Config:
+    if arg not in (None, "ablation"):
+        raise UserError(f"configs/quickstart.py:{arg}: the only variant is :ablation")
     return Config(
-        workdir="workdir/quickstart",
-        model=TransformerConfig(
+        workdir="workdir/quickstart" if arg is None else f"workdir/quickstart-{arg}",
+        model=dataclasses.replace(
+            LTX2_3_22B,
             num_layers=4,
             num_heads=4,
             head_dim=24,
@@ -22,32 +41,36 @@ def get_config(arg: str | None = None) -> Config:
             audio_out_channels=32,
             context_dim=96,
             audio_context_dim=64,
-            caption_channels=None,
-            gated_attention=True,
-            modulated_text_attention=True,
-            prompt_adaln=True,
+            audio_video_attention=arg is None,
+            # Positions as fractions of 4 s and 64 pixels; fewer octaves than 20 s at 2048 need.
             max_pos=(4.0, 64.0, 64.0),
             audio_max_pos=(4.0,),
             rope_theta=100.0,
-            dtype="float32",
-            remat="none",
+            dtype="float32",  # CPUs emulate bfloat16
+            remat="none",  # everything fits
         ),
         text=TextConfig(length=32, vocab_size=512, width=64),
         data=DataConfig(
-            synthetic=SyntheticConfig(),
-            codec=LinearCodecConfig(video_strides=(4, 8, 8), video_channels=48, audio_channels=32),
+            synthetic=SyntheticConfig(
+                num_clips=512, num_frames=25, height=32, width=32, fps=12.0, sample_rate=16000
+            ),
+            codec=LinearCodecConfig(
+                video_strides=(1, 32, 32), video_channels=48, audio_channels=32
+            ),
             batch_size=16,
         ),
-        flow=FlowConfig(shared_sigma_prob=0.5, caption_dropout=0.1),
+        # Sampling denoises both streams together, so most draws share one noise level.
+        flow=FlowConfig(shared_sigma_prob=0.7, caption_dropout=0.1),
         optim=OptimConfig(
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             warmup_steps=50,
             schedule="cosine",
             final_fraction=0.05,
+            b2=0.99,
             ema_decay=0.995,
         ),
         sample=SampleConfig(
-            num_clips=64, batch_size=32, steps=20, video_guidance=1.0, audio_guidance=1.0
+            num_clips=64, batch_size=32, steps=30, video_guidance=1.0, audio_guidance=1.0
         ),
-        num_steps=1200,
+        num_steps=2200,
     )

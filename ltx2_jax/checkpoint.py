@@ -29,6 +29,10 @@ class Checkpoints:
         self.folder = Path(workdir).resolve() / FOLDER
         if keep is None and not self.folder.is_dir():
             raise UserError(f"{workdir}: no checkpoints there (train writes {FOLDER}/)")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be a workdir ({error.strerror})") from None
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
@@ -54,9 +58,6 @@ class Checkpoints:
             return
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
         self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
-
-    def wait(self) -> None:
-        self._checkpointer.wait()
 
     def config(self, step: int) -> Config:
         """The config stored with a checkpoint."""

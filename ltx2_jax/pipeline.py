@@ -5,7 +5,10 @@ clip = pipe("a red ball bounces three times")
 clip.save("ball.mp4")
 """
 
+import csv
 import dataclasses
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from ltx2_jax import training
 from ltx2_jax.checkpoint import Checkpoints
+from ltx2_jax.checks import check_mesh
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip
@@ -28,6 +32,7 @@ from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.models.transformer import Modality
 from ltx2_jax.sharding import abstract_state, make_mesh, pin
@@ -61,6 +66,7 @@ class Pipeline:
         self.config, self.params, self.codec = config, params, codec
         self.tokenizer, self.size = tokenizer, size
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
+        check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         self._graph = training.graph(config)
 
     @classmethod
@@ -238,12 +244,20 @@ def generate(
 
 
 def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:
-    """`samples/NNN.mp4` of all clips, `sample.mp4` of the first, `samples.png` of the first four.
+    """Clips to files, for a person to look at.
 
-    Small clips are enlarged in the files, pixel by pixel, to be watchable.
+    `samples/NNN.mp4` are all clips and `samples/captions.csv` their prompts, in the columns that
+    `prepare` reads; `sample.mp4` is the first clip, `samples.png` shows the first four. Small clips
+    are enlarged, pixel by pixel, to be watchable.
     """
+    table = io.StringIO(newline="")
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(("video", "caption"))
+    rows.writerows((f"{i:03d}.mp4", prompt) for i, prompt in enumerate(prompts))
     for i, clip in enumerate(clips):
         enlarged(clip).save(folder / "samples" / f"{i:03d}.mp4")
+    with replacing(folder / "samples" / "captions.csv") as temporary:
+        temporary.write_text(table.getvalue(), encoding="utf-8")
     enlarged(clips[0]).save(folder / "sample.mp4")
     contact_sheet(folder / "samples.png", clips[:4], prompts[:4], title="generated clips")
     print(

@@ -24,7 +24,7 @@ example:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
@@ -121,4 +121,4 @@ def _report(records: Records) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

@@ -3,14 +3,12 @@
 import argparse
 import dataclasses
 import itertools
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data import synthetic
-from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.pipeline import Pipeline, write_clips
@@ -40,7 +38,6 @@ def main(args: argparse.Namespace) -> None:
     out = output_folder(args.workdir, args.out)
     mesh = make_mesh(*args.mesh)
     pipeline = Pipeline.from_workdir(args.workdir, step=args.checkpoint_step, mesh=mesh)
-    check_mesh(pipeline)
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SampleConfig)}
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(pipeline.config.sample, **given)
@@ -81,19 +78,6 @@ def output_folder(workdir: str, out: str | None) -> Path:
     if (folder / "sample.mp4").exists() or (folder / "samples").exists():
         raise UserError(f"--out: {folder} holds clips already; choose another folder")
     return folder
-
-
-def check_mesh(pipeline: Pipeline) -> None:
-    """UserError unless the mesh divides the heads and the video tokens of a clip."""
-    size, shards = pipeline.size, pipeline.mesh.shape
-    strides = pipeline.codec.video.strides
-    shape = video_latent_shape(size.num_frames, size.height, size.width, strides)
-    counts = {"model": pipeline.config.model.num_heads, "sequence": math.prod(shape)}
-    for axis, things in (("model", "heads"), ("sequence", "video tokens of a clip")):
-        if counts[axis] % shards[axis]:
-            raise UserError(
-                f"--mesh: {axis}={shards[axis]} does not divide {counts[axis]} {things}"
-            )
 
 
 def all_prompts(

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ltx2_jax import checks, flops, training
 from ltx2_jax import config as config_lib
-from ltx2_jax import flops, training
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.config import Config
 from ltx2_jax.data import synthetic
@@ -23,6 +23,7 @@ from ltx2_jax.data.media import read_clip
 from ltx2_jax.data.pipeline import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
@@ -47,41 +48,45 @@ def main(config: Config) -> None:
 
     # ------------------------------------------------------------------------------- mesh and data
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
-    check_mesh(config, mesh)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    start = checkpoints.latest_step or 0
-    if start:
-        check_same_run(config, checkpoints.config(start), workdir)
-    records = dataset(config)
-    check_data(config, records, mesh)
-    assets = keep_assets(records, workdir / ASSETS)
-    codec = LinearCodec.load(records.codec_path)
-    null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)
-    null_text = {"tokens": null[0][0], "token_mask": null[1][0]}
-    batches = make_dataset(
-        records,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.data.read_threads,
-    )
+    checks.check_batch(config, mesh)
+    if config.data.path is None:
+        checks.check_synthetic(config, mesh)
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+        start = checkpoints.latest_step or 0
+        if start:
+            checks.check_same_run(config, checkpoints.config(start), workdir)
+        records = dataset(config)
+        checks.check_records(config, records, mesh)
+        assets = keep_assets(records, workdir / ASSETS)
+        codec = LinearCodec.load(records.codec_path)
+        null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)
+        null_text = {"tokens": null[0][0], "token_mask": null[1][0]}
+        examples = iter(
+            make_dataset(
+                records,
+                batch_size=config.data.batch_size,
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                threads=config.data.read_threads,
+            )
+        )
 
-    # ------------------------------------------------------------------------------ state and step
-    with jax.set_mesh(mesh):
+        # -------------------------------------------------------------------------- state and step
         create = partial(training.init_state, config=config)
         key = jax.random.key(config.seed)
         abstract = abstract_state(create, key, mesh=mesh)
-        # Resume order: 1. the newest checkpoint of this workdir; 2. fresh weights.
-        state = checkpoints.restore(start, abstract) if start else jax.jit(create)(key)
-        train_step = training.make_train_step(config, codec.video.strides, null_text)
         describe(config, records, abstract, mesh, start)
+        # Resume order: 1. the newest checkpoint of this workdir; 2. fresh weights.
+        if start:
+            state = checkpoints.restore(start, abstract)
+            seek(examples, checkpoints.data_position(start))
+        else:
+            state = jax.jit(create)(key)
+        train_step = training.make_train_step(config, codec.video.strides, null_text)
 
         # ------------------------------------------------------------------------------------ loop
-        examples = iter(batches)
-        seek(examples, start)
-        timer = step_timer(config, records)
-        pending, step = None, start
+        timer, pending, step = step_timer(config, records), None, start
         with (
             MetricsLogger(
                 workdir,
@@ -90,10 +95,9 @@ def main(config: Config) -> None:
                 process_index=jax.process_index(),
             ) as logger,
             StopSignals() as stop,
-            checkpoints,
         ):
             batch = place(next(examples), mesh)
-            while step < config.num_steps and not stop.requested:
+            while step < config.num_steps:
                 state, metrics = train_step(state, batch)
                 step += 1
                 # While the devices work: the next batch, then the log of the step before.
@@ -101,19 +105,21 @@ def main(config: Config) -> None:
                 if pending is not None:
                     log(logger, timer, *pending)
                 pending = (step, metrics)
-                if step % config.checkpoint.every_steps == 0:
+                last = step == config.num_steps or stop.requested
+                if last or step % config.checkpoint.every_steps == 0:
+                    # Logged first: a state whose loss is not finite is not worth keeping.
+                    log(logger, timer, *pending)
+                    pending = None
                     checkpoints.save(step, state, config)
-            if pending is not None:
-                log(logger, timer, *pending)
-            if step > start:
-                checkpoints.save(step, state, config)
+                if last:
+                    break
         if step < config.num_steps:
             print(f"stopped and saved at step {step}; the same command resumes", flush=True)
             return
 
-    # ---------------------------------------------------------------------------------------- clips
-    weights = state["params"] if config.optim.ema_decay is None else state["ema"]
-    show(Pipeline.from_assets(config, weights, assets, mesh), records, workdir)
+        # ------------------------------------------------------------------------------------ clips
+        weights = state["params"] if config.optim.ema_decay is None else state["ema"]
+        show(Pipeline.from_assets(config, weights, assets, mesh), records, workdir)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
@@ -136,67 +142,10 @@ def cli(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"train: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
-
-
-# --------------------------------------------------------------------- checks before any long work
-
-
-def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the mesh divides the heads, the batch and its micro-batches."""
-    model, data = mesh.shape["model"], mesh.shape["data"]
-    if config.model.num_heads % model:
-        raise UserError(
-            f"mesh.model={model} does not divide model.num_heads={config.model.num_heads}"
-        )
-    rows = data * config.optim.accumulate_steps
-    if config.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
-            f"optim.accumulate_steps={config.optim.accumulate_steps}"
-        )
-
-
-def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
-    """UserError if the checkpoint's weights, moments or examples are not those of this config."""
-    changed = config_lib.difference(stored, config)
-    fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
-    free = ("model.remat", "model.dtype")
-    refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
-    if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
-        refused.append("optim.ema_decay is given in one of them only")
-    if refused:
-        raise UserError(
-            f"{workdir} holds a checkpoint of another config ({'; '.join(refused)}): "
-            "choose another --config.workdir"
-        )
-    for line in changed:
-        print(f"changed since the checkpoint: {line}")
-
-
-def check_data(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
-    model = config.model
-    _, height, width, channels = records.schema.fields["video"].shape
-    frames = records.schema.fields["video"].shape[0]
-    _, bins, audio_channels = records.schema.fields["audio"].shape
-    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
-        raise UserError(
-            f"{records.folder}: latents have {channels} video and {bins * audio_channels} audio "
-            f"channels, but model.in_channels={model.in_channels} and "
-            f"model.audio_in_channels={model.audio_in_channels}"
-        )
-    records.require(text="tokens", tokens=(config.text.length,))
-    if records.schema.vocab_size > config.text.vocab_size:
-        raise UserError(
-            f"{records.folder}: {records.schema.vocab_size} token ids, but "
-            f"text.vocab_size={config.text.vocab_size}"
-        )
-    tokens, shards = frames * height * width, mesh.shape["sequence"]
-    if tokens % shards:
-        raise UserError(
-            f"mesh.sequence={shards} does not divide the {tokens} video tokens of a clip"
-        )
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -227,11 +176,9 @@ def dataset(config: Config) -> Records:
 def keep_assets(records: Records, assets: Path) -> Path:
     """What sampling needs of the dataset, copied into the workdir; returns the folder."""
     if jax.process_index() == 0:
-        assets.mkdir(parents=True, exist_ok=True)
         for source in (records.codec_path, records.tokenizer_path, records.folder / INDEX_NAME):
-            temporary = assets / (source.name + ".tmp")
-            shutil.copyfile(source, temporary)
-            temporary.replace(assets / source.name)
+            with replacing(assets / source.name) as temporary:
+                shutil.copyfile(source, temporary)
     return assets
 
 

@@ -35,7 +35,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dataset(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "nested" / "set"
-    assert prepare.main([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS]) == 0
+    assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS]) == 0
     return out
 
 
@@ -58,14 +58,14 @@ def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset
 
 
 def test_preparing_again_gives_the_same_dataset(clips, dataset, tmp_path):
-    assert prepare.main([str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]) == 0
+    assert prepare.cli([str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]) == 0
     assert open_records(tmp_path / "set").schema == open_records(dataset).schema
     shard = "data-00000-of-00001.arrayrecord"
     assert (tmp_path / "set" / shard).read_bytes() == (dataset / shard).read_bytes()
 
 
 def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, capsys):
-    assert prepare.main([str(clips / "captions.csv"), str(dataset), *SIZE, *CHANNELS]) == 0
+    assert prepare.cli([str(clips / "captions.csv"), str(dataset), *SIZE, *CHANNELS]) == 0
     out = capsys.readouterr().out
     assert "3 records are there already" in out
     assert "float32[3, 2, 2, 6]" in out
@@ -78,11 +78,11 @@ def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, c
 
 def test_other_settings_need_overwrite(clips, tmp_path, capsys):
     command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
-    assert prepare.main(command) == 0
+    assert prepare.cli(command) == 0
     other = [*command, "--audio-channels", "4"]
-    assert prepare.main(other) == 2
+    assert prepare.cli(other) == 2
     assert "codec.audio_channels 5, not 4" in capsys.readouterr().err
-    assert prepare.main([*other, "--overwrite"]) == 0
+    assert prepare.cli([*other, "--overwrite"]) == 0
     assert open_records(tmp_path / "set").schema.fields["audio"].shape == (19, 1, 4)
 
 
@@ -100,7 +100,7 @@ def test_other_settings_need_overwrite(clips, tmp_path, capsys):
 def test_a_mistake_is_one_line_and_leaves_nothing(clips, tmp_path, capsys, change, message):
     out = tmp_path / "set"
     command = [str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS, *change]
-    assert prepare.main(command) == 2
+    assert prepare.cli(command) == 2
     error = capsys.readouterr().err
     assert error.startswith("prepare: error: ")
     assert error.count("\n") == 1
@@ -112,14 +112,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing(clips, tmp_path, capsys, chang
 def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
     command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *change]
     with pytest.raises(SystemExit) as stop:
-        prepare.main(command)
+        prepare.cli(command)
     assert stop.value.code == 2
     assert change[0] in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
-        prepare.main(["--help"])
+        prepare.cli(["--help"])
     assert stop.value.code == 0
     assert "python -m ltx2_jax.prepare clips/captions.csv" in capsys.readouterr().out
 

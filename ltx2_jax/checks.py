@@ -1,0 +1,85 @@
+"""What can be refused before any long work: configs, meshes and data that do not fit each other."""
+
+import math
+from pathlib import Path
+
+import jax
+
+from ltx2_jax import config as config_lib
+from ltx2_jax.config import Config
+from ltx2_jax.data.records import Records
+from ltx2_jax.diffusion.geometry import video_latent_shape
+from ltx2_jax.errors import UserError
+
+
+def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the mesh divides the attention heads and the video tokens of a clip."""
+    for axis, count, things in (
+        ("model", heads, "attention heads"),
+        ("sequence", video_tokens, "video tokens of a clip"),
+    ):
+        if count % mesh.shape[axis]:
+            raise UserError(f"mesh: {axis}={mesh.shape[axis]} does not divide {count} {things}")
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the mesh and the micro-batches divide the batch."""
+    data, chunks = mesh.shape["data"], config.optim.accumulate_steps
+    if config.data.batch_size % (data * chunks):
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
+            f"optim.accumulate_steps={chunks}"
+        )
+
+
+def check_synthetic(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless model and mesh fit the clips that are yet to be rendered and encoded."""
+    clips, codec, model = config.data.synthetic, config.data.codec, config.model
+    for ours, theirs in (
+        ("in_channels", "video_channels"),
+        ("audio_in_channels", "audio_channels"),
+    ):
+        if getattr(model, ours) != getattr(codec, theirs):
+            raise UserError(
+                f"model.{ours}={getattr(model, ours)} is not "
+                f"data.codec.{theirs}={getattr(codec, theirs)}"
+            )
+    shape = video_latent_shape(clips.num_frames, clips.height, clips.width, codec.video_strides)
+    check_mesh(model.num_heads, math.prod(shape), mesh)
+
+
+def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
+    model = config.model
+    *grid, channels = records.schema.fields["video"].shape
+    _, bins, audio_channels = records.schema.fields["audio"].shape
+    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
+        raise UserError(
+            f"{records.folder}: latents have {channels} video and {bins * audio_channels} audio "
+            f"channels, but model.in_channels={model.in_channels} and "
+            f"model.audio_in_channels={model.audio_in_channels}"
+        )
+    records.require(text="tokens", tokens=(config.text.length,))
+    if records.schema.vocab_size > config.text.vocab_size:
+        raise UserError(
+            f"{records.folder}: {records.schema.vocab_size} token ids, but "
+            f"text.vocab_size={config.text.vocab_size}"
+        )
+    check_mesh(model.num_heads, math.prod(grid), mesh)
+
+
+def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
+    """UserError if the checkpoint's weights, moments or examples are not those of this config."""
+    changed = config_lib.difference(stored, config)
+    fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
+    free = ("model.remat", "model.dtype")
+    refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
+    if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
+        refused.append("optim.ema_decay is given in one of them only")
+    if refused:
+        raise UserError(
+            f"{workdir} holds a checkpoint of another config ({'; '.join(refused)}): "
+            "choose another --config.workdir"
+        )
+    for line in changed:
+        print(f"changed since the checkpoint: {line}")
