@@ -248,7 +248,7 @@ def log(logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, A
 def describe(
     config: Config, records: Records, abstract: Any, mesh: jax.sharding.Mesh, start: int
 ) -> None:
-    """What is about to run, in four lines."""
+    """What is about to run, in four lines, while the first step compiles."""
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -260,7 +260,7 @@ def describe(
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
-        f"run      steps {start} to {config.num_steps} in {config.workdir}",
+        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling",
         flush=True,
     )
 

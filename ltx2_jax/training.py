@@ -251,9 +251,7 @@ def make_train_step(
         like = jax.eval_shape(
             lambda p: jax.value_and_grad(loss_of, has_aux=True)(p, *first), params
         )
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=_known_spec(a)), like
-        )
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
         ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
         return (value / chunks, sums), jax.tree.map(lambda g: g / chunks, grads)
 
@@ -301,7 +299,3 @@ def _split(x: Array, batch: int, chunks: int) -> Array:
     if x.shape[0] != batch:
         return jnp.broadcast_to(x, (chunks, *x.shape))
     return x.reshape(batch // chunks, chunks, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _known_spec(a: Any) -> Any:
-    return a.sharding.spec if a.sharding is not None else None

@@ -1,5 +1,6 @@
 """The commands as they are typed: help with an example, and one clear line for every mistake."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -154,6 +155,17 @@ def test_sample_writes_clips_beside_those_of_earlier_calls(workdir, capsys):
     assert len(clips[0].video) == 9
     np.testing.assert_array_equal(clips[0].video, clips[1].video)
     assert (clips[0].video != clips[2].video).any()
+
+
+def test_a_clip_does_not_depend_on_what_it_is_batched_with(workdir):
+    pipe = ltx2_jax.Pipeline.from_workdir(workdir)
+    prompts = ["a red ball bounces once", "a blue lamp flashes twice", "a green ball"]
+    together = pipe(prompts, sample=dataclasses.replace(pipe.config.sample, batch_size=3))
+    apart = pipe(prompts, sample=dataclasses.replace(pipe.config.sample, batch_size=2))
+    for a, b in zip(together, apart, strict=True):
+        assert np.abs(a.video.astype(int) - b.video).max() <= 1
+        np.testing.assert_allclose(a.audio, b.audio, atol=1e-2)
+    assert (together[0].video != together[2].video).any()
 
 
 def test_sample_without_prompts_makes_captions_up(workdir, tmp_path, capsys):

@@ -8,6 +8,7 @@ runs any set of the same layout, whatever its sizes. A case kind that no runner 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -145,10 +146,11 @@ def keep_masks(case: Case, layers: int, batch: int) -> Keep | None:
     samples = slice(None)
     perturbations = case.args.get("perturbations")
     if "perturbations_per_sample" in case.args:
-        assert case.args["perturbations_per_sample"] == (
-            "sample 0 none; others SKIP_VIDEO_SELF_ATTN at [1] and SKIP_A2V_CROSS_ATTN at [0]"
-        ), "a per-sample perturbation that this test does not know"
-        perturbations = [["SKIP_VIDEO_SELF_ATTN", [1]], ["SKIP_A2V_CROSS_ATTN", [0]]]
+        start, _, others = case.args["perturbations_per_sample"].partition("others ")
+        found = re.findall(r"(SKIP_\w+) at (\[[\d, ]*\])", others)
+        assert start == "sample 0 none; ", "a per-sample perturbation this test does not know"
+        assert len(found) == others.count("SKIP_")
+        perturbations = [[kind, json.loads(blocks)] for kind, blocks in found]
         samples = slice(1, None)
     if not perturbations:
         return None
@@ -295,12 +297,16 @@ def run_transformer(case: Case):
     if kind == "attention_self":
         return run_attention(model, case)
     video, audio = streams(inputs)
-    if kind == "prepared_uniform":
-        return run_prepared(model, video, audio, case)
-    if kind == "block_outputs_per_token":
+    if kind.startswith("prepared_"):
+        return run_prepared(model, video, audio)
+    if kind.startswith("block_outputs_"):
         return run_blocks(model, video, audio)
     if kind == "video_disabled":
         video = modality(inputs, "v", enabled=False)
+    if kind == "audio_disabled":
+        audio = modality(inputs, "a", enabled=False)
+    known = ("av_", "pert_", "video_", "audio_", "x0", "keyframes_mask")
+    assert kind.startswith(known), f"unknown transformer case {kind!r}"
     batch = (video or audio).latent.shape[0]
     v, a = forward(*nnx.split(model), video, audio, keep_masks(case, model.cfg.num_layers, batch))
     if kind == "x0":
@@ -327,7 +333,7 @@ def run_attention(model, case: Case):
     }
 
 
-def run_prepared(model, video, audio, case: Case):
+def run_prepared(model, video, audio):
     v, a, video_in, audio_in = model.prepare(video, audio)
     outputs = {}
     for prefix, x, stream in (("v", v, video_in), ("a", a, audio_in)):

@@ -1,0 +1,89 @@
+"""The denoising loop against data whose best velocity is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltx2_jax.diffusion import schedules
+from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
+from ltx2_jax.sharding import spec
+
+MEAN, STD = jnp.array([2.0, -1.0]), jnp.array([0.5, 1.5])
+
+
+def gaussian_velocity(x, sigma, mean, std):
+    """E[noise - x0 | x] for x0 ~ N(mean, std^2) and x = (1 - sigma) x0 + sigma noise."""
+    s = sigma[:, None, None]
+    gain = (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2)
+    x0 = mean + gain * (x - (1 - s) * mean)
+    return (x - x0) / s
+
+
+def velocity(x: Latents, sigma, text):
+    """Video and audio of the same law; `text` [B] moves the mean."""
+    mean = MEAN + text[:, None, None]
+    return Latents(*(gaussian_velocity(a, sigma, mean, STD) for a in x))
+
+
+def noise(batch, seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    return Latents(
+        jax.random.normal(keys[0], (batch, 40, 2)), jax.random.normal(keys[1], (batch, 30, 2))
+    )
+
+
+def test_denoising_draws_from_the_distribution_that_the_velocity_belongs_to():
+    sigmas = jnp.asarray(schedules.linear_quadratic_sigmas(200))
+    clean = jax.jit(lambda x: denoise(unguided(velocity, jnp.zeros(100)), x, sigmas))(noise(100))
+    for tokens in clean:
+        tokens = np.asarray(tokens).reshape(-1, 2)
+        np.testing.assert_allclose(tokens.mean(0), MEAN, atol=0.06)
+        np.testing.assert_allclose(tokens.std(0), STD, rtol=0.04)
+
+
+@pytest.mark.parametrize("schedule", ["ltx2", "linear_quadratic", "distilled"])
+def test_a_known_clean_latent_is_reached_exactly_in_any_schedule(schedule):
+    target = noise(3, seed=1)
+
+    def to_target(x, sigma, _):
+        return Latents(*((a - t) / sigma[:, None, None] for a, t in zip(x, target, strict=True)))
+
+    sigmas = jnp.asarray(schedules.make_sigmas(schedule, 8))
+    clean = denoise(unguided(to_target, None), noise(3), sigmas)
+    for got, want in zip(clean, target, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_guidance_extrapolates_each_stream_by_its_own_scale():
+    x, sigma = noise(4), jnp.float32(0.7)
+    text, null = jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.full(4, -1.0)
+    cond, uncond = (unguided(velocity, t)(x, sigma) for t in (text, null))
+    got = guided(velocity, text, null, (3.0, 7.0))(x, sigma)
+    for name, scale in (("video", 3.0), ("audio", 7.0)):
+        c, u = getattr(cond, name), getattr(uncond, name)
+        np.testing.assert_allclose(getattr(got, name), c + (scale - 1) * (c - u), atol=1e-4)
+
+
+def test_guidance_of_scale_one_is_no_guidance():
+    x, text = noise(2), jnp.zeros(2)
+    got = guided(velocity, text, jnp.ones(2), (1.0, 1.0))(x, jnp.float32(0.5))
+    want = unguided(velocity, text)(x, jnp.float32(0.5))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_both_passes_stay_on_the_shards_of_their_samples(mesh_context):
+    x, text, null = noise(4), jnp.arange(4.0), jnp.full(4, -1.0)
+    want = guided(velocity, text, null, (2.0, 2.0))(x, jnp.float32(0.5))
+    with mesh_context(4, 1, 2):
+        place = lambda a, *names: jax.device_put(a, spec("batch", *names))  # noqa: E731
+        sharded = Latents(
+            place(x.video, "video_tokens", None), place(x.audio, "audio_tokens", None)
+        )
+        predict = guided(velocity, place(text), place(null), (2.0, 2.0))
+        program = jax.jit(predict).lower(sharded, jnp.float32(0.5)).compile()
+        got = program(sharded, jnp.float32(0.5))
+    assert "all-" not in program.as_text()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
