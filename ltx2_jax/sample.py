@@ -48,8 +48,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
     clips = pipeline(prompts, sample=settings)
     write_clips(clips, prompts, out)
+    kinds = [synthetic.event_kind(prompt) for prompt in prompts]
     if len(clips) > 1:  # one clip has no other to exchange its sound with
-        print("generated clips:", sync_report(clips))
+        print("generated clips:", sync_report(clips, kinds=kinds))
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class SyncReport:
     """Audio-visual agreement of a set of clips; times in seconds.
 
     median_lag: median |audio onset - nearest visual onset|, visual onsets at frame times.
+    interval: 95 % bootstrap interval of median_lag over the clips.
     shuffled_median_lag: the same with the sound tracks exchanged among the clips.
     subframe_median_lag: as median_lag, with visual onsets interpolated between frames. All are NaN
     without any audio onset, and the shuffled one for fewer than two clips. num_onsets: audio
@@ -61,6 +62,7 @@ class SyncReport:
     """
 
     median_lag: float
+    interval: tuple[float, float]
     shuffled_median_lag: float
     subframe_median_lag: float
     num_onsets: int
@@ -71,7 +73,8 @@ class SyncReport:
 
     def __str__(self) -> str:
         return (
-            f"median |lag| {1000 * self.median_lag:.0f} ms, shuffled "
+            f"median |lag| {1000 * self.median_lag:.0f} ms "
+            f"({1000 * self.interval[0]:.0f} to {1000 * self.interval[1]:.0f}), shuffled "
             f"{1000 * self.shuffled_median_lag:.0f} ms, between frames "
             f"{1000 * self.subframe_median_lag:.0f} ms ({self.num_onsets} audio and "
             f"{self.num_visual_onsets} visual onsets in {self.num_clips} clips; "
@@ -96,27 +99,37 @@ def onset_lags(clips: Iterable[Clip], *, subframe: bool = False) -> np.ndarray:
     return _lags([track.audio for track in tracks], tracks)
 
 
-def sync_report(clips: Iterable[Clip], *, num_shuffles: int = 8, seed: int = 0) -> SyncReport:
+def sync_report(
+    clips: Iterable[Clip],
+    *,
+    kinds: Sequence[Hashable] | None = None,
+    num_shuffles: int = 8,
+    seed: int = 0,
+) -> SyncReport:
     """Measures clips (with sound) against the same clips with exchanged sound tracks.
 
-    Each of the num_shuffles exchanges is a random cycle through all clips, so no clip keeps its own
+    Each of the num_shuffles exchanges is a random cycle through the clips, so no clip keeps its own
     track; their lags are pooled before the median. Clips without visual onsets are treated as in
     `onset_lags`, alike in both measures.
+
+    kinds: one per clip, what its caption tells of the events. Tracks are then exchanged between
+    clips of one kind only (those alone of their kind, between each other): what captions say about
+    number and tempo brings sound and picture closer than pure chance, and is no synchrony.
     """
     between = [_onsets(clip) for clip in clips]
     tracks = [track.at_frames() for track in between]
     sounds = [track.audio for track in tracks]
     lags = _lags(sounds, tracks)
     rng = np.random.default_rng(seed)
+    groups = _groups(kinds if kinds is not None else [None] * len(tracks))
     shuffled = [np.zeros(0)]
-    for _ in range(num_shuffles if len(tracks) > 1 else 0):
-        cycle = rng.permutation(len(tracks))
-        exchanged = list(sounds)
-        for taker, giver in zip(cycle, np.roll(cycle, 1), strict=True):
-            exchanged[taker] = sounds[giver]
-        shuffled.append(_lags(exchanged, tracks))
+    for group in groups * num_shuffles:
+        takers = rng.permutation(group)
+        givers = np.roll(takers, 1)
+        shuffled.append(_lags([sounds[i] for i in givers], [tracks[i] for i in takers]))
     return SyncReport(
         median_lag=_median(lags),
+        interval=_bootstrap([_lags([track.audio], [track]) for track in tracks], rng),
         shuffled_median_lag=_median(np.concatenate(shuffled)),
         subframe_median_lag=_median(_lags(sounds, between)),
         num_onsets=len(lags),
@@ -142,6 +155,24 @@ class _Onsets:
 def _onsets(clip: Clip) -> _Onsets:
     audio = np.zeros(0) if clip.audio is None else audio_onsets(clip.audio, clip.sample_rate)
     return _Onsets(audio, visual_onsets(clip.video, clip.fps), clip.duration, clip.fps)
+
+
+def _groups(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal kinds, two or more each; single ones together if there are several."""
+    members: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(index)
+    alone = [group[0] for group in members.values() if len(group) == 1]
+    groups = [group for group in members.values() if len(group) > 1]
+    return groups + ([alone] if len(alone) > 1 else [])
+
+
+def _bootstrap(lags: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the median over clips drawn with replacement; lags: one array per clip."""
+    draws = rng.integers(len(lags), size=(400, len(lags)))
+    medians = [_median(np.concatenate([lags[i] for i in draw])) for draw in draws]
+    low, high = np.nanpercentile(medians, [2.5, 97.5]) if any(map(len, lags)) else (math.nan,) * 2
+    return float(low), float(high)
 
 
 def _lags(sounds: Sequence[np.ndarray], tracks: Sequence[_Onsets]) -> np.ndarray:

@@ -277,11 +277,13 @@ def show(pipeline: Pipeline, records: Records, workdir: Path) -> None:
         prompts = [records[i]["caption"] for i in range(count)]
     clips = pipeline(prompts)
     write_clips(clips, prompts, workdir)
-    print("generated clips:", sync_report(clips))
+    kinds = [synthetic.event_kind(prompt) for prompt in prompts]
+    print("generated clips:", sync_report(clips, kinds=kinds))
     if config.data.path is None:
-        folder = Path(config.workdir) / "data" / "clips" / "clips"
-        real = [read_clip(path) for path in sorted(folder.glob("*.mp4"))[: len(clips)]]
-        print("real clips:     ", sync_report(real))
+        shown = [records[i] for i in range(min(len(clips), len(records)))]
+        real = [read_clip(workdir / "data" / "clips" / record["source"]) for record in shown]
+        kinds = [synthetic.event_kind(record["caption"]) for record in shown]
+        print("real clips:     ", sync_report(real, kinds=kinds))
 
 
 if __name__ == "__main__":

@@ -238,27 +238,10 @@ def make_train_step(
     def loss_of(params, batch, drawn):
         return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
-    def gradients(params, batch, drawn):
-        if chunks == 1:
-            return jax.value_and_grad(loss_of, has_aux=True)(params, batch, drawn)
-
-        def add(total, part):
-            new = jax.value_and_grad(loss_of, has_aux=True)(params, *part)
-            return jax.tree.map(jnp.add, total, new), None
-
-        parts = jax.tree.map(lambda x: _split(x, batch["video"].shape[0], chunks), (batch, drawn))
-        first = jax.tree.map(lambda x: x[0], parts)
-        like = jax.eval_shape(
-            lambda p: jax.value_and_grad(loss_of, has_aux=True)(p, *first), params
-        )
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
-        ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
-        return (value / chunks, sums), jax.tree.map(lambda g: g / chunks, grads)
-
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         drawn = draw(key, batch, config, strides)
-        (value, sums), grads = gradients(state["params"], batch, drawn)
+        (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = {
             "params": optax.apply_updates(state["params"], updates),
@@ -283,6 +266,24 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(train_step, donate_argnames="state")
+
+
+def gradients(
+    loss_of: Callable[..., Any], params: Any, batch: Batch, drawn: dict[str, Any], chunks: int
+) -> tuple[tuple[Array, dict[str, Array]], Any]:
+    """((mean loss, summed log values), mean gradients) over `chunks` micro-batches, one by one."""
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    if chunks == 1:
+        return value_and_grad(params, batch, drawn)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+    parts = jax.tree.map(lambda x: _split(x, batch["video"].shape[0], chunks), (batch, drawn))
+    like = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
+    ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+    return (value / chunks, sums), jax.tree.map(lambda g: g / chunks, grads)
 
 
 def ema_decay(decay: float, step: Array) -> Array:

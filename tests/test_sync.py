@@ -1,5 +1,6 @@
 """Onsets are found where the script put them, and agreement is told from chance."""
 
+import dataclasses
 import os
 
 import matplotlib.image
@@ -133,6 +134,27 @@ def test_no_clip_keeps_its_own_sound_when_shuffled(made):
     report = sync.sync_report([one, two], num_shuffles=3)
     assert report.shuffled_median_lag == pytest.approx(np.median(sync.onset_lags(swapped)))
     assert sync.sync_report([one, two], seed=4) == sync.sync_report([one, two], seed=4)
+
+
+def test_tracks_are_exchanged_between_clips_of_one_kind(made):
+    clips = [item.clip for item in made[:5]]
+    kinds = ["a", "b", "a", "b", "c"]
+    pairs = [(0, 2), (2, 0), (1, 3), (3, 1)]  # (picture, sound); the fifth has no partner
+    swapped = [dataclasses.replace(clips[i], audio=clips[j].audio) for i, j in pairs]
+    report = sync.sync_report(clips, kinds=kinds, num_shuffles=3)
+    assert report.shuffled_median_lag == pytest.approx(np.median(sync.onset_lags(swapped)))
+
+
+def test_the_interval_holds_the_median_and_shrinks_with_more_clips(made):
+    shifts = np.random.default_rng(0).integers(0, 3200, len(made))
+    shifted = [
+        dataclasses.replace(item.clip, audio=np.roll(item.clip.audio, shift, axis=0))
+        for item, shift in zip(made, shifts, strict=True)
+    ]
+    few, many = sync.sync_report(shifted[:8]), sync.sync_report(shifted)
+    for report in (few, many):
+        assert report.interval[0] <= report.median_lag <= report.interval[1]
+    assert many.interval[1] - many.interval[0] < few.interval[1] - few.interval[0]
 
 
 def test_contact_sheet_is_a_picture_of_every_clip(made, tmp_path):

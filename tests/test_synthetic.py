@@ -221,3 +221,10 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
 def test_bad_configs_are_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
         SyntheticConfig(**change)
+
+
+def test_captions_of_the_same_events_are_of_one_kind():
+    one = "a red ball bounces twice at a fast tempo, each impact a high note"
+    same = "a low note on every impact of a blue ball that bounces twice, fast"
+    assert synthetic.event_kind(one) == synthetic.event_kind(same) == ("ball", "twice", "fast")
+    assert synthetic.event_kind("a red lamp flashes once, the flash a low beep") == ("lamp", "once")

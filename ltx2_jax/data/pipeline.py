@@ -45,8 +45,7 @@ def make_dataset(
     batch may span two, and a dataset smaller than a batch works. A host gets B = batch_size /
     process_count rows; those of all hosts, in order of `process_index`, are the global batch.
 
-    Its iterators have `get_state()` -> {"next_index": N}, N being the number of batches taken, and
-    `set_state`; see `seek`.
+    Its iterators have `get_state()` -> {"next_index": batches taken} and `set_state`; see `seek`.
 
     Args:
       source: a dataset folder, or an object with len and [i] -> record.
@@ -54,8 +53,8 @@ def make_dataset(
       seed: of the shuffles.
       num_steps: batches until the iterator ends; None never ends.
       shuffle: False keeps the order of the records, in every epoch.
-      process_index: which part of every batch to load: a process's place among those that load
-        different parts, which is not its rank where several processes share the batch axis.
+      process_index: which part of every batch to load; not the process's rank where several
+        processes load the same part.
       process_count: number of parts.
       threads: that read ahead; 0 reads in the caller's thread.
 

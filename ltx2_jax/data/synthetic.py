@@ -167,6 +167,12 @@ def captions(config: SyntheticConfig, num: int, seed: int) -> list[str]:
     return result
 
 
+def event_kind(caption: str) -> tuple[str, ...]:
+    """What a caption tells of its events: family, number and tempo, as far as it does."""
+    words = ("ball", "lamp", *COUNTS.values(), *TEMPOS)
+    return tuple(word for word in words if word in caption)
+
+
 def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
     """Renders `config.num_clips` clips to files: H.264 + AAC in clips/*.mp4, then captions.csv.
 

@@ -63,8 +63,7 @@ class Attention(nnx.Module):
         self,
         query_dim: int,
         context_dim: int,
-        heads: int,
-        head_dim: int,
+        heads: tuple[int, int],  # number, width
         *,
         tokens: tuple[str, str],  # logical names of the query and key token axes
         eps: float,
@@ -72,8 +71,8 @@ class Attention(nnx.Module):
         interleaved_rope: bool = False,
         rngs: nnx.Rngs,
     ):
-        inner = heads * head_dim
-        self.heads, self.tokens, self.eps = heads, tokens, eps
+        inner = heads[0] * heads[1]
+        self.heads, self.tokens, self.eps = heads[0], tokens, eps
         self.interleaved_rope = interleaved_rope
         self.to_q = Linear(query_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
         self.to_k = Linear(context_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
@@ -83,7 +82,7 @@ class Attention(nnx.Module):
         self.k_norm = parameter(rngs, (inner,), ("heads",), mean=1.0)
         # Zero weights make every gate 2 sigmoid(0) = 1 at the start.
         gate = partial(Linear, axes=("fsdp", "heads"), std=0.0, rngs=rngs)
-        self.to_gate = gate(query_dim, heads) if gated else None
+        self.to_gate = gate(query_dim, heads[0]) if gated else None
 
     def __call__(
         self,

@@ -224,10 +224,10 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.eps = cfg.norm_eps
-        self.video_self = attention(dv, dv, *head, tokens=(video, video))
-        self.audio_self = attention(da, da, *audio_head, tokens=(audio, audio))
-        self.video_text = attention(dv, cfg.context_dim, *head, tokens=(video, text))
-        self.audio_text = attention(da, cfg.audio_context_dim, *audio_head, tokens=(audio, text))
+        self.video_self = attention(dv, dv, head, tokens=(video, video))
+        self.audio_self = attention(da, da, audio_head, tokens=(audio, audio))
+        self.video_text = attention(dv, cfg.context_dim, head, tokens=(video, text))
+        self.audio_text = attention(da, cfg.audio_context_dim, audio_head, tokens=(audio, text))
         self.video_mlp = FeedForward(dv, cfg.ff_mult, bias=cfg.ff_bias, rngs=rngs)
         self.audio_mlp = FeedForward(da, cfg.ff_mult, bias=cfg.audio_ff_bias, rngs=rngs)
         table = partial(parameter, rngs, axes=(None, "fsdp"), std=0.02)
@@ -237,8 +237,8 @@ class Block(nnx.Module):
         self.video_prompt_table = table((2, cfg.context_dim)) if prompt else None
         self.audio_prompt_table = table((2, cfg.audio_context_dim)) if prompt else None
         cross, to_video, to_audio = cfg.audio_video_attention, (video, audio), (audio, video)
-        self.audio_to_video = attention(dv, da, *audio_head, tokens=to_video) if cross else None
-        self.video_to_audio = attention(da, dv, *audio_head, tokens=to_audio) if cross else None
+        self.audio_to_video = attention(dv, da, audio_head, tokens=to_video) if cross else None
+        self.video_to_audio = attention(da, dv, audio_head, tokens=to_audio) if cross else None
         self.video_cross_table = table((5, dv)) if cross else None
         self.audio_cross_table = table((5, da)) if cross else None
 
