@@ -33,13 +33,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{workdir}: cannot be a workdir ({error.strerror})") from None
-        policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=policies.LatestN(keep) if keep is not None else None,
-            # A killed run leaves a half-written folder under a temporary name.
-            cleanup_tmp_directories=keep is not None,
-        )
+        self._keep = keep
+        self._checkpointer = ocp.training.Checkpointer(self.folder)
+        self._writes = False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -54,10 +50,25 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, config: Config) -> None:
         """Starts writing; returns as soon as the arrays are copied off the devices."""
-        if step == self.latest_step:
-            return
+        self._open_for_writing()
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
         self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+
+    def _open_for_writing(self) -> None:
+        """Before the first write only: what follows removes files, and an early exit must not.
+
+        Orbax removes what a killed run left half-written in a thread of its own, for which it waits
+        when it saves, but not when it closes.
+        """
+        if self._writes:
+            return
+        self._checkpointer.close()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
+        )
+        self._writes = True
 
     def config(self, step: int) -> Config:
         """The config stored with a checkpoint."""

@@ -5,12 +5,9 @@ matrix products only, so norms, rotary embeddings, softmax, GELU, modulation and
 (they cost bandwidth, not matrix units); the timestep MLPs run once per sample, not per token. These
 are the model's FLOPs: recomputation under rematerialisation is not counted, so an MFU from them is
 comparable across remat policies.
-
-`config` is any object with the fields of `models.transformer.TransformerConfig`; nothing is
-imported from there, and nothing here touches a device.
 """
 
-from typing import Any
+from ltx2_jax.models.transformer import TransformerConfig
 
 TIMESTEP_CHANNELS = 256  # sinusoid features entering the timestep MLPs
 TRAIN_PASSES = 3  # a backward pass costs two forward passes: gradients of inputs and of weights
@@ -56,7 +53,7 @@ def peak_flops(device_kind: str) -> float | None:
 # ------------------------------------------------------------------------------------ parameters
 
 
-def count_parameters(config: Any) -> dict[str, int]:
+def count_parameters(config: TransformerConfig) -> dict[str, int]:
     """Parameter count of each part of the transformer, summed over its blocks.
 
     Text encoder, connectors and codecs are not part of it. Source: the module shapes under
@@ -104,7 +101,7 @@ def count_parameters(config: Any) -> dict[str, int]:
     return parts
 
 
-def total_parameters(config: Any) -> int:
+def total_parameters(config: TransformerConfig) -> int:
     """Number of parameters of the transformer: 18.88 B for LTX-2 2.0, 18.99 B for 2.3."""
     return sum(count_parameters(config).values())
 
@@ -113,13 +110,13 @@ def _linear(fan_in: int, fan_out: int, bias: bool = True) -> int:
     return fan_in * fan_out + (fan_out if bias else 0)
 
 
-def _attention(c: Any, query: int, context: int, inner: int, heads: int) -> int:
+def _attention(c: TransformerConfig, query: int, context: int, inner: int, heads: int) -> int:
     projections = _linear(query, inner) + 2 * _linear(context, inner) + _linear(inner, query)
     norms = 2 * inner
     return projections + norms + (_linear(query, heads) if c.gated_attention else 0)
 
 
-def _feed_forward(c: Any, width: int, bias: bool) -> int:
+def _feed_forward(c: TransformerConfig, width: int, bias: bool) -> int:
     return _linear(width, c.ff_mult * width, bias) + _linear(c.ff_mult * width, width, bias)
 
 
@@ -127,7 +124,7 @@ def _adaln(width: int, rows: int) -> int:
     return _linear(TIMESTEP_CHANNELS, width) + _linear(width, width) + _linear(width, rows * width)
 
 
-def _adaln_rows(c: Any) -> int:
+def _adaln_rows(c: TransformerConfig) -> int:
     return 9 if c.modulated_text_attention else 6
 
 
@@ -135,7 +132,7 @@ def _adaln_rows(c: Any) -> int:
 
 
 def forward_flops(
-    config: Any, video_tokens: int, audio_tokens: int, text_tokens: int = 1024
+    config: TransformerConfig, video_tokens: int, audio_tokens: int, text_tokens: int = 1024
 ) -> dict[str, float]:
     """FLOPs of one forward pass of one sample, term by term.
 
@@ -181,7 +178,7 @@ def forward_flops(
 
 
 def train_flops(
-    config: Any, video_tokens: int, audio_tokens: int, text_tokens: int = 1024
+    config: TransformerConfig, video_tokens: int, audio_tokens: int, text_tokens: int = 1024
 ) -> float:
     """FLOPs of one training step of one sample: forward and backward, nothing recomputed."""
     return TRAIN_PASSES * sum(

@@ -72,6 +72,8 @@ class SyncReport:
     num_clips_without_visual_onset: int
 
     def __str__(self) -> str:
+        if not self.num_onsets:
+            return f"no onset is heard in {self.num_clips} clips"
         return (
             f"median |lag| {1000 * self.median_lag:.0f} ms "
             f"({1000 * self.interval[0]:.0f} to {1000 * self.interval[1]:.0f}), shuffled "

@@ -51,12 +51,14 @@ def main(config: Config) -> None:
     checks.check_batch(config, mesh)
     if config.data.path is None:
         checks.check_synthetic(config, mesh)
+    else:
+        checks.check_records(config, open_records(config.data.path), mesh)
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         start = checkpoints.latest_step or 0
         if start:
             checks.check_same_run(config, checkpoints.config(start), workdir)
         records = dataset(config)
-        checks.check_records(config, records, mesh)
+        checks.check_records(config, records, mesh)  # the vocabulary is known only now
         assets = keep_assets(records, workdir / ASSETS)
         codec = LinearCodec.load(records.codec_path)
         null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)

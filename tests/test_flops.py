@@ -1,53 +1,13 @@
 """Parameter and FLOP counts against published totals and an enumeration of module shapes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from ltx2_jax import flops
+from ltx2_jax.models.transformer import PRESETS
 
-
-@dataclass(frozen=True)
-class Config:
-    """The transformer config's fields, at the values of LTX-2.3."""
-
-    num_layers: int = 48
-    num_heads: int = 32
-    head_dim: int = 128
-    audio_num_heads: int = 32
-    audio_head_dim: int = 64
-    in_channels: int = 128
-    out_channels: int = 128
-    audio_in_channels: int = 128
-    audio_out_channels: int = 128
-    context_dim: int = 4096
-    audio_context_dim: int = 2048
-    caption_channels: int | None = None
-    gated_attention: bool = True
-    modulated_text_attention: bool = True
-    prompt_adaln: bool = True
-    ff_bias: bool = True
-    audio_ff_bias: bool = True
-    keyframe_embedding: bool = False
-    ff_mult: int = 4
-    audio_video_attention: bool = True
-
-    @property
-    def width(self):
-        return self.num_heads * self.head_dim
-
-    @property
-    def audio_width(self):
-        return self.audio_num_heads * self.audio_head_dim
-
-
-V23 = Config()
-V20 = Config(
-    caption_channels=3840,
-    gated_attention=False,
-    modulated_text_attention=False,
-    prompt_adaln=False,
-)
+V20, V23 = PRESETS["2.0"], PRESETS["2.3"]
 SIZES = {"num_layers": 3, "num_heads": 2, "audio_num_heads": 2, "audio_head_dim": 8}
 CHANNELS = {"in_channels": 4, "out_channels": 4, "audio_in_channels": 16, "audio_out_channels": 16}
 TINY = replace(V23, **SIZES, **CHANNELS, head_dim=20, context_dim=40, audio_context_dim=16)

@@ -125,6 +125,7 @@ def test_clips_without_onsets_are_counted_and_penalised_alike(made):
     empty = sync.sync_report([mute])
     assert np.isnan(empty.median_lag)
     assert np.isnan(empty.shuffled_median_lag)
+    assert str(empty) == "no onset is heard in 1 clips"
 
 
 def test_no_clip_keeps_its_own_sound_when_shuffled(made):
