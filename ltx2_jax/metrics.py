@@ -72,7 +72,8 @@ class MetricsLogger:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+                if math.isfinite(value):  # tensorboardX prints a warning for the others
+                    self._tensorboard.add_scalar(name, value, step)
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
