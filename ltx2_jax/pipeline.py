@@ -260,9 +260,8 @@ def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> 
         temporary.write_text(table.getvalue(), encoding="utf-8")
     enlarged(clips[0]).save(folder / "sample.mp4")
     contact_sheet(folder / "samples.png", clips[:4], prompts[:4], title="generated clips")
-    print(
-        f"wrote {folder}/sample.mp4, {len(clips)} clips in {folder}/samples, {folder}/samples.png"
-    )
+    count = f"{len(clips)} clip{'s' if len(clips) > 1 else ''}"
+    print(f"wrote {folder}/sample.mp4, {folder}/samples.png and {count} in {folder}/samples")
 
 
 def enlarged(clip: Clip, shortest: int = 256) -> Clip:
