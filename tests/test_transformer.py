@@ -128,11 +128,14 @@ def test_masked_text_is_not_read():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_bfloat16_activations_stay_close_to_float32():
-    video, audio = inputs()
-    params = weights(SMALL)
-    full = forward(SMALL, params, video, audio)
-    half = forward(dataclasses.replace(SMALL, dtype="bfloat16"), params, video, audio)
+@pytest.mark.parametrize("prompt_adaln", [True, False])
+def test_bfloat16_activations_stay_close_to_float32(prompt_adaln):
+    cfg = dataclasses.replace(SMALL, prompt_adaln=prompt_adaln)
+    video, audio = inputs(cfg)
+    params = weights(cfg)
+    full = forward(cfg, params, video, audio)
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    half = forward(cfg, params, video, audio)
     for x, y in zip(full, half, strict=True):
         assert y.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(y, np.float32) - x) / np.linalg.norm(x)

@@ -277,7 +277,8 @@ class Block(nnx.Module):
         if prompt_table is None:
             return x + attention(h, context, bias=stream.context_bias)
         shift, scale, gate = _rows(table[6:9], stream.modulation[:, :, 6:9])
-        context_shift, context_scale = _rows(prompt_table[...], stream.prompt_modulation)
+        prompt_table = prompt_table[...].astype(context.dtype)
+        context_shift, context_scale = _rows(prompt_table, stream.prompt_modulation)
         h, context = modulate(h, scale, shift), modulate(context, context_scale, context_shift)
         return x + gate * attention(h, context, bias=stream.context_bias)
 
