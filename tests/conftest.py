@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     if "golden_case" in metafunc.fixturenames:
-        from test_golden import load_cases
+        from golden_case import load_cases
 
         cases = load_cases(metafunc.config.getoption("--golden-dir"))
         metafunc.parametrize("golden_case", cases, ids=[f"{c.folder.name}/{c.name}" for c in cases])
