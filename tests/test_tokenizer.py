@@ -1,3 +1,8 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -5,6 +10,8 @@ import sentencepiece
 from ltx2_jax import tokenizer
 from ltx2_jax.errors import UserError
 
+GOLDEN = Path(__file__).parent / "golden"
+FORMS = ("tokenizer.model", "tokenizer.json")
 CAPTIONS = [
     f"a {colour} ball bounces {count}, with a {sound} at every hit"
     for colour in ("red", "green", "blue")
@@ -141,3 +148,112 @@ def test_one_string_is_not_taken_for_a_list_of_characters(model):
         tokenizer.Tokenizer(model).encode("red", 4)
     with pytest.raises(ValueError, match="at least 1"):
         tokenizer.Tokenizer(model).encode(["red"], 0)
+
+
+# ---- released tokenizers -------------------------------------------------------------------------
+
+PROMPTS = [
+    "A quiet fox walks through the rainy harbour at dawn.",
+    "一只狐狸在雨中的港口散步。",
+    "ثعلب هادئ يمشي في الميناء",
+    "🦊🎻 café, 24 fps!\tline\n\nnext",
+    "",
+    "the frozen river " * 400,
+    "<bos>hello <eos>",
+    "a <pad> b<unk>c <start_of_turn>\n<|turn>",
+]
+
+
+@pytest.mark.parametrize("generation", ["v2.0", "v2.3", "v2.5"])
+def test_both_released_forms_give_the_same_ids(generation):
+    library = pytest.importorskip("tokenizers")
+    folder = GOLDEN / generation / "gemma"
+    from_model, from_json = tokenizer.Tokenizer(folder), tokenizer.Tokenizer(folder / FORMS[1])
+    # Words of the vocabulary, control words and other characters, in random order.
+    words = list(library.Tokenizer.from_file(str(folder / FORMS[1])).get_vocab())
+    words += [" ", "  ", "\t", "\r", "é", "e\u0301", "雨", "م", "🎻", "\u200d", "<", "bos>", "\x01"]
+    rng = np.random.default_rng(0)
+    noise = ["".join(rng.choice(words, size=8)) for _ in range(300)]
+    for ours, theirs in zip(
+        from_model.encode(PROMPTS + noise, 1024), from_json.encode(PROMPTS + noise, 1024),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(ours, theirs)
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+        assert getattr(from_model, name) == getattr(from_json, name)
+    for word in (*words[:40], "no such word"):
+        assert from_model.id_of(word) == from_json.id_of(word)
+    ids, mask = from_model.encode(PROMPTS[3:4], 64)
+    assert from_model.decode(ids[mask]) == from_json.decode(ids[mask]) == PROMPTS[3]
+
+
+def test_spelled_out_control_words_become_control_ids():
+    gemma3, gemma4 = (tokenizer.Tokenizer(GOLDEN / v / "gemma") for v in ("v2.3", "v2.5"))
+    text = "<bos>hello <eos><pad>"
+    ids, mask = gemma3.encode([text], 16)
+    assert ids[mask].tolist()[:2] == [2, 2]  # its own rule adds one to any text
+    assert ids[mask].tolist()[-2:] == [1, 0]
+    ids, mask = gemma4.encode([text], 16)
+    assert ids[mask].tolist()[:2] != [2, 2]  # only where the text has none
+    assert ids[mask].tolist()[0] == 2
+    assert gemma4.decode(ids[mask]) == "hello "
+
+
+def test_control_words_of_a_trained_model_count_too(model):
+    loaded = tokenizer.Tokenizer(model)
+    ids, mask = loaded.encode(["<s>red</s>"], 16)
+    assert ids[mask].tolist()[:2] == [2, 2]
+    assert ids[mask].tolist()[-1] == 3
+
+
+def test_whether_a_bos_is_added_follows_the_tokenizers_own_config(tmp_path):
+    shutil.copytree(GOLDEN / "v2.3" / "gemma", tmp_path / "g")
+    config = tmp_path / "g" / "tokenizer_config.json"
+    for added in (True, False):
+        config.write_text(json.dumps({"add_bos_token": added, "bos_token": {"content": "<bos>"}}))
+        ids = tokenizer.Tokenizer(tmp_path / "g").encode(["<bos>a", "a"], 8)[0]
+        assert (ids[0] == 2).sum() == 1 + added
+        assert (ids[1] == 2).sum() == 1
+    (tmp_path / "g" / "tokenizer.json").unlink()
+    config.unlink()
+    assert (tokenizer.Tokenizer(tmp_path / "g").encode(["<bos>a"], 8)[0] == 2).sum() == 2
+
+
+def test_a_packed_text_encoder_has_the_tokenizer_of_its_folder():
+    pytest.importorskip("tokenizers")
+    packed = tokenizer.Tokenizer(GOLDEN / "v2.5" / "split" / "text_encoder.safetensors")
+    folder = tokenizer.Tokenizer(GOLDEN / "v2.5" / "gemma")
+    for ours, theirs in zip(packed.encode(PROMPTS, 64), folder.encode(PROMPTS, 64), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install 'ltx2-jax\[tokenizers\]'"):
+        tokenizer.Tokenizer(GOLDEN / "v2.5" / "gemma" / FORMS[1])
+    tokenizer.Tokenizer(GOLDEN / "v2.5" / "gemma")  # tokenizer.model needs none
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_what_is_no_text_is_refused(model, text):
+    with pytest.raises(UserError, match=r"prompt 1 .* position 1"):
+        tokenizer.Tokenizer(model).encode(["fine", text], 8)
+
+
+def test_a_place_without_a_readable_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        tokenizer.Tokenizer(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        tokenizer.Tokenizer(GOLDEN / "v2.5" / "split" / "transformer.safetensors")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"its tokenizer\.json is not JSON"):
+        tokenizer.Tokenizer(tmp_path)
+    (tmp_path / "pack.safetensors").write_text("hello")
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        tokenizer.Tokenizer(tmp_path / "pack.safetensors")
+    with pytest.raises(UserError, match=r"none\.safetensors: no such"):
+        tokenizer.Tokenizer(tmp_path / "none.safetensors")
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match=r"not a tokenizer\.json that can be read"):
+        tokenizer.Tokenizer(tmp_path)

@@ -1,0 +1,36 @@
+"""Golden cases of the text encoder's language model."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from golden_case import Case
+
+from ltx2_jax.models.gemma import Gemma
+from ltx2_jax.weights.gemma import load_gemma
+
+
+@cache
+def load_gemma_of(folder: Path) -> Gemma:
+    """The language model of a golden folder in float32; the packed file's where it has one."""
+    packed = folder / "split" / "text_encoder.safetensors"
+    return load_gemma(packed if packed.exists() else folder / "gemma", dtype="float32")
+
+
+def run_text_lm(case: Case):
+    kind = case.name.split("/")[1]
+    if kind != "gemma_hidden_states":
+        raise KeyError(f"unknown text case {kind!r}")
+    model, inputs = load_gemma_of(case.folder), case.inputs()
+    tokens, mask = (jnp.asarray(inputs[name]) for name in ("input_ids", "attention_mask"))
+    graphdef, params = nnx.split(model)
+    run = jax.jit(lambda p: nnx.merge(graphdef, p).hidden_states(tokens.astype(jnp.int32), mask))
+    # Padding sees nothing: its rows mean nothing, here or there.
+    valid = mask.astype(bool)[None, :, :, None]
+    expected = case.expected()["hidden_states"]
+    return {"hidden_states": jnp.where(valid, run(params), expected)}
+
+
+RUNNERS = {"text": run_text_lm}
