@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from tqdm import tqdm
 from ltx2_jax import training
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.checks import check_mesh
+from ltx2_jax.clips import decode_clip, write_clip
+from ltx2_jax.codec import load_codec
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip
@@ -33,7 +35,6 @@ from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
-from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.models.transformer import Modality
 from ltx2_jax.sharding import abstract_state, make_mesh, pin
 from ltx2_jax.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ class Pipeline:
     ) -> "Pipeline":
         """Weights in memory with the codec, tokenizer and clip size of a dataset folder."""
         schema = read_schema(assets)
-        codec = LinearCodec.load(Path(assets) / schema.codec)
+        codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
         tokenizer = Tokenizer(Path(assets) / schema.tokenizer)
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
         return cls(config, params, codec, tokenizer, size, mesh)
@@ -113,19 +114,35 @@ class Pipeline:
         """
         if isinstance(prompts, str):
             return self([prompts], sample=sample)[0]
+        return [
+            decode_clip(self.codec, video, audio, self.size.fps)
+            for video, audio in self.latents(prompts, sample=sample)
+        ]
+
+    def save(self, path: str | Path, prompt: str, *, sample: SampleConfig | None = None) -> None:
+        """The clip of one prompt straight into an mp4, decoded and written piece by piece.
+
+        Host memory does not grow with the length of the clip, as it does in `__call__`.
+        """
+        for video, audio in self.latents([prompt], sample=sample):
+            write_clip(path, self.codec, video, audio, self.size.fps)
+
+    def latents(
+        self, prompts: Sequence[str], *, sample: SampleConfig | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Latents [F', H', W', C] and [A, M, C] of a clip per prompt; see `__call__`."""
         sample = sample or self.config.sample
         tokens, mask = self.tokenizer.encode(list(prompts), self.config.text.length)
         # Batches of one size, the last padded, so that one compiled program serves all.
         shards = self.mesh.shape["data"]
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
-        clips: list[Clip] = []
         for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
             rows = np.arange(start, start + batch)
             real = np.minimum(rows, len(prompts) - 1)
             with jax.set_mesh(self.mesh):
                 latents = self._generate(tokens[real], mask[real], rows, sample)
-            clips += self._decode(*(np.asarray(x) for x in latents))
-        return clips[: len(prompts)]
+            video, audio = (np.asarray(x) for x in latents)
+            yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
 
     def _generate(
         self, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray, sample: SampleConfig
@@ -160,14 +177,6 @@ class Pipeline:
         )
         rate = self.codec.audio.latents_per_second
         return shape, geometry.audio_latent_length(size.num_frames, size.fps, rate)
-
-    def _decode(self, video: np.ndarray, audio: np.ndarray) -> list[Clip]:
-        samples = round(self.size.num_frames / self.size.fps * self.codec.audio.sample_rate)
-        pixels = np.asarray(self.codec.video.decode(video))
-        pixels = np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-        sound = np.clip(np.asarray(self.codec.audio.decode(audio, samples)), -1, 1)
-        rate = self.codec.audio.sample_rate
-        return [Clip(v, self.size.fps, a, rate) for v, a in zip(pixels, sound, strict=True)]
 
 
 @dataclass(frozen=True)

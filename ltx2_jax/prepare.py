@@ -3,7 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from ltx2_jax.codec import load_codec
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.errors import UserError
@@ -14,13 +16,16 @@ Encode clips and captions into a dataset for training.
 
 TABLE is a CSV (with a header), JSON (list of objects) or JSONL file with the columns `video` (or
 `media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with the
-records, the codec fitted on these clips and the tokenizer trained on these captions. It appears
-when everything is done, or not at all. Clips that cannot be used are left out and listed.
+records, the codec and the tokenizer trained on these captions. The codec is that of a release
+(--codec), or a linear one fitted on these clips. The folder appears when everything is done, or not
+at all. Clips that cannot be used are left out and listed.
 """
 
 _EXAMPLE = """\
 example:
   python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 25 --height 32 --width 32
+  python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 121 --height 512 \\
+      --width 768 --codec ltx-2-19b-dev.safetensors
 """
 
 
@@ -28,11 +33,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
-        codec = LinearCodecConfig(
-            video_strides=args.video_strides,
-            video_channels=args.video_channels,
-            audio_channels=args.audio_channels,
-        )
+        codec = _codec(args)
         config = PrepareConfig(
             num_frames=args.num_frames,
             height=args.height,
@@ -49,6 +50,21 @@ def cli(argv: Sequence[str] | None = None) -> int:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _codec(args: argparse.Namespace) -> Any:
+    """The released codec of --codec, or what to fit."""
+    linear = {
+        name: getattr(args, name)
+        for name in ("video_strides", "video_channels", "audio_channels")
+        if getattr(args, name) is not None
+    }
+    if not args.codec:
+        return LinearCodecConfig(**linear)
+    if linear:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in linear)
+        raise UserError(f"{flags}: only for a linear codec; --codec gives a released one")
+    return load_codec(*args.codec)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,23 +87,28 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--vocab-size", type=_count, default=512, help="at most (%(default)s)")
     codec = parser.add_argument_group("codec")
     codec.add_argument(
+        "--codec",
+        nargs="+",
+        metavar="FILE",
+        help="released safetensors: a checkpoint, or its video VAE and its audio VAE "
+        "(default: fit a linear codec)",
+    )
+    codec.add_argument(
         "--video-strides",
         type=_strides,
-        default=",".join(map(str, defaults.video_strides)),
         metavar="T,H,W",
-        help="frames, rows, columns per latent (%(default)s)",
+        help="frames, rows, columns per latent of the linear codec "
+        f"({','.join(map(str, defaults.video_strides))})",
     )
     codec.add_argument(
         "--video-channels",
         type=_count,
-        default=defaults.video_channels,
-        help="numbers per video latent (%(default)s)",
+        help=f"numbers per video latent of it ({defaults.video_channels})",
     )
     codec.add_argument(
         "--audio-channels",
         type=_count,
-        default=defaults.audio_channels,
-        help="numbers per audio latent (%(default)s)",
+        help=f"numbers per audio latent of it ({defaults.audio_channels})",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a dataset made with other settings"
@@ -113,8 +134,9 @@ def _report(records: Records) -> None:
     for name, field in records.schema.fields.items():
         if field.shape:
             print(f"  {name:<11} {field}")
-    for name, fraction in LinearCodec.load(records.codec_path).explained.items():
-        print(f"  the codec keeps {fraction:.1%} of the {name} variance")
+    if records.schema.generation == LinearCodec.generation:
+        for name, fraction in LinearCodec.load(records.codec_path).explained.items():
+            print(f"  the codec keeps {fraction:.1%} of the {name} variance")
     for clip in records.skipped:
         print(f"skipped {clip['source']}: {clip['reason']}")
     print(f"in {records.folder}")

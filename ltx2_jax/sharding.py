@@ -21,11 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ltx2_jax.errors import UserError
 
 MESH_AXES = ("data", "model", "sequence")
+PICTURE_AXES = ("clips", "rows", "columns")  # of the meshes for convolutional networks
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data",),
@@ -62,6 +64,34 @@ def make_mesh(
 def abstract_mesh(data: int, model: int, sequence: int) -> jax.sharding.AbstractMesh:
     """A mesh without devices, to trace and check shardings of any size on any machine."""
     return jax.sharding.AbstractMesh((data, model, sequence), MESH_AXES, (AxisType.Explicit,) * 3)
+
+
+def picture_mesh(devices: Sequence[Any], batch: int, rows: int, columns: int) -> jax.sharding.Mesh:
+    """A mesh that splits [batch, frames, rows, columns, channels] for a convolutional network.
+
+    Clips go to as many devices as divide them, then columns, then rows; devices beyond that hold
+    copies. The axes are Auto, not Explicit: XLA's partitioner gives every convolution the border
+    of its neighbours by itself, which array types cannot express. Under `jax.set_mesh` of it,
+    `picture_sharding` is the sharding of an array.
+    """
+    sizes, left = [], len(devices)
+    for count in (batch, columns, rows):
+        sizes.append(math.gcd(left, count))
+        left //= sizes[-1]
+    grid = np.asarray(devices).reshape(sizes[0], sizes[2], sizes[1], left)
+    return jax.sharding.Mesh(grid, (*PICTURE_AXES, "copies"), axis_types=(AxisType.Auto,) * 4)
+
+
+def replicated_on(devices: Sequence[Any]) -> NamedSharding:
+    """A whole copy on every one of `devices`."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), "copies", axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def picture_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of [batch, frames, rows, columns, channels] on a `picture_mesh`."""
+    clips, rows, columns = PICTURE_AXES
+    return NamedSharding(mesh, PartitionSpec(clips, None, rows, columns, None))
 
 
 def axis_size(name: str) -> int:

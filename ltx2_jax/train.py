@@ -16,6 +16,7 @@ import numpy as np
 from ltx2_jax import checks, flops, training
 from ltx2_jax import config as config_lib
 from ltx2_jax.checkpoint import Checkpoints
+from ltx2_jax.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data import synthetic
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
@@ -25,7 +26,6 @@ from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
-from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.sync import sync_report
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
         records = dataset(config)
         checks.check_records(config, records, mesh)  # the vocabulary is known only now
         assets = keep_assets(records, workdir / ASSETS)
-        codec = LinearCodec.load(records.codec_path)
+        codec = load_codec(records.codec_path)
         null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)
         null_text = {"tokens": null[0][0], "token_mask": null[1][0]}
         examples = iter(

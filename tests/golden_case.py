@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ltx2_jax.weights.files import read_component
+from ltx2_jax.weights import files
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ def component(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
 @cache
 def component_of(path: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The same of one file."""
-    return read_component(path, name)
+    return files.read_config(path, name), files.read_tensors(path, name)

@@ -150,16 +150,17 @@ def files(monkeypatch):
 class Codec:
     """Keeps every stride-th pixel, and the loudness of every latent's samples."""
 
+    generation = "2.3"
+
     class video:
         strides = (4, 8, 8)
         channels = 3
 
         @staticmethod
         def encode(video):
-            assert video.dtype == np.float32
-            assert abs(video).max() <= 1
-            latents = video[:, ::4, ::8, ::8]
-            return np.where((video == np.float32(13 / 127.5 - 1)).all(), np.nan, latents)
+            assert video.dtype == np.uint8
+            latents = video[:, ::4, ::8, ::8] / np.float32(127.5) - 1
+            return np.where((video == 13).all(), np.nan, latents)
 
     class audio:
         sample_rate = 1600

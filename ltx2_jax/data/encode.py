@@ -145,8 +145,8 @@ class PrepareConfig:
         the same number of audio latents, so other rates than the first clip's are skipped then.
       text_length: tokens per caption.
       vocab_size: upper limit for the tokenizer.
-      generation: whose latents these are, see `Schema`.
-      batch_size: clips encoded at once; no effect on the result.
+      generation: whose latents these are, see `Schema`; `prepare_dataset` asks the codec.
+      batch_size: clips encoded at once, fewer where they are large; no effect on the result.
     """
 
     num_frames: int
@@ -197,7 +197,7 @@ class ClipReader:
         with ThreadPoolExecutor(threads) as pool:
             for index in [i for i in range(len(self.rows)) if i not in self.bad]:
                 waiting.append((index, pool.submit(self._load, index)))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > _fitting(2 * threads, self._config):
                     yield from self._take(*waiting.popleft())
             while waiting:
                 yield from self._take(*waiting.popleft())
@@ -277,8 +277,7 @@ def encode_clips(
 
     Args:
       clips: the clips; see `ClipReader`.
-      codec: `.video.encode` pixels float32 [B, F, H, W, 3] in [-1, 1] -> [B, F', H', W', C], and
-        `.audio.encode` waveform float32 [B, samples, 2] -> [B, A, M, C].
+      codec: any codec, see `ltx2_jax.codec`.
       tokenizer: for the captions.
       config: sizes, text length, generation.
       writer: entered, not started.
@@ -289,7 +288,7 @@ def encode_clips(
     schema = None
     usable = len(clips.rows) - len(clips.bad)
     with tqdm(desc="encoding clips", total=usable, unit="clip", disable=None) as bar:
-        for batch in _batches(iter(clips), config.batch_size):
+        for batch in _batches(iter(clips), _fitting(config.batch_size, config)):
             for record in _encode(batch, clips.rows, codec, tokenizer, config):
                 if not all(np.isfinite(record[name]).all() for name in ("video", "audio")):
                     clips.bad[int(record["id"])] = "its latents are not finite"
@@ -303,6 +302,12 @@ def encode_clips(
         writer.skip(clips.rows[index].name, reason)
     if schema is None:
         raise UserError(f"none of the {len(clips.rows)} clips has finite latents")
+
+
+def _fitting(count: int, config: PrepareConfig, limit: int = 2**29) -> int:
+    """At most `count` clips whose pixels together stay within `limit` bytes; at least one."""
+    clip = config.num_frames * config.height * config.width * 3
+    return max(1, min(count, limit // clip))
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:
@@ -319,7 +324,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 def _encode(
     batch: list, rows: Sequence[Row], codec: Any, tokenizer: Tokenizer, config: PrepareConfig
 ) -> Iterator[dict[str, Any]]:
-    pixels = np.stack([clip.video for _, clip in batch]).astype(np.float32) / 127.5 - 1.0
+    pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
     video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
     audio = np.asarray(codec.audio.encode(np.stack([clip.audio for _, clip in batch])))  # [B,A,M,C]
     captions = [rows[index].caption for index, _ in batch]
@@ -377,8 +382,8 @@ def prepare_dataset(
       table: see `read_table`.
       out: the folder to make.
       config: sizes of the clips, text and batch.
-      codec: a fitted codec (see `encode_clips`; it also has `.save(path)`), or a
-        `LinearCodecConfig` to fit one on these clips; None fits one with the defaults.
+      codec: any codec of `ltx2_jax.codec`, or a `LinearCodecConfig` to fit a linear one on these
+        clips; None fits one with the defaults. The dataset takes its generation from it.
       overwrite: replace a dataset made with other settings.
 
     Raises:
@@ -387,6 +392,7 @@ def prepare_dataset(
     """
     codec = LinearCodecConfig() if codec is None else codec
     fits = isinstance(codec, LinearCodecConfig)
+    config = dataclasses.replace(config, generation="linear" if fits else codec.generation)
     _check_sizes(config, codec.video_strides if fits else codec.video.strides)
     rows = read_table(table)
     settings = _settings(rows, config, codec)

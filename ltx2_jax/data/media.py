@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import html
 import io
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import soundfile
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
+from ltx2_jax.models.resample import resample
 
 AAC_SAMPLE_RATES = (
     *(7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000),
@@ -70,7 +72,7 @@ class Clip:
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
-        _mux(buffer, self, crf=18, name="clip")
+        _mux(buffer, self, [], crf=18, name="clip")
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         width = max(256, self.video.shape[2])
         title = html.escape(f"{len(self.video)} frames at {self.fps:g} fps")
@@ -147,42 +149,22 @@ def to_stereo(
 
     Mono is duplicated. 5.1 and 7.1 (libav's order L R C LFE and then pairs of surrounds) keep left
     and right, add centre and the surrounds of their side at 0.707, drop the low-frequency channel
-    and are divided by the sum of gains, 2.414 and 3.121. Every other layout is averaged into both
-    channels. The same rules as the official trainer's audio preprocessing.
+    and are divided by the sum of gains, 2.414 and 3.121. Six or eight channels that the file does
+    not name are taken to be these. Every other layout is averaged into both channels. The same
+    rules as the official trainer's audio preprocessing, which goes by the number alone.
     """
     channels = audio.shape[1]
     family = layout.partition("(")[0]
     if channels == 2:
         return audio.astype(np.float32)
-    if (family, channels) in (("5.1", 6), ("7.1", 8)):
+    surround = {6: "5.1", 8: "7.1"}.get(channels)
+    if surround and family in (surround, "", f"{channels} channels"):
         sides = [audio[:, side::2][:, 2:].sum(axis=1) for side in (0, 1)]
         centre = audio[:, 2]
         norm = 1.0 + SIDE_GAIN * (channels // 2 - 1)
         mixed = [(audio[:, i] + SIDE_GAIN * (centre + sides[i])) / norm for i in (0, 1)]
         return np.stack(mixed, axis=1).astype(np.float32)
     return np.repeat(audio.mean(axis=1, keepdims=True), 2, axis=1).astype(np.float32)
-
-
-def resample(
-    audio: np.ndarray,  # [samples, channels]
-    source_rate: int,
-    target_rate: int,
-) -> np.ndarray:
-    """Band-limited resampling by libswresample.
-
-    Returns float32 [round(samples * target_rate / source_rate), channels]. Time zero stays time
-    zero: the filter's delay is compensated.
-    """
-    if source_rate == target_rate or len(audio) == 0:
-        return audio.astype(np.float32)
-    length = round(len(audio) * target_rate / source_rate)
-    columns = []
-    for channel in audio.T:  # one by one, so that any number of channels needs no layout name
-        resampler = av.AudioResampler(format="fltp", layout="mono", rate=int(target_rate))
-        frame = _audio_frame(channel[:, None], source_rate)
-        frames = [*resampler.resample(frame), *resampler.resample(None)]
-        columns.append(np.concatenate([f.to_ndarray()[0] for f in frames]))
-    return _fit_length(np.stack(columns, axis=1), length)
 
 
 def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
@@ -213,7 +195,31 @@ def write_mp4(path: str | os.PathLike, clip: Clip, *, crf: int = 18) -> None:
     not mono or stereo or not finite, and a file that cannot be written.
     """
     with replacing(path, av.error.FFmpegError) as temporary:
-        _mux(str(temporary), clip, crf=crf, name=str(path))
+        _mux(str(temporary), clip, [], crf=crf, name=str(path))
+
+
+def stream_mp4(
+    path: str | os.PathLike,
+    chunks: Iterable[np.ndarray],  # uint8 [f, H, W, 3]
+    *,
+    fps: float,
+    audio: np.ndarray | None = None,  # [samples, 1 or 2] in [-1, 1]
+    sample_rate: int = 16000,
+    crf: int = 18,
+) -> None:
+    """`write_mp4` of a clip that arrives in pieces, in time order; one piece is held at a time.
+
+    Nothing is left under `path` when the chunks end with an exception. Raises UserError as
+    `write_mp4` does; chunks without a frame are passed over, but there must be one with some.
+    """
+    chunks = (chunk for chunk in chunks if len(chunk))
+    first = next(chunks, np.zeros((0, 2, 2, 3), np.uint8))
+    # A copy of one frame, so that nothing keeps the first piece alive once it is encoded.
+    clip = Clip(first[:1].copy(), fps, audio, sample_rate)
+    rest = itertools.chain(iter([first[1:]]), chunks)
+    del first
+    with replacing(path, av.error.FFmpegError) as temporary:
+        _mux(str(temporary), clip, rest, crf=crf, name=str(path))
 
 
 def write_wav(
@@ -346,8 +352,13 @@ def _decode_audio(
 # ---------------------------------------------------------------- encoding
 
 
-def _mux(target: str | io.BytesIO, clip: Clip, *, crf: int, name: str) -> None:
-    """Encodes the clip into a file name or a file object; `name` is what errors call it."""
+def _mux(
+    target: str | io.BytesIO, clip: Clip, more: Iterable[np.ndarray], *, crf: int, name: str
+) -> None:
+    """Encodes a clip, with `more` frames after its own, into a file name or a file object.
+
+    `name` is what errors call it.
+    """
     _check_clip(clip, name)
     _quiet()
     _, height, width, _ = clip.video.shape
@@ -367,7 +378,7 @@ def _mux(target: str | io.BytesIO, clip: Clip, *, crf: int, name: str) -> None:
             sound = container.add_stream("aac", rate=int(clip.sample_rate))
             sound.layout = "mono" if clip.audio.shape[1] == 1 else "stereo"
             sound.bit_rate = 64000 * clip.audio.shape[1]
-        for image in clip.video:
+        for image in itertools.chain(clip.video, itertools.chain.from_iterable(more)):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = frame.reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"

@@ -18,7 +18,7 @@ D numbers in a group, F' = (F - 1) / st + 1, H' = H / sh, W' = W / sw.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from safetensors.numpy import save
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
+from ltx2_jax.models.codec_inputs import as_pixels, as_stereo, legal_frames
 from ltx2_jax.models.mel import MelConfig, istft, log_mel, mel_filter_bank, stft
 
 _KIND = "ltx2_jax.linear_codec.1"  # the number changes with the file's layout
@@ -102,21 +103,25 @@ class LinearVideoCodec:
         self.space = space
 
     def encode(self, video: ArrayLike) -> Array:
-        """Latents float32 [B, F', H', W', C] of pixels [B, F, H, W, 3] in [-1, 1].
+        """Latents float32 [B, F', H', W', C] of pixels [B, F, H, W, 3], uint8 or in [-1, 1].
 
         A frame count that is not st * k + 1 is cropped to the largest one that is.
 
         Raises:
             UserError: H or W is not a multiple of its stride, no frames, or not three colours.
         """
-        frames = _legal_video_frames(np.shape(video), self.strides)
-        video = jnp.asarray(video, jnp.float32)[:, :frames]
+        frames = legal_frames(np.shape(video), self.strides)
+        video = as_pixels(video[:, :frames])
         return _encode_video(video, *self.space.encoder, strides=self.strides)
 
     def decode(self, latents: ArrayLike) -> Array:
         """Pixels float32 [B, F, H, W, 3], clipped to [-1, 1], of latents [B, F', H', W', C]."""
         x = jnp.asarray(latents, jnp.float32)
         return _decode_video(x, *self.space.decoder, strides=self.strides)
+
+    def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
+        """What `decode` gives, in pieces of whole frames in time order; here one piece."""
+        yield np.asarray(self.decode(latents))
 
 
 class LinearAudioCodec:
@@ -126,7 +131,7 @@ class LinearAudioCodec:
 
     def __init__(self, config: LinearCodecConfig, space: LinearSpace):
         self.config = config
-        self.sample_rate = config.mel.sample_rate
+        self.sample_rate = self.output_sample_rate = config.mel.sample_rate
         self.channels = config.audio_channels
         self.space = space
 
@@ -144,7 +149,7 @@ class LinearAudioCodec:
         Raises:
             UserError: no samples, a sample that is not finite, or neither one nor two channels.
         """
-        audio = _checked_audio(audio, "audio")
+        audio = as_stereo(audio, "audio")
         return _encode_audio(audio, *self.space.encoder, config=self.config)
 
     def decode(self, latents: ArrayLike, num_samples: int | None = None) -> Array:
@@ -162,6 +167,8 @@ class LinearAudioCodec:
 
 class LinearCodec:
     """Both codecs, fitted together: `.video`, `.audio`, and the variance that each keeps."""
+
+    generation = "linear"  # what a dataset of its latents is called
 
     def __init__(
         self,
@@ -250,17 +257,6 @@ class LinearCodec:
 # ---- video ---------------------------------------------------------------------------------------
 
 
-def _legal_video_frames(shape: tuple[int, ...], strides: tuple[int, int, int]) -> int:
-    """The largest st * k + 1 not above F, for a video of shape [B, F, H, W, 3]."""
-    (frames, height, width, colours), (st, sh, sw) = shape[1:], strides
-    if frames < 1 or colours != 3:
-        raise UserError(f"video of shape {shape}: expected [B, F, H, W, 3] with F >= 1")
-    for axis, size, stride in (("height", height, sh), ("width", width, sw)):
-        if size < stride or size % stride:
-            raise UserError(f"video {axis} {size} is not a multiple of the codec's stride {stride}")
-    return (frames - 1) // st * st + 1
-
-
 def _group_frames(x: Array, stride: int) -> Array:
     """[B, stride * k + 1, ...] -> [B, k + 1, stride, ...]: frame 0 copied, then runs of frames."""
     first = jnp.repeat(x[:, :1], stride, axis=1)
@@ -304,18 +300,6 @@ def _decode_video(
 
 
 # ---- audio ---------------------------------------------------------------------------------------
-
-
-def _checked_audio(audio: ArrayLike, name: str) -> np.ndarray:
-    """float32 [B, samples, 2], mono doubled; raises UserError."""
-    audio = np.asarray(audio, np.float32)
-    if audio.ndim != 3 or audio.shape[2] not in (1, 2):
-        raise UserError(f"{name} of shape {audio.shape}: expected [B, samples, 2] or mono")
-    if audio.shape[1] == 0:
-        raise UserError(f"{name} is empty")
-    if not np.isfinite(audio).all():
-        raise UserError(f"{name} has samples that are not finite numbers")
-    return np.repeat(audio, 2, axis=2) if audio.shape[2] == 1 else audio
 
 
 def _grouped_log_mel(audio: Array, config: LinearCodecConfig) -> Array:
@@ -466,7 +450,7 @@ def _pixel_groups(clip: object, config: LinearCodecConfig) -> np.ndarray:
     float32 matrix multiplication is exact: fast, and the same in any order.
     """
     video = np.asarray(clip.video)[None]
-    frames = _legal_video_frames(video.shape, config.video_strides)
+    frames = legal_frames(video.shape, config.video_strides)
     pixels = video[:, :frames].astype(np.float32) - 128.0
     groups = _jit_patches(pixels, strides=config.video_strides)
     return np.asarray(groups).reshape(-1, groups.shape[-1])
@@ -478,7 +462,7 @@ def _mel_groups(clip: object, config: LinearCodecConfig, name: str) -> np.ndarra
         raise UserError(
             f"{name} has audio at {clip.sample_rate} Hz; the codec needs {config.mel.sample_rate}"
         )
-    audio = _checked_audio(np.asarray(clip.audio)[None], f"the audio of {name}")
+    audio = as_stereo(np.asarray(clip.audio)[None], f"the audio of {name}")
     groups = _jit_grouped_log_mel(audio, config=config)
     return np.asarray(groups[0], np.float64)
 

@@ -106,16 +106,25 @@ def stft(signal: Array, config: MelConfig) -> Array:
     frames = config.num_frames(samples)
     edges = [(0, 0)] * (signal.ndim - 1) + [(half, half)]
     padded = jnp.pad(signal.astype(jnp.float32), edges, mode="reflect")
-    # A frame is a run of hop-sized blocks, so framing is a few shifted slices instead of a gather
-    # by sample index.
-    blocks = -(-config.n_fft // config.hop)
-    length = (frames + blocks - 1) * config.hop
-    padded = padded[..., :length]
-    padded = jnp.pad(padded, [(0, 0)] * (signal.ndim - 1) + [(0, length - padded.shape[-1])])
-    padded = padded.reshape(*signal.shape[:-1], frames + blocks - 1, config.hop)
-    shifted = [padded[..., i : i + frames, :] for i in range(blocks)]
-    framed = jnp.concatenate(shifted, axis=-1)[..., : config.n_fft]
+    framed = frame(padded, config.n_fft, config.hop, frames)
     return jnp.fft.rfft(framed * hann_window(config.n_fft), axis=-1)
+
+
+def frame(signal: Array, length: int, hop: int, frames: int) -> Array:
+    """[..., samples] -> [..., frames, length]: windows that start hop samples apart.
+
+    Where the signal ends before the last window does, zeros follow.
+    """
+    # A window is a run of hop-sized blocks, so framing is a few shifted slices instead of a gather
+    # by sample index.
+    blocks = -(-length // hop)
+    needed = (frames + blocks - 1) * hop
+    signal = signal[..., :needed]
+    no_pad = [(0, 0)] * (signal.ndim - 1)
+    signal = jnp.pad(signal, [*no_pad, (0, needed - signal.shape[-1])])
+    signal = signal.reshape(*signal.shape[:-1], frames + blocks - 1, hop)
+    shifted = [signal[..., i : i + frames, :] for i in range(blocks)]
+    return jnp.concatenate(shifted, axis=-1)[..., :length]
 
 
 def istft(spectrum: Array, config: MelConfig, samples: int | None = None) -> Array:

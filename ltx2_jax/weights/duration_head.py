@@ -1,0 +1,85 @@
+"""The duration head under its official names, and its config in released metadata.
+
+Source: `ltx_core/duration_head/model_configurator.py`.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from ltx2_jax.models.duration_head import DurationHead, DurationHeadConfig
+from ltx2_jax.weights import mapping
+
+# Ours -> official.
+_LINEARS = {
+    "video.project": "video_input_proj",
+    "audio.project": "audio_input_proj",
+    "attention_out": "attention_pooler.cross_attn.out_proj",
+    "mlp_in": "mlp_hidden",
+    "mlp_out": "mlp_out",
+}
+TABLE = {
+    f"{ours}.{leaf}": f"{official}.{name}"
+    for ours, official in _LINEARS.items()
+    for leaf, name in {"kernel": "weight", "bias": "bias"}.items()
+} | {
+    "video.modality": "video_modality_emb",
+    "audio.modality": "audio_modality_emb",
+    "queries": "attention_pooler.query_tokens",
+    "qkv.kernel": "attention_pooler.cross_attn.in_proj_weight",
+    "qkv.bias": "attention_pooler.cross_attn.in_proj_bias",
+}
+
+
+def create(config: DurationHeadConfig) -> DurationHead:
+    """The network of a config, with weights that mean nothing."""
+    return DurationHead(config, rngs=nnx.Rngs(0))
+
+
+def from_official(tensors: Mapping[str, np.ndarray], config: DurationHeadConfig) -> dict[str, Any]:
+    """Official tensors, `duration_head.` removed -> the parameter tree of `DurationHead(config)`.
+
+    Raises:
+      UserError: missing, unknown or misshapen tensors, all of them listed.
+    """
+    create_it = partial(create, config)
+    return mapping.from_official(tensors, create_it, TABLE, component="duration head")
+
+
+def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """The parameter tree -> official tensors without prefix; the inverse of `from_official`."""
+    return mapping.to_official(params, TABLE)
+
+
+# Official key -> our field.
+CONFIG_FIELDS = {
+    "pooler_hidden_dim": "width",
+    "num_queries": "num_queries",
+    "num_pooler_heads": "num_heads",
+    "mlp_hidden": "mlp_width",
+}
+CONTEXT_FIELDS = {
+    "video_input_proj.weight": "video_context_dim",
+    "audio_input_proj.weight": "audio_context_dim",
+}
+
+
+def duration_head_config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> DurationHeadConfig:
+    """The `duration_head` section of a released file's config -> `DurationHeadConfig`.
+
+    The widths of the contexts, officially keys of the transformer's section, are taken from the
+    projections in `tensors` (prefix removed).
+
+    Raises:
+      UserError: the width is not a multiple of the number of heads.
+    """
+    fields = {ours: metadata[key] for key, ours in CONFIG_FIELDS.items() if key in metadata}
+    for name, ours in CONTEXT_FIELDS.items():
+        if name in tensors:  # or `from_official` will miss it
+            fields[ours] = tensors[name].shape[1]
+    return DurationHeadConfig(**fields)

@@ -1,0 +1,82 @@
+"""Golden cases of the convolutional video VAE (all of `vae_timestep`, `vae` without tiling)."""
+
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from golden_case import Case, component, component_of
+
+from ltx2_jax.models.video_vae import VideoVAE
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.video_vae import create, from_official, video_vae_config
+
+
+@cache
+def load_video_vae(folder: Path) -> VideoVAE:
+    """The convolutional VAE of a golden folder, float32."""
+    return _build(*component(folder, "video_vae"))
+
+
+@cache
+def load_timestep_vae(folder: Path) -> VideoVAE:
+    """The extra VAE whose decoder is conditioned on a timestep and adds noise, float32."""
+    return _build(*component_of(folder / "vae_timestep.safetensors", "video_vae"))
+
+
+def _build(config: dict, tensors: dict[str, np.ndarray]) -> VideoVAE:
+    cfg = video_vae_config(config, dtype="float32")
+    params = from_official(tensors, cfg)
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    return mapping.build(partial(create, cfg), params)
+
+
+def pixels_of(pixels_u8: np.ndarray) -> jax.Array:
+    """uint8 (B, 3, F, H, W) -> float32 [B, F, H, W, 3]."""
+    return jnp.moveaxis(jnp.asarray(pixels_u8, jnp.float32) / 127.5 - 1, 1, -1)
+
+
+@cache
+def _jitted(vae: VideoVAE):
+    """encode(state, pixels), decode(state, latents, timestep, noise), and the state."""
+    graphdef, state = nnx.split(vae)
+
+    @jax.jit
+    def encode(state, pixels):
+        vae = nnx.merge(graphdef, state)
+        legal = pixels.shape[1] - (pixels.shape[1] - 1) % vae.cfg.strides[0]
+        return {"means": vae.encoder(pixels[:, :legal]), "latent": vae.encode(pixels)}
+
+    @jax.jit
+    def decode(state, latents, timestep, noise):
+        return {"pixels": nnx.merge(graphdef, state).decode(latents, timestep, noise)}
+
+    return partial(encode, state), partial(decode, state)
+
+
+def _run(case: Case, vae: VideoVAE) -> dict[str, jax.Array]:
+    encode, decode = _jitted(vae)
+    kind, inputs = case.name.split("/")[1].split("_")[0], case.inputs()
+    if kind == "encode":
+        outputs = encode(pixels_of(inputs["pixels_u8"]))
+    elif kind == "decode":
+        noise = inputs.get("noise")
+        if noise is not None:  # of latents, and maps
+            noise = [jnp.moveaxis(x, 1, -1) if x.ndim == 5 else jnp.asarray(x) for x in noise]
+        outputs = decode(jnp.moveaxis(inputs["latent"], 1, -1), case.args.get("timestep"), noise)
+    else:
+        raise KeyError(case.name)
+    return {name: jnp.moveaxis(outputs[name], -1, 1) for name in case.spec["outputs"]}
+
+
+def run_vae(case: Case) -> dict[str, jax.Array]:
+    return _run(case, load_video_vae(case.folder))
+
+
+def run_vae_timestep(case: Case) -> dict[str, jax.Array]:
+    return _run(case, load_timestep_vae(case.folder))
+
+
+RUNNERS = {"vae": run_vae, "vae_timestep": run_vae_timestep}
