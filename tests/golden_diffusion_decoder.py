@@ -1,0 +1,113 @@
+"""Golden cases of the diffusion video decoder, and of the encoder stored beside it."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from golden_case import Case, component
+from golden_video_vae import pixels_of
+
+from ltx2_jax.models import tiling
+from ltx2_jax.models.diffusion_decoder import DiffusionDecoder
+from ltx2_jax.models.diffusion_tiling import decode_chunks
+from ltx2_jax.models.video_vae import VideoVAE
+from ltx2_jax.weights import diffusion_decoder, mapping, video_vae
+
+
+def _float32(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+
+@cache
+def load_decoder(folder: Path, prediction: str | None, steps: int | None) -> DiffusionDecoder:
+    """The decoder of a golden folder, float32; a case may ask for another output and more steps."""
+    config, tensors = component(folder, "video_vae_diffusion")
+    asked = {"prediction": prediction, "num_steps": steps, "dtype": "float32"}
+    overrides = {key: value for key, value in asked.items() if value is not None}
+    cfg = diffusion_decoder.diffusion_decoder_config(config, **overrides)
+    params = _float32(diffusion_decoder.from_official(tensors, cfg))
+    return mapping.build(partial(diffusion_decoder.create, cfg), params)
+
+
+@cache
+def load_encoder(folder: Path) -> VideoVAE:
+    """The encoder and the statistics of the latents of the same file, float32."""
+    config, tensors = component(folder, "video_vae_diffusion")
+    cfg = video_vae.video_vae_config(config, dtype="float32")
+    params = _float32(video_vae.from_official(tensors, cfg))
+    return mapping.build(partial(video_vae.create, cfg), params)
+
+
+def formula_noise(shape: tuple[int, ...], draw: int) -> np.ndarray:
+    """Draw number `draw` of the data's README: float32 (B, 3, F, H, W)."""
+    i = np.arange(np.prod(shape), dtype=np.uint64)
+    u = (i * 2654435761 + draw * 40503 + 12345) % 2**32 / 2**32
+    return ((2 * u - 1) * np.sqrt(3)).astype(np.float32).reshape(shape)
+
+
+def _drawing(case: Case) -> Callable[[tuple[int, ...]], jax.Array]:
+    """Gives the noise of the case, and checks that its shapes are asked for in its order."""
+    shapes = iter(enumerate(case.args["noise_draws"]))
+
+    def draw(shape):
+        number, official = next(shapes)
+        assert [shape[0], shape[4], *shape[1:4]] == official, f"draw {number}"
+        return jnp.moveaxis(formula_noise(official, number), 1, -1)
+
+    return draw
+
+
+def _latents(case: Case) -> jax.Array:
+    latents = jnp.moveaxis(jnp.asarray(case.inputs()["latent"]), 1, -1)
+    return load_encoder(case.folder).statistics.unnormalize(latents)
+
+
+def run_decode(case: Case, decoder: DiffusionDecoder) -> dict[str, np.ndarray]:
+    assert list(decoder.cfg.min_latents) == case.args.get(
+        "min_latent_size", list(decoder.cfg.min_latents)
+    )
+    sizes = {axis: tuple(case.args[axis]) for axis in tiling.AXES if axis in case.args}
+    by = tiling.TileCounts if "count" in case.name else tiling.TileSizes
+    chunks = list(
+        decode_chunks(decoder, _latents(case), _drawing(case), by(**sizes) if sizes else None)
+    )
+    if "chunk_frames" in case.args:
+        assert [chunk.shape[1] for chunk in chunks] == case.args["chunk_frames"]
+    pixels = np.concatenate(chunks, axis=1)
+    outputs = {
+        "pixels": np.moveaxis(pixels, -1, 1),
+        "frames": np.clip((pixels[0] + 1) / 2, 0, 1),
+    }
+    return {name: outputs[name] for name in case.spec["outputs"]}
+
+
+def run_block(case: Case, decoder: DiffusionDecoder) -> dict[str, jax.Array]:
+    @nnx.jit
+    def run(block, x):
+        return {"attn": block.attention(x), "y": block(x)}
+
+    return run(decoder.stages[0].blocks[0], jnp.asarray(case.inputs()["x"]))
+
+
+def run_video_vae_diffusion(case: Case) -> dict[str, np.ndarray | jax.Array]:
+    kind = case.name.split("/")[1]
+    if kind.startswith("encode"):
+        pixels = pixels_of(case.inputs()["pixels_u8"])
+        latents = nnx.jit(VideoVAE.encode)(load_encoder(case.folder), pixels)
+        return {"latent": jnp.moveaxis(latents, -1, 1)}
+    steps = case.args.get("steps")
+    decoder = load_decoder(case.folder, case.args.get("model_output_type"), steps)
+    if kind.startswith(("decode", "tiled_decode")):
+        return run_decode(case, decoder)
+    if kind.startswith("stages_1_to_3"):
+        return {"features": nnx.jit(DiffusionDecoder.first_stages)(decoder, _latents(case))}
+    if kind.startswith("neighborhood_block"):
+        return run_block(case, decoder)
+    raise KeyError(case.name)
+
+
+RUNNERS = {"video_vae_diffusion": run_video_vae_diffusion}
