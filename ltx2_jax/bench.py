@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ltx2_jax.codec import AudioCodec, VideoCodec
+from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
 from ltx2_jax.errors import UserError
@@ -22,6 +22,7 @@ from ltx2_jax.models.audio_vae import AUDIO_VAE
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from ltx2_jax.models.vocoder import VOCODER_2_0, VOCODER_2_3
+from ltx2_jax.video_codec import VideoCodec
 from ltx2_jax.weights import audio_vae as audio_weights
 from ltx2_jax.weights import video_vae as video_weights
 from ltx2_jax.weights import vocoder as vocoder_weights

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from ltx2_jax.codec import VideoCodec
 from ltx2_jax.conv_flops import video_vae_flops
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
 from ltx2_jax.topology import hbm_bytes, tpu_devices
+from ltx2_jax.video_codec import VideoCodec
 
 DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.

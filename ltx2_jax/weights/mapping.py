@@ -64,7 +64,7 @@ def from_official(
             wanted = _official(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
             problems.append(f"{name} has {tuple(tensors[name].shape)}, not {wanted}")
             continue
-        _insert(tree, path, value)
+        insert(tree, path, value)
     problems += [f"unknown {name}" for name in tensors if name not in known]
     if problems:
         raise UserError(f"{component} weights do not fit the config: {'; '.join(problems)}")
@@ -96,7 +96,8 @@ def _official(path: str, value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("kernel") else value
 
 
-def _insert(tree: dict[Any, Any], path: str, value: np.ndarray) -> None:
+def insert(tree: dict[Any, Any], path: str, value: np.ndarray) -> None:
+    """Puts a value at a path such as "blocks.0.kernel" into a nested dict."""
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     for part in parents:
         tree = tree.setdefault(part, {})

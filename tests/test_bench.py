@@ -1,0 +1,51 @@
+"""bench measures what a pipeline runs; nothing about its times is claimed."""
+
+import jax.numpy as jnp
+import numpy as np
+import tiny_codec
+
+from ltx2_jax import bench
+from ltx2_jax.models.audio_vae import AudioVAEConfig
+from ltx2_jax.weights.audio_vae import audio_vae_config
+from ltx2_jax.weights.video_vae import video_vae_config
+from ltx2_jax.weights.vocoder import vocoder_config
+
+SMALL = ["codec", "--frames=9", "--height=32", "--width=64", "--calls=1"]
+
+
+def test_bench_codec_prints_a_line_for_each_network_and_direction(monkeypatch, capsys):
+    tiny = video_vae_config(tiny_codec.VAE), vocoder_config(tiny_codec.VOCODER)
+    audio: AudioVAEConfig = audio_vae_config(tiny_codec.AUDIO_VAE)
+    monkeypatch.setattr(bench, "VAES", {"2.3": tiny})
+    monkeypatch.setattr(bench, "AUDIO_VAE", audio)
+    assert bench.cli(SMALL) == 0
+    title, head, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("codec of 2.3: 9 frames of 64x32 at 24 fps on 8 cpu")
+    assert head.split() == [
+        *("seconds", "first", "frames/s", "TFLOP", "TFLOP/s", "of", "peak", "peak", "GiB")
+    ]
+    names = [" ".join(line.split()[:2]) for line in lines]
+    assert names == ["encode video", "decode video", "encode audio", "decode audio"]
+    for line in lines:
+        seconds, first, rate, *_ = (float(x) for x in line.split()[2:5])
+        assert 0 < seconds <= first
+        np.testing.assert_allclose(rate * seconds, 9, rtol=0.1)
+
+
+def test_an_illegal_size_is_refused_before_weights_are_made(capsys):
+    assert bench.cli([*SMALL, "--frames=10"]) == 2
+    assert bench.cli([*SMALL, "--height=33"]) == 2
+    refused = capsys.readouterr().err.splitlines()
+    assert refused[0] == "bench: error: --frames=10 is not 8 k + 1"
+    assert refused[1].startswith("bench: error: video height 33")
+
+
+def test_random_weights_keep_activations_finite():
+    from functools import partial
+
+    from ltx2_jax.weights import mapping, video_vae
+
+    create = partial(video_vae.create, video_vae_config(tiny_codec.VAE))
+    weights = bench.random_weights(create)
+    out = mapping.build(create, weights).encode(jnp.zeros((1, 1, 32, 32, 3)))
+    assert np.isfinite(np.asarray(out)).all()
