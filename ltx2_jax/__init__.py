@@ -15,7 +15,12 @@ _HOMES = {
     "Pipeline": "pipeline",
     "TransformerConfig": "models.transformer",
     "UserError": "errors",
+    "decode_clip": "clips",
+    "encode_clip": "clips",
+    "load_codec": "codec",
     "make_mesh": "sharding",
+    "read_clip": "data.media",
+    "write_clip": "clips",
 }
 
 __all__ = ["__version__", *_HOMES]

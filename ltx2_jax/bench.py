@@ -124,15 +124,17 @@ def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:
     state = nnx.to_pure_dict(nnx.split(nnx.eval_shape(create), nnx.Param)[1])
     leaves, tree = jax.tree.flatten(state)
 
+    largest = max(leaf.size for leaf in leaves)
+
     @jax.jit
     def draw() -> list[jax.Array]:
-        # The generator that costs next to nothing; threefry takes minutes for a billion numbers.
-        keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
+        # The same numbers in every matrix: as good for this, and drawn in no time.
+        noise = jax.random.normal(jax.random.key(seed), largest, jnp.bfloat16)
         return [
-            jax.random.normal(key, leaf.shape, jnp.bfloat16) / np.sqrt(leaf.size / leaf.shape[-1])
+            noise[: leaf.size].reshape(leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
             if leaf.ndim > 1
             else jnp.ones(leaf.shape)
-            for key, leaf in zip(keys, leaves, strict=True)
+            for leaf in leaves
         ]
 
     return tree.unflatten(draw())

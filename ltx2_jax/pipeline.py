@@ -119,13 +119,21 @@ class Pipeline:
             for video, audio in self.latents(prompts, sample=sample)
         ]
 
-    def save(self, path: str | Path, prompt: str, *, sample: SampleConfig | None = None) -> None:
-        """The clip of one prompt straight into an mp4, decoded and written piece by piece.
+    def save(
+        self, prompts: Sequence[str], paths: Sequence[Path], *, sample: SampleConfig | None = None
+    ) -> None:
+        """The clips of `__call__` straight into mp4 files, decoded and written piece by piece.
 
-        Host memory does not grow with the length of the clip, as it does in `__call__`.
+        Host memory does not grow with their length or number.
         """
-        for video, audio in self.latents([prompt], sample=sample):
+        latents = self.latents(prompts, sample=sample)
+        for path, (video, audio) in zip(paths, latents, strict=True):
             write_clip(path, self.codec, video, audio, self.size.fps)
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of a clip's pixels."""
+        return 3 * self.size.num_frames * self.size.height * self.size.width
 
     def latents(
         self, prompts: Sequence[str], *, sample: SampleConfig | None = None

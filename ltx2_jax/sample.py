@@ -20,7 +20,8 @@ Make clips with the model that train left in a workdir.
 
 One clip for each PROMPT. Without any, a model of the synthetic clips gets fresh captions of their
 grammar. Into the output folder go samples/000.mp4 and on, sample.mp4 (the first clip) and
-samples.png (frames and sound of the first four). A folder that holds clips is never written over.
+samples.png (frames and sound of the first four); of more than a gigabyte of pixels, only the clips.
+A folder that holds clips is never written over.
 """
 
 EXAMPLE = """\
@@ -31,6 +32,10 @@ example:
 The same prompts, settings and seed give the same clips. Settings that are not given are those of
 the config that the model was trained with.
 """
+
+
+# Bytes of pixels from which clips are written as they are decoded, without a picture of them.
+LARGE = 2**30
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,6 +51,11 @@ def main(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
+    if pipeline.clip_bytes * len(prompts) > LARGE:
+        paths = [out / "samples" / f"{number:03d}.mp4" for number in range(len(prompts))]
+        pipeline.save(prompts, paths, sample=settings)
+        print(f"wrote {len(prompts)} clips in {out}/samples")
+        return
     clips = pipeline(prompts, sample=settings)
     write_clips(clips, prompts, out)
     kinds = [synthetic.event_kind(prompt) for prompt in prompts]

@@ -21,7 +21,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.codec_inputs import as_pixels, legal_frames
 from ltx2_jax.models.video_vae import VideoVAEConfig
-from ltx2_jax.sharding import picture_mesh, picture_sharding, replicated_on
+from ltx2_jax.sharding import picture_mesh, picture_sharding, pin_picture, replicated_on
 from ltx2_jax.weights import video_vae as video_weights
 
 AUTOMATIC = "automatic"
@@ -219,9 +219,9 @@ class VideoCodec:
 
 @partial(jax.jit, static_argnames="graph")
 def _encode(params: Any, pixels: Array, *, graph: Any) -> Array:
-    return nnx.merge(graph, params).encode(as_pixels(pixels))
+    return pin_picture(nnx.merge(graph, params).encode(as_pixels(pixels)))
 
 
 @partial(jax.jit, static_argnames="graph")
 def _decode(params: Any, latents: Array, key: Array, *, graph: Any) -> Array:
-    return nnx.merge(graph, params).decode(latents, noise=key)
+    return pin_picture(nnx.merge(graph, params).decode(latents, noise=key))

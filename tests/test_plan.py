@@ -27,7 +27,8 @@ def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
     assert facts["split"] == {"rows": 2, "columns": 4}
     # A float32 picture of [9, 64, 128, 3], an eighth on each chip.
     assert facts["output_bytes_per_chip"] == 9 * 64 * 128 * 3 * 4 // 8
-    assert facts["weight_bytes_per_chip"] > 2 * facts["parameters"]
+    # bfloat16 matrices of the half that is compiled.
+    assert facts["parameters"] < facts["weight_bytes_per_chip"] < 2 * facts["parameters"]
     assert set(facts["collectives"]) == {"collective-permute"}
     assert facts["fits"]
     assert facts["flops_of_tile"] == facts["flops_of_clip"]
@@ -35,10 +36,10 @@ def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
 
 
 def test_a_long_clip_needs_no_more_than_a_tile(eight_devices):
-    short = plan.plan_vae(TINY, "decode", (81, 32, 64), "v5p:2x2x2")
-    long = plan.plan_vae(TINY, "decode", (481, 32, 64), "v5p:2x2x2")
-    assert long["peak_bytes_per_chip"] < 1.2 * short["peak_bytes_per_chip"]
-    assert long["flops_of_clip"] > 5 * short["flops_of_clip"]
+    one = plan.plan_vae(TINY, "decode", (73, 32, 64), "v5p:2x2x2")
+    many = plan.plan_vae(TINY, "decode", (4801, 32, 64), "v5p:2x2x2")
+    assert many["peak_bytes_per_chip"] < 1.25 * one["peak_bytes_per_chip"]
+    assert many["flops_of_clip"] > 60 * one["flops_of_clip"]
 
 
 def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch, capsys):
