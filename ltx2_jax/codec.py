@@ -31,8 +31,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.linear_codec import LinearCodec
-from ltx2_jax.video_codec import AUTOMATIC, VideoCodec
+from ltx2_jax.video_codec import AUTOMATIC, DiffusionVideoCodec, VideoCodec
 from ltx2_jax.weights import audio_vae as audio_weights
+from ltx2_jax.weights import diffusion_decoder as decoder_weights
 from ltx2_jax.weights import files
 from ltx2_jax.weights import video_vae as video_weights
 from ltx2_jax.weights import vocoder as vocoder_weights
@@ -89,17 +90,11 @@ def load_codec(
         if metadata.get("kind") == REFERENCE:
             paths = _followed(Path(paths[0]), metadata)
     where = _components(paths)
-    video_config = video_weights.video_vae_config(
-        files.read_config(where["video_vae"], "video_vae"), dtype=dtype
-    )
+    video = _video_codec(where["video_vae"], dtype, devices=devices, tiling=tiling)
     audio_config = audio_weights.audio_vae_config(
         files.read_config(where["audio_vae"], "audio_vae")
     )
     vocoder_config = vocoder_weights.vocoder_config(files.read_config(where["vocoder"], "vocoder"))
-
-    def read_video() -> Any:
-        tensors = files.read_tensors(where["video_vae"], "video_vae")
-        return video_weights.from_official(tensors, video_config)
 
     def read_audio() -> tuple[Any, Any]:
         vae = files.read_tensors(where["audio_vae"], "audio_vae")
@@ -110,13 +105,35 @@ def load_codec(
         )
 
     return ReleasedCodec(
-        VideoCodec(video_config, read_video, devices=devices, tiling=tiling),
+        video,
         AudioCodec(
             audio_config, vocoder_config, read_audio, device=devices[0] if devices else None
         ),
         generation(files.metadata(where["video_vae"]).get("model_version", "")),
         paths,
     )
+
+
+def _video_codec(path: str | os.PathLike, dtype: str, **options: Any) -> VideoCodec:
+    """With the decoder that the file has."""
+    section = files.read_config(path, "video_vae")
+    config = video_weights.video_vae_config(section, dtype=dtype)
+
+    def read() -> Any:
+        return video_weights.from_official(files.read_tensors(path, "video_vae"), config)
+
+    if config.decoder_blocks is not None:
+        return VideoCodec(config, read, **options)
+    decoder = decoder_weights.diffusion_decoder_config(section, dtype=dtype)
+
+    def read_both() -> tuple[Any, Any]:
+        tensors = files.read_tensors(path, "video_vae")
+        return (
+            video_weights.from_official(tensors, config),
+            decoder_weights.from_official(tensors, decoder),
+        )
+
+    return DiffusionVideoCodec(config, decoder, read_both, **options)
 
 
 def generation(model_version: str) -> str:

@@ -18,10 +18,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import diffusion_tiling
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.codec_inputs import as_pixels, legal_frames
+from ltx2_jax.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
 from ltx2_jax.models.video_vae import VideoVAEConfig
 from ltx2_jax.sharding import picture_mesh, picture_sharding, pin_picture, replicated_on
+from ltx2_jax.weights import diffusion_decoder as decoder_weights
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights import video_vae as video_weights
 
 AUTOMATIC = "automatic"
@@ -215,6 +219,54 @@ class VideoCodec:
         budget = len(self.devices) * tile.frames[0] * tile.height[0] * tile.width[0]
         count = max(1, budget // math.prod(sizes))
         return [array[i : i + count] for i in range(0, batch, count)]
+
+
+class DiffusionVideoCodec(VideoCodec):
+    """The form of 2.5 whose decoder is a diffusion model; it encodes as `VideoCodec` does.
+
+    Decoding draws noise: the same noise for the same latents, every time.
+    """
+
+    def __init__(
+        self,
+        config: VideoVAEConfig,
+        decoder: DiffusionDecoderConfig,
+        read: Callable[[], tuple[Any, Any]],
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        tiling: tiles.Tiling | str | None = AUTOMATIC,
+    ):
+        """As `VideoCodec`, but `read` gives the weights of the encoder and of the decoder."""
+        super().__init__(config, lambda: self._weights[0], devices=devices, tiling=tiling)
+        self.decoder_config = decoder
+        self._read_both = read
+
+    @cached_property
+    def _weights(self) -> tuple[Any, Any]:
+        return self._read_both()
+
+    @cached_property
+    def decoder(self) -> DiffusionDecoder:
+        """With its weights, whole on the first device."""
+        params = jax.device_put(self._weights[1], self.devices[0])
+        return mapping.build(partial(decoder_weights.create, self.decoder_config), params)
+
+    def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
+        """As that of `VideoCodec`, on the first device."""
+        latents = self._checked(latents)
+        tiling = self.tiling
+        if tiling == AUTOMATIC:
+            tiling = diffusion_tiling.automatic_tiling(self.decoder_config, latents.shape)
+        statistics = nnx.merge(self.graph, self.params).statistics
+        numbers = itertools.count()
+
+        def draw(shape: tuple[int, ...]) -> Array:
+            return jax.random.normal(jax.random.key(next(numbers)), shape)
+
+        with jax.set_mesh(replicated_on(self.devices[:1]).mesh):
+            raw = jnp.asarray(np.asarray(statistics.unnormalize(latents)))
+            for chunk in diffusion_tiling.decode_chunks(self.decoder, raw, draw, tiling):
+                yield np.clip(chunk, -1, 1)
 
 
 @partial(jax.jit, static_argnames="graph")
