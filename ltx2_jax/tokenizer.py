@@ -143,7 +143,7 @@ class Tokenizer:
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), length), bool)
         for row, text in enumerate(texts):
-            _check_text(text, row)
+            check_text(text, row)
             tokens = self._model.encode(text.strip())
             if self._always_adds_bos or tokens[:1] != [self.bos_id]:
                 tokens = [self.bos_id, *tokens]
@@ -296,7 +296,7 @@ def _adds_bos(config: dict, described: dict) -> bool:
     return _word(config.get("bos_token") or "<bos>") in str(described.get("post_processor"))
 
 
-def _check_text(text: str, row: int) -> None:
+def check_text(text: str, row: int) -> None:
     at = text.find("\0")
     if at >= 0:
         raise UserError(f"prompt {row} has a NUL character (at position {at}): remove it")

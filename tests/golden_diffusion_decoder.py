@@ -88,7 +88,8 @@ def run_decode(case: Case, decoder: DiffusionDecoder) -> dict[str, np.ndarray]:
 def run_block(case: Case, decoder: DiffusionDecoder) -> dict[str, jax.Array]:
     @nnx.jit
     def run(block, x):
-        return {"attn": block.attention(x), "y": block(x)}
+        attended = block.attention(x, lambda frame: frame)
+        return {"attn": block.attention_out(attended), "y": block(x)}
 
     return run(decoder.stages[0].blocks[0], jnp.asarray(case.inputs()["x"]))
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 import tiny_codec
 
-from ltx2_jax import plan, topology
+from ltx2_jax import plan, plan_vae, topology
 from ltx2_jax.errors import UserError
 from ltx2_jax.weights.video_vae import video_vae_config
 
@@ -17,16 +17,16 @@ TINY = video_vae_config(tiny_codec.VAE)
 @pytest.fixture
 def eight_devices(monkeypatch):
     """The machine's own devices in the place of a slice's."""
-    monkeypatch.setattr(plan, "tpu_devices", lambda topology: jax.devices())
-    monkeypatch.setattr(plan, "hbm_bytes", lambda kind: 2**30)
+    monkeypatch.setattr(plan_vae, "tpu_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(topology, "hbm_bytes", lambda kind: 2**30)
 
 
 def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
-    facts = plan.plan_vae(TINY, "decode", (9, 64, 128), "v5p:2x2x2")
-    assert facts["tile"] == [9, 64, 128]
+    facts = plan_vae.plan_vae(TINY, "decode", (9, 128, 128), "v5p:2x2x2")
+    assert facts["tile"] == [9, 128, 128]
     assert facts["split"] == {"rows": 2, "columns": 4}
-    # A float32 picture of [9, 64, 128, 3], an eighth on each chip.
-    assert facts["output_bytes_per_chip"] == 9 * 64 * 128 * 3 * 4 // 8
+    # A float32 picture of [9, 128, 128, 3], an eighth on each chip.
+    assert facts["output_bytes_per_chip"] == 9 * 128 * 128 * 3 * 4 // 8
     # bfloat16 matrices of the half that is compiled.
     assert facts["parameters"] < facts["weight_bytes_per_chip"] < 2 * facts["parameters"]
     assert set(facts["collectives"]) == {"collective-permute"}
@@ -36,15 +36,15 @@ def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
 
 
 def test_a_long_clip_needs_no_more_than_a_tile(eight_devices):
-    one = plan.plan_vae(TINY, "decode", (73, 32, 64), "v5p:2x2x2")
-    many = plan.plan_vae(TINY, "decode", (4801, 32, 64), "v5p:2x2x2")
+    one = plan_vae.plan_vae(TINY, "decode", (73, 32, 64), "v5p:2x2x2")
+    many = plan_vae.plan_vae(TINY, "decode", (4801, 32, 64), "v5p:2x2x2")
     assert many["peak_bytes_per_chip"] < 1.25 * one["peak_bytes_per_chip"]
     assert many["flops_of_clip"] > 60 * one["flops_of_clip"]
 
 
 def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "hbm_bytes", lambda kind: 2**10)
-    monkeypatch.setattr(plan, "VAES", {"2.3": TINY})
+    monkeypatch.setattr(topology, "hbm_bytes", lambda kind: 2**10)
+    monkeypatch.setattr(plan_vae, "VAES", {"2.3": TINY})
     monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
     arguments = ["--what=vae", "--topology=v5p:2x2x2", "--height=32", "--width=64", "--frames=1"]
     assert plan.cli(arguments) == 1
@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch
 
 
 def test_illegal_sizes_are_refused_before_compiling(eight_devices):
-    refused = partial(plan.plan_vae, TINY, "encode", topology="v5p:2x2x2")
+    refused = partial(plan_vae.plan_vae, TINY, "encode", topology="v5p:2x2x2")
     with pytest.raises(UserError, match="--frames=10 is not 8 k"):
         refused(size=(10, 64, 64))
     with pytest.raises(UserError, match="height 60"):
@@ -67,7 +67,7 @@ def test_collectives_are_counted_once_each():
       %c = f32[2] collective-permute(%b), %d = f32[2] collective-permute(%c)
       %all-to-all.3 = f32[2] add(%c, %d)
     """
-    assert plan.collectives(program) == {"all-gather": 1, "collective-permute": 2}
+    assert topology.collectives(program) == {"all-gather": 1, "collective-permute": 2}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ltx2_jax.models.vocoder import (
     Vocoder,
     VocoderConfig,
     kaiser_sinc,
+    product_of_shifted,
 )
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.vocoder import UNREAD, create, from_official, to_official, vocoder_config
@@ -126,6 +127,16 @@ def test_the_activation_is_filtering_at_twice_the_rate(length):
             # Correlated, not convolved, on the way down.
             expected = np.correlate(held(doubled, 5, 6), down, mode="valid")[::2]
             np.testing.assert_allclose(got[clip, :, c], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (7, 5), (1, 1), (4, 3)])
+def test_what_a_tpu_computes_is_the_convolution(kernel, dilation):
+    x, weights = random(2, 20, 3), random(kernel, 3, 4, seed=2)
+    got = product_of_shifted(x, weights, dilation)
+    expected = jax.lax.conv_general_dilated(
+        x, weights, (1,), "SAME", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rate", "kernel"), [(6, 16), (5, 15), (2, 4), (3, 3), (2, 5)])

@@ -12,11 +12,18 @@ last latent frame is repeated through the first four stages and what it became i
 The network splits into two halves so that large clips can be decoded in tiles
 (`diffusion_tiling.py`): `features`, stages 1 to 3 at a low resolution, and `decode_tile`, the rest.
 
-Sizes of the release at 121 frames of 1280 x 704 (latents 16 x 22 x 40, attention products counted
-densely as `neighborhood_attention` computes them):
+The release at 121 frames of 1280 x 704, 16 x 22 x 40 latents and two frames of them repeated
+(attention counted densely, as `neighborhood_attention` computes it; its windows alone are 75):
 
-    stage  cells of the grid      channels  blocks  linear PFLOPs  attention PFLOPs
-    STAGES_TABLE
+    stage   cells             channels   blocks   window         TFLOPs, linear   attention
+    1        18 x  22 x  40       2048        4    3 x  7 x  7                9           1
+    2        18 x  44 x  80       1024        6    3 x  7 x  7               13           2
+    3        35 x  44 x  80        512        4    3 x  5 x  5                5           1
+    4        69 x  88 x 160        512        2    3 x  5 x  5               18           2
+    5       121 x 176 x 320        256        8   11 x 11 x 11              122         261
+
+Compiled for a TPU, stages 4 and 5 take 7 KB of memory per cell of stage 5: 47 GB at once, or
+`diffusion_tiling.automatic_tiling`.
 
 Dims: B batch, F frames, H, W pixels, C latent channels, F', H', W' the latent grid.
 Source: `ltx_core/model/video_vae/diffusion_video_decoder.py`; sizes of the preset: the `vae` config
@@ -85,14 +92,18 @@ class DiffusionDecoderConfig:
             for width in widths if isinstance(widths, tuple) else (widths,):
                 if width % self.head_dim:
                     raise UserError(f"{name} {width}: expected a multiple of {self.head_dim}")
-        if self.head_dim % 8:
-            raise UserError(f"head_dim {self.head_dim}: expected a multiple of 8")
+        if self.head_dim % 8 or self.head_dim < 16:  # some features for each axis of positions
+            raise UserError(f"head_dim {self.head_dim}: expected a multiple of 8, at least 16")
         if any(stride[0] not in (1, 2) for stride in self.strides_after):
             raise UserError(f"strides_after {self.strides_after}: time is kept or doubled only")
         if self.prediction not in PREDICTIONS:
             raise UserError(f"prediction {self.prediction!r}: expected {', '.join(PREDICTIONS)}")
-        for name in ("num_steps", "strips"):
-            if getattr(self, name) < 1:
+        for name, least in (
+            ("depths", min(self.depths)),
+            ("num_steps", self.num_steps),
+            ("strips", self.strips),
+        ):
+            if least < 1:
                 raise UserError(f"{name} {getattr(self, name)}: expected at least 1")
 
     @property
@@ -260,8 +271,8 @@ class DiffusionDecoder(nnx.Module):
           float32 [B, F, H, W, 3].
         """
         cfg = self.cfg
-        embedded = jax.nn.silu(self.timestep(cfg.timestep_scale * time[None]))
-        modulation = self.modulation(embedded).reshape(1, MODULATION_ROWS, -1)
+        embedded = jax.nn.silu(self.timestep(cfg.timestep_scale * time))
+        modulation = self.modulation(embedded).reshape(MODULATION_ROWS, -1)
         x = self.pixels_in(patchify(pixels.astype(cfg.dtype), cfg.patch_size))
         x = run_blocks(self.blocks, x, context, modulation)
         x = self.pixels_out(rms_norm(x, NORM_EPS, self.norm_out[...]))

@@ -10,6 +10,7 @@ Source: `ltx_core/model/video_vae/transformer/`.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,25 +45,25 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
     return time, rest, rest
 
 
-def rope_tables(size: Sequence[int], head_dim: int) -> tuple[Array, Array]:
-    """cos and sin of every cell and feature, float32 [T, H, W, 1, D].
+def rope_tables(time: Array, height: int, width: int, head_dim: int) -> tuple[Array, Array]:
+    """cos and sin for the cells and features of one frame, float32 [H, W, 1, D].
 
     Neighbouring features are a pair with one angle; the sine has a minus for the first of a pair.
     Positions count from the corner of the tile at hand: attention only sees their differences.
     """
     parts = []
-    for axis, (length, width) in enumerate(zip(size, rope_split(head_dim), strict=True)):
-        rates = (1 / ROPE_THETA ** (np.arange(0, width, 2) / width)).astype(np.float32)
-        angle = jnp.arange(length, dtype=jnp.float32)[:, None] * np.repeat(rates, 2)
-        shape = [length if i == axis else 1 for i in range(3)]
-        parts.append(jnp.broadcast_to(angle.reshape(*shape, 1, width), (*size, 1, width)))
+    positions = time[None, None], jnp.arange(height)[:, None], jnp.arange(width)
+    for position, features in zip(positions, rope_split(head_dim), strict=True):
+        rates = (1 / ROPE_THETA ** (np.arange(0, features, 2) / features)).astype(np.float32)
+        angle = position.astype(jnp.float32)[..., None, None] * np.repeat(rates, 2)
+        parts.append(jnp.broadcast_to(angle, (height, width, 1, features)))
     angle = jnp.concatenate(parts, axis=-1)
     sign = np.tile(np.float32([-1, 1]), head_dim // 2)
     return jnp.cos(angle), jnp.sin(angle) * sign
 
 
 def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-    """x [B, T, H, W, N, D], every pair of features turned by its angle; float32."""
+    """x [B, H, W, N, D], every pair of features turned by its angle; float32."""
     # Shifts along the features instead of a split into pairs, which would make an axis of two.
     first_of_pair = np.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(first_of_pair, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
@@ -73,29 +74,31 @@ def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
 
 
 class NeighborhoodAttention(nnx.Module):
-    """Self-attention of every cell to the box of `kernel` cells around it."""
+    """Self-attention of every cell to the box of `kernel` cells around it, no output projection."""
 
     def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: nnx.Rngs):
         self.kernel, self.head_dim = kernel, head_dim
         self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.q_norm = nnx.Param(jnp.ones(head_dim))
         self.k_norm = nnx.Param(jnp.ones(head_dim))
 
-    def __call__(self, x: Array) -> Array:
-        """x [B, T, H, W, C] -> [B, T, H, W, C].
+    def __call__(self, x: Array, prepare: Callable[[Array], Array]) -> Array:
+        """x [B, T, H, W, C] -> [B, T, H, W, C]; `prepare` is done to each frame [B, H, W, C].
 
         Raises:
           ValueError: the volume is smaller than the kernel.
         """
-        heads = (*x.shape[:4], -1, self.head_dim)
+        q, k, v = by_frame(lambda time, x: self.project(time, prepare(x)), x)
+        return neighborhood_attention(q, k, v, self.kernel).reshape(x.shape)
+
+    def project(self, time: Array, x: Array) -> tuple[Array, Array, Array]:
+        """q, k and v [B, H, W, N, D] of frame number `time`, x [B, H, W, C]."""
+        heads = (*x.shape[:3], -1, self.head_dim)
         q, k, v = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        rope = rope_tables(x.shape[1:4], self.head_dim)
-        # Float32 up to here, the activations' dtype from here on: q and k are sliced and copied.
+        rope = rope_tables(time, *x.shape[1:3], self.head_dim)
         q = rms_norm(q.astype(jnp.float32), NORM_EPS, self.q_norm[...]) * self.head_dim**-0.5
         k = rms_norm(k.astype(jnp.float32), NORM_EPS, self.k_norm[...])
-        q, k = (apply_rope(part, rope).astype(v.dtype) for part in (q, k))
-        return self.out(neighborhood_attention(q, k, v, self.kernel).reshape(x.shape))
+        return apply_rope(q, rope).astype(v.dtype), apply_rope(k, rope).astype(v.dtype), v
 
 
 class SwiGLU(nnx.Module):
@@ -141,13 +144,19 @@ class Block(nnx.Module):
     def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: nnx.Rngs):
         self.attention_norm = nnx.Param(jnp.ones(dim))
         self.attention = NeighborhoodAttention(dim, kernel, head_dim, dtype=dtype, rngs=rngs)
+        self.attention_out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
         self.mlp_norm = nnx.Param(jnp.ones(dim))
         self.mlp = SwiGLU(dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """x [B, T, H, W, C] -> [B, T, H, W, C]."""
-        x = x + self.attention(rms_norm(x, NORM_EPS, self.attention_norm[...]))
-        return by_frame(lambda x: x + self.mlp(rms_norm(x, NORM_EPS, self.mlp_norm[...])), x)
+        y = self.attention(x, lambda x: rms_norm(x, NORM_EPS, self.attention_norm[...]))
+
+        def rest(_: Array, x: Array, y: Array) -> Array:
+            x = x + self.attention_out(y)
+            return x + self.mlp(rms_norm(x, NORM_EPS, self.mlp_norm[...]))
+
+        return by_frame(rest, x, y)
 
 
 class DiffusionBlock(Block):
@@ -179,22 +188,25 @@ class DiffusionBlock(Block):
         self,
         x: Array,  # [B, T, H, W, C]
         context: Array,  # [B, T, H, W, Cc]
-        modulation: Array,  # float32 [B, MODULATION_ROWS, C]
+        modulation: Array,  # float32 [MODULATION_ROWS, C]
     ) -> Array:  # [B, T, H, W, C]
-        rows = jnp.moveaxis((modulation + self.table[...]).astype(x.dtype), 1, 0)[:, :, None, None]
+        rows = (modulation + self.table[...]).astype(x.dtype)
 
-        def normed(x: Array, norm: nnx.Param, scale: Array, shift: Array) -> Array:
-            return modulate(rms_norm(x, NORM_EPS, norm[...]), scale, shift)
+        def normed(x: Array, norm: nnx.Param, scale: int, shift: int) -> Array:
+            return modulate(rms_norm(x, NORM_EPS, norm[...]), rows[scale], rows[shift])
 
-        x = x + self.context(context)
-        scale, shift = (rows[row][:, None] for row in (_SCALE_ATTENTION, _SHIFT_ATTENTION))
-        y = normed(x, self.attention_norm, scale, shift)
-        x = x + in_strips(self.attention, y, self.strips, self.attention.kernel[2] // 2)
+        def attend(x: Array) -> Array:
+            norm = self.attention_norm
+            return self.attention(x, lambda x: normed(x, norm, _SCALE_ATTENTION, _SHIFT_ATTENTION))
 
-        def mlp(x: Array) -> Array:
-            return x + self.mlp(normed(x, self.mlp_norm, rows[_SCALE_MLP], rows[_SHIFT_MLP]))
+        x = by_frame(lambda _, x, context: x + self.context(context), x, context)
+        y = in_strips(attend, x, self.strips, self.attention.kernel[2] // 2)
 
-        return by_frame(mlp, x)
+        def rest(_: Array, x: Array, y: Array) -> Array:
+            x = x + self.attention_out(y)
+            return x + self.mlp(normed(x, self.mlp_norm, _SCALE_MLP, _SHIFT_MLP))
+
+        return by_frame(rest, x, y)
 
 
 def run_blocks(blocks: Sequence[nnx.Module], x: Array, *given: Array) -> Array:
@@ -218,25 +230,34 @@ def in_strips(function: Callable[[Array], Array], x: Array, count: int, edge: in
     the result does not depend on `count` if a cell depends on no more than `edge` on either side.
     Fewer strips are made of columns that `count` does not divide into strips as wide as `edge`.
 
-    Strips are an axis in front: the one way to split a loop over blocks of cells over devices, as
+    Strips become batch entries: the one way to split a loop over blocks of cells over devices, as
     XLA gathers what is sliced at computed places along a split axis.
     """
     columns = x.shape[3]
-    while columns % count or columns // count < edge:
+    while count > 1 and (columns % count or columns // count < edge):
         count -= 1
     width = columns // count
     strips = jnp.moveaxis(x.reshape(*x.shape[:3], count, width, -1), 3, 0)
-    before = jnp.repeat(strips[:1, :, :, :, :1], edge, axis=4)
-    after = jnp.repeat(strips[-1:, :, :, :, -1:], edge, axis=4)
-    before = jnp.concatenate([before, strips[:-1, :, :, :, width - edge :]])
-    after = jnp.concatenate([strips[1:, :, :, :, :edge], after])
-    strips = jax.vmap(function)(jnp.concatenate([before, strips, after], axis=4))
-    return jnp.moveaxis(strips[:, :, :, :, edge : edge + width], 0, 3).reshape(x.shape)
+    number = jnp.arange(count).reshape(-1, *[1] * (strips.ndim - 1))
+    first, last = (jnp.repeat(strips[:, :, :, :, i : i + 1], edge, axis=4) for i in (0, width - 1))
+    # Without the barrier XLA cuts the borders out after it has moved whole strips.
+    tail, head = jax.lax.optimization_barrier(
+        (strips[:, :, :, :, width - edge :], strips[:, :, :, :, :edge])
+    )
+    before, after = jnp.roll(tail, 1, axis=0), jnp.roll(head, -1, axis=0)
+    before = jnp.where(number == 0, first, before)
+    after = jnp.where(number == count - 1, last, after)
+    strips = jnp.concatenate([before, strips, after], axis=4)
+    result = function(strips.reshape(-1, *strips.shape[2:])).reshape(strips.shape)
+    return jnp.moveaxis(result[:, :, :, :, edge : edge + width], 0, 3).reshape(x.shape)
 
 
-def by_frame(function: Callable[[Array], Array], x: Array) -> Array:
-    """`function` of the frames [B, H, W, C] of x [B, T, H, W, C], one after another.
+def by_frame(function: Callable[..., Any], *volumes: Array) -> Any:
+    """`function(time, frame, ...)` of the frames [B, H, W, C] of volumes [B, T, H, W, C], in turn.
 
-    The hidden layer of an MLP is eight times its input; of one frame it is small.
+    The results are stacked along axis 1 again. What is wide on the way, such as the hidden layer of
+    an MLP or float32 queries, is in memory for one frame only.
     """
-    return jnp.moveaxis(jax.lax.map(function, jnp.moveaxis(x, 1, 0)), 0, 1)
+    frames = [jnp.moveaxis(volume, 1, 0) for volume in volumes]
+    results = jax.lax.map(lambda args: function(*args), (jnp.arange(len(frames[0])), *frames))
+    return jax.tree.map(lambda result: jnp.moveaxis(result, 0, 1), results)

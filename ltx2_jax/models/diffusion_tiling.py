@@ -14,6 +14,7 @@ Source: `ltx_core/model/video_vae/{diffusion_video_decoder,diffusion_tiling}.py`
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -187,3 +188,40 @@ def _min_cells(cfg: DiffusionDecoderConfig) -> Size:
             cfg.kernels[3], cfg.kernels[4], cfg.strides_after[3], strict=True
         )
     )
+
+
+def automatic_tiling(
+    cfg: DiffusionDecoderConfig, latent_shape: Sequence[int], max_cells: int = 2_000_000
+) -> tiles.TileCounts | None:
+    """The tiles of least work that fit into memory; None if the whole does.
+
+    Tiles of equal length, or one cell apart, so that few programs are compiled; each at least twice
+    as long as its overlaps where it has two.
+
+    Args:
+      cfg: the decoder.
+      latent_shape: [B, F', H', W', C].
+      max_cells: of the last stage, B frames of rows and columns of patches: of one tile at once. In
+        bfloat16 the released decoder takes about 7 KB for each beside weights and features.
+    """
+    layout = Layout(cfg, latent_shape)
+    overlaps = [n // scale for n, scale in zip(min_overlap(cfg), cfg.tile_scale, strict=True)]
+    per_axis = []
+    for length, overlap, least in zip(layout.grid, overlaps, _min_cells(cfg), strict=True):
+        options = [((1, 0), length)]
+        while True:
+            count = len(options) + 1
+            size = -(-(length + overlap * (count - 1)) // count)
+            if size < max(2 * overlap, least) or size <= overlap:
+                break
+            options.append(((count, overlap), size))
+        per_axis.append(options)
+    factor = layout.batch * math.prod(cfg.strides_after[-1])
+
+    def cost(choice: Sequence[Any]) -> tuple[bool, int, int]:
+        cells = factor * math.prod(size for _, size in choice)
+        count = math.prod(count for (count, _), _ in choice)
+        return cells > max_cells, cells * count if cells <= max_cells else cells, count
+
+    counts = [entry for entry, _ in min(itertools.product(*per_axis), key=cost)]
+    return None if all(count == 1 for count, _ in counts) else tiles.TileCounts(*counts)

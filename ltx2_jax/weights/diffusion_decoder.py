@@ -37,7 +37,7 @@ _LINEAR = {"kernel": "weight", "bias": "bias"}
 _BLOCK = {
     "attention_norm": "norm1.weight",
     **_inside("attention.qkv", "attn.qkv", _LINEAR),
-    **_inside("attention.out", "attn.proj", _LINEAR),
+    **_inside("attention_out", "attn.proj", _LINEAR),
     "attention.q_norm": "attn.q_norm.weight",
     "attention.k_norm": "attn.k_norm.weight",
     "mlp_norm": "norm2.weight",

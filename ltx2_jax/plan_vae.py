@@ -1,0 +1,73 @@
+"""What a video VAE needs on a TPU slice; `python -m ltx2_jax.plan --what=vae` prints it.
+
+The program is that of `VideoCodec`, which all chips run on one tile of a clip.
+"""
+
+import time
+from typing import Any
+
+from ltx2_jax.conv_flops import video_vae_flops
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.codec_inputs import legal_frames
+from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
+from ltx2_jax.topology import (
+    collectives,
+    describe_counts,
+    describe_memory,
+    memory_facts,
+    tpu_devices,
+)
+from ltx2_jax.video_codec import VideoCodec
+
+VAES = {"2.0": VIDEO_VAE_2_0, "2.3": VIDEO_VAE_2_3, "2.5": VIDEO_VAE_2_3}
+
+
+def plan_vae(
+    config: VideoVAEConfig, half: str, size: tuple[int, int, int], topology: str
+) -> dict[str, Any]:
+    """What `half` of a video VAE needs for one clip of (frames, height, width) on a slice.
+
+    Raises:
+      UserError: no such slice, an illegal size, no TPU compiler.
+    """
+    devices = tpu_devices(topology)
+    frames, height, width = size
+    if legal_frames((1, *size, 3), config.strides) != frames:
+        raise UserError(f"--frames={frames} is not {config.strides[0]} k + 1")
+    codec = VideoCodec(config, dict, devices=devices)
+    started = time.perf_counter()
+    lowered = codec.lower(half, (1, *size, 3))
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    tile = codec.largest_tile((1, *size, 3))
+    return {
+        "program": f"{half} {frames} frames of {width}x{height}",
+        "half": half,
+        "topology": topology,
+        "chips": len(devices),
+        "device_kind": devices[0].device_kind,
+        "tile": list(tile),
+        "split": {name: size for name, size in codec.mesh_of(tile).shape.items() if size > 1},
+        "parameters": codec.num_parameters,
+        **memory_facts(compiled, devices[0].device_kind),
+        "flops_of_clip": video_vae_flops(config, *size)[half],
+        "flops_of_tile": video_vae_flops(config, *tile)[half],
+        "collectives": collectives(compiled.as_text()),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts as lines for a person."""
+    frames, height, width = facts["tile"]
+    return (
+        f"{facts['program']} on {facts['topology']} ({facts['chips']} x {facts['device_kind']})\n"
+        f"  largest tile   {frames} frames of {width}x{height}, split over "
+        f"{describe_counts(facts['split'])}\n"
+        f"  parameters     {facts['parameters'] / 1e6:,.0f} M in both halves\n"
+        + describe_memory(facts, "pixels" if facts["half"] == "decode" else "latents")
+        + f"  FLOPs          {facts['flops_of_clip'] / 1e12:,.1f} T for the clip; a tile "
+        f"{facts['flops_of_tile'] / 1e12:,.1f} T\n"
+        f"  collectives    {describe_counts(facts['collectives'])} (each loop's body once)\n"
+        f"  compiled in    {facts['compile_seconds']:.0f} s"
+    )
