@@ -21,7 +21,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import diffusion_tiling
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.codec_inputs import as_pixels, legal_frames
-from ltx2_jax.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig
+from ltx2_jax.models.diffusion_decoder import DiffusionDecoderConfig
 from ltx2_jax.models.video_vae import VideoVAEConfig
 from ltx2_jax.sharding import picture_mesh, picture_sharding, pin_picture, replicated_on
 from ltx2_jax.weights import diffusion_decoder as decoder_weights
@@ -246,26 +246,36 @@ class DiffusionVideoCodec(VideoCodec):
         return self._read_both()
 
     @cached_property
-    def decoder(self) -> DiffusionDecoder:
-        """With its weights, whole on the first device."""
-        params = jax.device_put(self._weights[1], self.devices[0])
-        return mapping.build(partial(decoder_weights.create, self.decoder_config), params)
+    def decoder_params(self) -> Any:
+        """The decoder's weights, whole on every device."""
+        return jax.device_put(self._weights[1], replicated_on(self.devices))
 
     def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
-        """As that of `VideoCodec`, on the first device."""
+        """As that of `VideoCodec`; the devices share columns only."""
         latents = self._checked(latents)
+        mesh = picture_mesh(self.devices, 1, 1, latents.shape[3])
+        config = dataclasses.replace(self.decoder_config, strips=mesh.shape["columns"])
         tiling = self.tiling
         if tiling == AUTOMATIC:
-            tiling = diffusion_tiling.automatic_tiling(self.decoder_config, latents.shape)
+            cells = config.strips * diffusion_tiling.MAX_CELLS
+            tiling = diffusion_tiling.automatic_tiling(config, latents.shape, cells)
+        decoder = mapping.build(partial(decoder_weights.create, config), self.decoder_params)
         statistics = nnx.merge(self.graph, self.params).statistics
         numbers = itertools.count()
 
-        def draw(shape: tuple[int, ...]) -> Array:
-            return jax.random.normal(jax.random.key(next(numbers)), shape)
+        def place(x: ArrayLike) -> Array:
+            # A tile's columns need not divide; then every device has them all.
+            split = x.shape[3] % config.strips == 0
+            return jax.device_put(
+                x, picture_sharding(mesh) if split else replicated_on(self.devices)
+            )
 
-        with jax.set_mesh(replicated_on(self.devices[:1]).mesh):
-            raw = jnp.asarray(np.asarray(statistics.unnormalize(latents)))
-            for chunk in diffusion_tiling.decode_chunks(self.decoder, raw, draw, tiling):
+        def draw(shape: tuple[int, ...]) -> Array:
+            return place(jax.random.normal(jax.random.key(next(numbers)), shape))
+
+        with jax.set_mesh(mesh):
+            raw = place(np.asarray(statistics.unnormalize(latents)))
+            for chunk in diffusion_tiling.decode_chunks(decoder, raw, draw, tiling):
                 yield np.clip(chunk, -1, 1)
 
 

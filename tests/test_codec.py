@@ -1,5 +1,7 @@
 """Released codecs from files: one interface, any number of devices, clear refusals."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -205,3 +207,15 @@ def test_latents_of_another_codec_are_refused(codec):
 )
 def test_a_generation_is_the_first_two_numbers_of_a_version(version, generation):
     assert codecs.generation(version) == generation
+
+
+def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
+    split = Path(__file__).parent / "golden" / "v2.5" / "split"
+    paths = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
+    one, two = (load_codec(*paths, devices=jax.devices()[:n], dtype="float32") for n in (1, 2))
+    assert one.generation == "2.5"
+    latents = np.random.default_rng(5).normal(size=(1, 1, 3, 4, one.video.channels))
+    pixels = one.video.decode(latents)
+    assert pixels.shape == (1, 1, 96, 128, 3)
+    np.testing.assert_array_equal(one.video.decode(latents), pixels)
+    np.testing.assert_allclose(two.video.decode(latents), pixels, atol=1e-4)
