@@ -15,10 +15,18 @@ other only what the caption says, and no longer agree in time.
 
 import dataclasses
 
-from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, SampleConfig
+from ltx2_jax.config import (
+    Config,
+    DataConfig,
+    FlowConfig,
+    OptimConfig,
+    RandomEncoderConfig,
+    SampleConfig,
+    TextConfig,
+)
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer import LTX2_3_22B
 
@@ -26,6 +34,9 @@ from ltx2_jax.models.transformer import LTX2_3_22B
 def get_config(arg: str | None = None) -> Config:
     if arg not in (None, "ablation"):
         raise UserError(f"configs/quickstart.py:{arg}: the only variant is :ablation")
+    connector = ConnectorConfig(
+        num_layers=1, num_heads=4, gated_attention=True, registers=32, dtype="float32"
+    )
     return Config(
         workdir="workdir/quickstart" if arg is None else f"workdir/quickstart-{arg}",
         model=dataclasses.replace(
@@ -49,7 +60,12 @@ def get_config(arg: str | None = None) -> Config:
             dtype="float32",  # CPUs emulate bfloat16
             remat="none",  # everything fits
         ),
-        text=TextConfig(length=32, vocab_size=512, width=64),
+        text=TextConfig(
+            length=32,
+            encoder=RandomEncoderConfig(video_dim=96, audio_dim=64),
+            video_connector=dataclasses.replace(connector, head_dim=24),
+            audio_connector=dataclasses.replace(connector, head_dim=16),
+        ),
         data=DataConfig(
             synthetic=SyntheticConfig(
                 num_clips=512, num_frames=25, height=32, width=32, fps=12.0, sample_rate=16000

@@ -7,7 +7,7 @@ import jax
 
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Records
+from ltx2_jax.data.records import Records, read_schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 
@@ -30,6 +30,26 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
             f"optim.accumulate_steps={chunks}"
         )
+
+
+def check_text(config: Config) -> None:
+    """UserError unless text features fit the connectors, and these the transformer."""
+    text, model, encoder = config.text, config.model, config.text.encoder
+    if config.data.path is None and text.generation != "random":
+        raise UserError(
+            f"text.generation={text.generation!r}: synthetic clips have 'random' text features; "
+            "data.path names a dataset with others"
+        )
+    for stream, context in (("video", "context_dim"), ("audio", "audio_context_dim")):
+        width = getattr(text, f"{stream}_connector").width
+        connector = f"text.{stream}_connector is {width} wide (num_heads x head_dim)"
+        # The 2.0 model projects its context itself, from one width for both streams.
+        context = "caption_channels" if model.caption_channels else context
+        if getattr(model, context) != width:
+            raise UserError(f"{connector}, but model.{context}={getattr(model, context)}")
+        features = getattr(encoder, f"{stream}_dim") or encoder.video_dim
+        if config.data.path is None and features != width:
+            raise UserError(f"{connector}, but text.encoder.{stream}_dim={features}")
 
 
 def check_synthetic(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -59,13 +79,22 @@ def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> 
             f"channels, but model.in_channels={model.in_channels} and "
             f"model.audio_in_channels={model.audio_in_channels}"
         )
-    records.require(text="tokens", tokens=(config.text.length,))
-    if records.schema.vocab_size > config.text.vocab_size:
-        raise UserError(
-            f"{records.folder}: {records.schema.vocab_size} token ids, but "
-            f"text.vocab_size={config.text.vocab_size}"
-        )
+    text, fields = config.text, records.schema.fields
+    records.require(
+        text="features",
+        text_generation=text.generation,
+        video_text=(text.length, text.video_connector.width),
+        text_mask=(text.length,),
+    )
+    audio = "audio_text" if "audio_text" in fields else "video_text"
+    records.require(**{audio: (text.length, text.audio_connector.width)})
     check_mesh(model.num_heads, math.prod(grid), mesh)
+
+
+def check_same_makers(records: Records, assets: Path) -> None:
+    """UserError unless the records' latents and features are of the kind trained on so far."""
+    schema = read_schema(assets)
+    records.require(codec_hash=schema.codec_hash, text_encoder_hash=schema.text_encoder_hash)
 
 
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:

@@ -88,7 +88,7 @@ def load_codec(
         if metadata.get("kind", "").startswith("ltx2_jax.linear_codec"):
             return LinearCodec.load(paths[0])
         if metadata.get("kind") == REFERENCE:
-            paths = _followed(Path(paths[0]), metadata)
+            paths = followed(Path(paths[0]), metadata)
     where = _components(paths)
     video = _video_codec(where["video_vae"], dtype, devices=devices, tiling=tiling)
     audio_config = audio_weights.audio_vae_config(
@@ -155,7 +155,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _followed(path: Path, metadata: dict[str, str]) -> list[Path]:
+def followed(path: Path, metadata: dict[str, str]) -> list[Path]:
     """The released files that a file of `ReleasedCodec.save` names."""
     try:
         named = [(Path(f["path"]), f["fingerprint"]) for f in json.loads(metadata["files"])]

@@ -23,9 +23,55 @@ from typing import Any
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
+from ltx2_jax.models.gemma import GEMMA_SMALL
+from ltx2_jax.models.gemma_layers import GemmaConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class RandomEncoderConfig:
+    """A text encoder with fixed random weights: a small Gemma and the features of its states."""
+
+    gemma: GemmaConfig = GEMMA_SMALL  # its vocab_size is the most that the tokenizer may have
+    video_dim: int = 96  # width of the features for video
+    audio_dim: int | None = 64  # and for audio; None: it receives those of video
+    last_layer_only: bool = False  # features of the last hidden state alone
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in self.gemma.layers:
+            if name not in ("sliding", "full"):
+                raise UserError(f"gemma.layers: {name!r} is not one of sliding, full")
+            kv_heads = self.gemma.kind(name).kv_heads
+            if self.gemma.num_heads % kv_heads:
+                raise UserError(
+                    f"gemma.num_heads={self.gemma.num_heads} is not a multiple of "
+                    f"gemma.{name}.kv_heads={kv_heads}"
+                )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Where text features come from, and the connectors that are trained on them."""
+
+    length: int = 1024  # tokens per caption, left padded
+    generation: str = "random"  # of the features: of a random encoder, or "2.0", "2.3", "2.5"
+    encoder: RandomEncoderConfig = field(default_factory=RandomEncoderConfig)  # of synthetic clips
+    video_connector: ConnectorConfig = CONNECTOR_2_0
+    audio_connector: ConnectorConfig = CONNECTOR_2_0
+
+    def __post_init__(self):
+        _check_least(self, length=1)
+        for name in ("video_connector", "audio_connector"):
+            registers = getattr(self, name).registers
+            if registers and self.length % registers:
+                raise UserError(
+                    f"length={self.length} is not a multiple of {name}.registers={registers}"
+                )
+        if bool(self.video_connector.registers) != bool(self.audio_connector.registers):
+            raise UserError("video_connector and audio_connector: registers in both or in none")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jax import Array
 from tqdm import tqdm
 
 from ltx2_jax import training
+from ltx2_jax.caption_encoder import caption_features, load_caption_encoder
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.checks import check_mesh
 from ltx2_jax.clips import decode_clip, write_clip
@@ -37,9 +38,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.transformer import Modality
 from ltx2_jax.sharding import abstract_state, make_mesh, pin
-from ltx2_jax.tokenizer import Tokenizer
+from ltx2_jax.text_encoder import TextEncoder
 
-ASSETS = "assets"  # in a workdir: the codec, the tokenizer and the schema of the dataset
+ASSETS = "assets"  # in a workdir: codec, text encoder and schema of the dataset
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,19 @@ class ClipSize:
 
 
 class Pipeline:
-    """A model with its codec and tokenizer, on a mesh; call it with a prompt or a list of them."""
+    """A model with its codec and text encoder, on a mesh; call it with one prompt or a list."""
 
     def __init__(
         self,
         config: Config,
         params: Any,
         codec: Any,
-        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.config, self.params, self.codec = config, params, codec
-        self.tokenizer, self.size = tokenizer, size
+        self.text_encoder, self.size = text_encoder, size
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         self._graph = training.graph(config)
@@ -97,12 +98,12 @@ class Pipeline:
     def from_assets(
         cls, config: Config, params: Any, assets: str | Path, mesh: jax.sharding.Mesh
     ) -> "Pipeline":
-        """Weights in memory with the codec, tokenizer and clip size of a dataset folder."""
+        """Weights in memory with the codec, text encoder and clip size of a dataset folder."""
         schema = read_schema(assets)
         codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
-        tokenizer = Tokenizer(Path(assets) / schema.tokenizer)
+        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh)
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
-        return cls(config, params, codec, tokenizer, size, mesh)
+        return cls(config, params, codec, text_encoder, size, mesh)
 
     def __call__(
         self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None
@@ -140,7 +141,8 @@ class Pipeline:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Latents [F', H', W', C] and [A, M, C] of a clip per prompt; see `__call__`."""
         sample = sample or self.config.sample
-        tokens, mask = self.tokenizer.encode(list(prompts), self.config.text.length)
+        # All at once, so that a prompt that cannot be encoded is refused before any clip is made.
+        text = caption_features(self.text_encoder, [*prompts, ""])
         # Batches of one size, the last padded, so that one compiled program serves all.
         shards = self.mesh.shape["data"]
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
@@ -148,21 +150,20 @@ class Pipeline:
             rows = np.arange(start, start + batch)
             real = np.minimum(rows, len(prompts) - 1)
             with jax.set_mesh(self.mesh):
-                latents = self._generate(tokens[real], mask[real], rows, sample)
+                latents = self._generate(text, real, rows, sample)
             video, audio = (np.asarray(x) for x in latents)
             yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
 
     def _generate(
-        self, tokens: np.ndarray, mask: np.ndarray, rows: np.ndarray, sample: SampleConfig
+        self, text: dict[str, np.ndarray], real: np.ndarray, rows: np.ndarray, sample: SampleConfig
     ) -> tuple[Array, Array]:
         video_shape, audio_length = self._latent_shapes()
         num_tokens = int(np.prod(video_shape))
         sigmas = schedules.make_sigmas(sample.schedule, sample.steps, num_tokens)
-        null = self.tokenizer.encode([""], self.config.text.length)
         return generate(
             self.params,
-            {"tokens": tokens, "token_mask": mask},
-            {"tokens": null[0], "token_mask": null[1]},
+            {name: value[real] for name, value in text.items()},
+            {name: value[-1:] for name, value in text.items()},
             rows,
             jax.random.key(sample.seed),
             jnp.asarray(sigmas),
@@ -202,8 +203,8 @@ class Request:
 @partial(jax.jit, static_argnames=("graphdef", "request"))
 def generate(
     params: Any,
-    text: dict[str, Array],  # tokens, token_mask [B, S]
-    null_text: dict[str, Array],  # the same of the empty caption, [1, S]
+    text: dict[str, Array],  # `training.TEXT_FIELDS` of the prompts, [B, S, ...]
+    null_text: dict[str, Array],  # the same of the empty caption, [1, S, ...]
     rows: Array,  # [B], number of each clip: its noise is a function of (key, number)
     key: Array,
     sigmas: Array,  # [steps + 1]
@@ -221,13 +222,11 @@ def generate(
         jnp.asarray(geometry.audio_positions(request.audio_length)),
     )
 
-    def context(text: dict[str, Array]) -> tuple[Array, ...]:
-        text = {k: jnp.broadcast_to(x, (batch, x.shape[1])) for k, x in text.items()}
-        return model.text(
-            pin(text["tokens"], "batch", None), pin(text["token_mask"], "batch", None)
-        )
+    def context(text: dict[str, Array]) -> tuple[Array | None, ...]:
+        text = {k: jnp.broadcast_to(x, (batch, *x.shape[1:])) for k, x in text.items()}
+        return model.context({k: pin(x, "batch", *[None] * (x.ndim - 1)) for k, x in text.items()})
 
-    def velocity(x: Latents, sigma: Array, text: tuple[Array, ...]) -> Latents:
+    def velocity(x: Latents, sigma: Array, text: tuple[Array | None, ...]) -> Latents:
         video_context, audio_context, mask = text
         keyframes = None
         if cfg.keyframe_embedding:

@@ -1,31 +1,38 @@
 """The command that turns clips and captions into a dataset: python -m ltx2_jax.prepare --help."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ltx2_jax.caption_encoder import load_caption_encoder
 from ltx2_jax.codec import load_codec
+from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text_encoder import LENGTH, TextEncoder
 
 _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
 
 TABLE is a CSV (with a header), JSON (list of objects) or JSONL file with the columns `video` (or
 `media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with the
-records, the codec and the tokenizer trained on these captions. The codec is that of a release
-(--codec), or a linear one fitted on these clips. The folder appears when everything is done, or not
-at all. Clips that cannot be used are left out and listed.
+records, the codec and the text encoder. The codec is that of a release (--codec), or a linear one
+fitted on these clips. The text encoder is that of a release or of another dataset (--text-encoder),
+or a small one with random weights and a tokenizer trained on these captions. The folder appears
+when everything is done, or not at all. Clips that cannot be used are left out and listed.
 """
 
 _EXAMPLE = """\
 example:
   python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 25 --height 32 --width 32
   python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 121 --height 512 \\
-      --width 768 --codec ltx-2-19b-dev.safetensors
+      --width 768 --codec ltx-2-19b-dev.safetensors \\
+      --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
 """
 
 
@@ -33,17 +40,21 @@ def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
-        codec = _codec(args)
+        codec, text_encoder = _codec(args), _text_encoder(args)
         config = PrepareConfig(
             num_frames=args.num_frames,
             height=args.height,
             width=args.width,
             fps=args.fps,
-            text_length=args.text_length,
-            vocab_size=args.vocab_size,
+            text_length=args.text_length or 32,
         )
         records = prepare_dataset(
-            args.table, args.out, config, codec=codec, overwrite=args.overwrite
+            args.table,
+            args.out,
+            config,
+            codec=codec,
+            text_encoder=text_encoder,
+            overwrite=args.overwrite,
         )
         _report(records)
     except UserError as error:
@@ -67,6 +78,29 @@ def _codec(args: argparse.Namespace) -> Any:
     return load_codec(*args.codec)
 
 
+def _text_encoder(args: argparse.Namespace) -> TextEncoder | RandomEncoderConfig:
+    """The text encoder of --text-encoder, or what to make."""
+    paths, default = args.text_encoder, RandomEncoderConfig()
+    own = {name: getattr(args, name) for name in ("text_length", "vocab_size", "text_widths")}
+    if not paths:
+        video, audio = args.text_widths or (default.video_dim, default.audio_dim)
+        vocabulary = args.vocab_size or default.gemma.vocab_size
+        gemma = dataclasses.replace(default.gemma, vocab_size=vocabulary)
+        return dataclasses.replace(default, gemma=gemma, video_dim=video, audio_dim=audio)
+    if len(paths) == 2:
+        del own["text_length"]
+    if given := [name for name, value in own.items() if value is not None]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
+    if len(paths) == 1:
+        return load_caption_encoder(paths[0], make_mesh())
+    if len(paths) > 2:
+        raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
+    return TextEncoder.load(
+        *paths, mesh=make_mesh(), connect=False, length=args.text_length or LENGTH
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = LinearCodecConfig()
     parser = argparse.ArgumentParser(
@@ -83,8 +117,23 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--width", type=_count, required=True, help="pixels, after resize and crop")
     size.add_argument("--fps", type=float, help="resample to this rate (default: each file's own)")
     text = parser.add_argument_group("captions")
-    text.add_argument("--text-length", type=_count, default=32, help="tokens (%(default)s)")
-    text.add_argument("--vocab-size", type=_count, default=512, help="at most (%(default)s)")
+    text.add_argument(
+        "--text-encoder",
+        nargs="+",
+        metavar="FILE",
+        help="released: a checkpoint and its Gemma, folder or packed file; or text_encoder."
+        "safetensors of another dataset (default: make a small one with random weights)",
+    )
+    text.add_argument(
+        "--text-length", type=_count, help=f"tokens (32; {LENGTH} with a released text encoder)"
+    )
+    text.add_argument("--vocab-size", type=_count, help="at most, of the small one (512)")
+    text.add_argument(
+        "--text-widths",
+        type=_pair,
+        metavar="VIDEO,AUDIO",
+        help="numbers per token for each stream, of the small one (96,64)",
+    )
     codec = parser.add_argument_group("codec")
     codec.add_argument(
         "--codec",
@@ -120,6 +169,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers like 96,64")
+    return int(parts[0]), int(parts[1])
 
 
 def _strides(text: str) -> tuple[int, int, int]:

@@ -10,9 +10,11 @@ Source: paper section 3; `ltx_core/text_encoders/gemma/embeddings_processor.py`.
 Dims: B prompts, S text tokens, Dv and Da widths for video and audio.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +23,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
+from safetensors.numpy import save
 
+from ltx2_jax import codec
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.models.connectors import Connectors
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeatures
@@ -32,12 +37,13 @@ from ltx2_jax.weights import gemma as gemma_weights
 from ltx2_jax.weights import text as text_weights
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
+REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout
 
 
 class TextModel(nnx.Module):
-    """The networks of the encoder, as one."""
+    """The networks of the encoder, as one; without connectors it ends at the features."""
 
-    def __init__(self, gemma: Gemma, text_features: TextFeatures, connectors: Connectors):
+    def __init__(self, gemma: Gemma, text_features: TextFeatures, connectors: Connectors | None):
         self.gemma, self.text_features, self.connectors = gemma, text_features, connectors
 
     def features(self, tokens: Array, mask: Array) -> tuple[Array, Array]:
@@ -59,7 +65,11 @@ class TextEncoder:
     Attributes:
       tokenizer: the text encoder's.
       model: the networks. `model.connectors` is what a training step runs on stored features.
+      length: tokens of every prompt, padding included.
+      generation: whose features these are: "2.0", "2.3", "2.5"; "" where no file says so.
     """
+
+    generation = ""
 
     def __init__(
         self,
@@ -83,12 +93,13 @@ class TextEncoder:
         """
         config, connectors = model.text_features.cfg, model.connectors
         widths = config.video_dim, config.audio_dim or config.video_dim
-        wanted = connectors.video.cfg.width, connectors.audio.cfg.width
-        if widths != wanted:
-            raise UserError(
-                f"the checkpoint's connectors read features of width {wanted[0]} (video) and "
-                f"{wanted[1]} (audio), its projections give {widths[0]} and {widths[1]}"
-            )
+        if connectors is not None:
+            wanted = connectors.video.cfg.width, connectors.audio.cfg.width
+            if widths != wanted:
+                raise UserError(
+                    f"the checkpoint's connectors read features of width {wanted[0]} (video) and "
+                    f"{wanted[1]} (audio), its projections give {widths[0]} and {widths[1]}"
+                )
         if tokenizer.vocab_size > model.gemma.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the language model knows "
@@ -97,6 +108,7 @@ class TextEncoder:
         self.tokenizer, self.model, self.length = tokenizer, model, length
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self.batch_size = batch_size
+        self._files: tuple[Path, Path] | None = None
         self._graph, params = nnx.split(model)
         # Weights without a mesh join that of one device; on a mesh they stay where they are.
         self._params = params if mesh else jax.device_put(params, sharding_of(self.mesh))
@@ -111,6 +123,7 @@ class TextEncoder:
         dtype: str = "bfloat16",
         registers: int = 128,
         last_layer_only: bool = False,
+        connect: bool = True,
         tokenizer: str | os.PathLike | None = None,
         **settings: Any,
     ) -> "TextEncoder":
@@ -123,6 +136,7 @@ class TextEncoder:
           dtype: of activations and of the language model's matrices.
           registers: 128, or 0 to mask padding out instead; see `Connectors`.
           last_layer_only: features from the last hidden state alone.
+          connect: False leaves the connectors on disk: then it has `features` only.
           tokenizer: where it is, if not with the text encoder; see `Tokenizer`.
           settings: `length`, `batch_size`.
 
@@ -131,15 +145,16 @@ class TextEncoder:
             not of the checkpoint's generation.
         """
         described = gemma_weights.read_config(text_encoder)
-        text_weights.check_text_encoder(
-            text_weights.read_metadata(checkpoint), described, text_encoder
-        )
+        metadata = text_weights.read_metadata(checkpoint)
+        text_weights.check_text_encoder(metadata, described, text_encoder)
         config = gemma_weights.gemma_config(described)
         tokenizer = Tokenizer(tokenizer or text_encoder)
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        connectors = text_weights.load_connectors(
-            checkpoint, mesh=mesh, dtype=dtype, registers=registers
-        )
+        connectors = None
+        if connect:
+            connectors = text_weights.load_connectors(
+                checkpoint, mesh=mesh, dtype=dtype, registers=registers
+            )
         features = text_weights.load_features(
             checkpoint,
             text_encoder,
@@ -150,7 +165,32 @@ class TextEncoder:
             last_layer_only=last_layer_only,
         )
         gemma = gemma_weights.load_gemma(text_encoder, mesh=mesh, dtype=dtype)
-        return cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
+        encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
+        encoder.generation = codec.generation(str(metadata.get("model_version", "")))
+        encoder._files = Path(checkpoint).resolve(), Path(text_encoder).resolve()
+        return encoder
+
+    @property
+    def shared(self) -> bool:
+        """Whether audio receives the features of video (2.0)."""
+        return self.model.text_features.cfg.audio_dim is None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a small file that names the released ones; `load_caption_encoder` follows it."""
+        checkpoint, text_encoder = self._files
+        files = [checkpoint, *gemma_weights.weight_files(text_encoder)]
+        named = [{"path": str(p), "fingerprint": codec.fingerprint(p)} for p in files]
+        metadata = {
+            "kind": REFERENCE,
+            "checkpoint": str(checkpoint),
+            "text_encoder": str(text_encoder),
+            "length": str(self.length),
+            "dtype": self.model.text_features.cfg.dtype,
+            "last_layer_only": str(self.model.text_features.cfg.last_layer_only),
+            "files": json.dumps(named),
+        }
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({}, metadata))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, Array, Array | None]:
         """Prompts -> context of video [B, S, Dv], of audio [B, S, Da], and the mask for both.

@@ -29,7 +29,6 @@ from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.sync import sync_report
-from ltx2_jax.tokenizer import Tokenizer
 
 EPILOG = """\
 example:
@@ -49,6 +48,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------------------------- mesh and data
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
     checks.check_batch(config, mesh)
+    checks.check_text(config)
     if config.data.path is None:
         checks.check_synthetic(config, mesh)
     else:
@@ -58,11 +58,12 @@ def main(config: Config) -> None:
         if start:
             checks.check_same_run(config, checkpoints.config(start), workdir)
         records = dataset(config)
-        checks.check_records(config, records, mesh)  # the vocabulary is known only now
+        checks.check_records(config, records, mesh)
+        if start:
+            checks.check_same_makers(records, workdir / ASSETS)
         assets = keep_assets(records, workdir / ASSETS)
         codec = load_codec(records.codec_path)
-        null = Tokenizer(records.tokenizer_path).encode([""], config.text.length)
-        null_text = {"tokens": null[0][0], "token_mask": null[1][0]}
+        null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
         examples = iter(
             make_dataset(
                 records,
@@ -85,7 +86,7 @@ def main(config: Config) -> None:
             seek(examples, checkpoints.data_position(start))
         else:
             state = jax.jit(create)(key)
-        train_step = training.make_train_step(config, codec.video.strides, null_text)
+        train_step = training.make_train_step(config, codec.video.strides)
 
         # ------------------------------------------------------------------------------------ loop
         timer, pending, step = step_timer(config, records), None, start
@@ -100,7 +101,7 @@ def main(config: Config) -> None:
         ):
             batch = place(next(examples), mesh)
             while step < config.num_steps:
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, null_text)
                 step += 1
                 # While the devices work: the next batch, then the log of the step before.
                 batch = place(next(examples), mesh)
@@ -167,9 +168,14 @@ def dataset(config: Config) -> Records:
             height=clips.height,
             width=clips.width,
             text_length=config.text.length,
-            vocab_size=config.text.vocab_size,
         )
-        records = prepare_dataset(table, folder / "records", sizes, codec=config.data.codec)
+        records = prepare_dataset(
+            table,
+            folder / "records",
+            sizes,
+            codec=config.data.codec,
+            text_encoder=config.text.encoder,
+        )
         for clip in records.skipped:
             print(f"skipped {clip['source']}: {clip['reason']}")
     return open_records(folder / "records")
@@ -178,7 +184,11 @@ def dataset(config: Config) -> Records:
 def keep_assets(records: Records, assets: Path) -> Path:
     """What sampling needs of the dataset, copied into the workdir; returns the folder."""
     if jax.process_index() == 0:
-        for source in (records.codec_path, records.tokenizer_path, records.folder / INDEX_NAME):
+        for source in (
+            records.codec_path,
+            records.text_encoder_path,
+            records.folder / INDEX_NAME,
+        ):
             with replacing(assets / source.name) as temporary:
                 shutil.copyfile(source, temporary)
     return assets

@@ -7,7 +7,7 @@ the same step gives the same numbers on any mesh and however it is cut into micr
 Source: spec of the released trainer (`ltx_trainer/training_strategies/flexible.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,31 @@ from jax import Array
 
 from ltx2_jax.config import Config, OptimConfig
 from ltx2_jax.diffusion import flow, geometry
-from ltx2_jax.models.caption_embedding import CaptionEmbedding
+from ltx2_jax.models.connectors import Connectors
 from ltx2_jax.models.transformer import LTX2Transformer, Modality
 from ltx2_jax.sharding import pin, spec
 
 State = dict[str, Any]  # "params", "opt", "step", and "ema" if the config averages weights
 Batch = dict[str, Array]  # what data.pipeline yields, placed on the mesh
+# Of a batch: features [B, S, Dv], [B, S, Da] (absent where audio receives those of video), [B, S].
+TEXT_FIELDS = ("video_text", "audio_text", "text_mask")
 
 
 class LTX2(nnx.Module):
-    """What is trained as one: the text side and the transformer."""
+    """What is trained as one: the connectors, which read text features, and the transformer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.text = CaptionEmbedding(config.text, config.model, rngs=rngs)
+        text = config.text
+        self.connectors = Connectors(text.video_connector, text.audio_connector, rngs=rngs)
         self.transformer = LTX2Transformer(config.model, rngs=rngs)
+
+    def context(self, text: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
+        """Text fields of a batch -> context of video [B, S, Dv], of audio [B, S, Da], and its mask.
+
+        The mask is None where registers fill the padding. Fields: see `TEXT_FIELDS`.
+        """
+        video = text["video_text"]
+        return self.connectors(video, text.get("audio_text", video), text["text_mask"])
 
 
 def graph(config: Config) -> Any:
@@ -157,7 +168,9 @@ def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]
     }
 
 
-def as_modality(stream: Stream, context: Array, context_mask: Array, keyframes: Any) -> Modality:
+def as_modality(
+    stream: Stream, context: Array, context_mask: Array | None, keyframes: Any
+) -> Modality:
     """The noised stream as the network takes it: given tokens are clean and have timestep 0."""
     timesteps = stream.sigma[:, None]  # [B, 1]: one AdaLN vector per sample
     if stream.clean is not None:
@@ -177,10 +190,12 @@ def loss(
     model: LTX2, batch: Batch, drawn: dict[str, Any], null_text: dict[str, Array], config: Config
 ) -> tuple[Array, dict[str, Array]]:
     """Mean of the per-sample losses, and sums for the log (so that micro-batches add up)."""
-    drop = drawn["drop_caption"][:, None]
-    tokens = jnp.where(drop, null_text["tokens"], batch["tokens"])
-    mask = jnp.where(drop, null_text["token_mask"], batch["token_mask"])
-    video_context, audio_context, mask = model.text(tokens, mask)
+    text = {
+        name: without_captions(batch[name], null_text[name], drawn["drop_caption"])
+        for name in TEXT_FIELDS
+        if name in batch
+    }
+    video_context, audio_context, mask = model.context(text)
     video, audio = drawn["video"], drawn["audio"]
     keyframes = (
         first_frame_mask(batch["video"].shape[:4]) if config.model.keyframe_embedding else None
@@ -200,6 +215,14 @@ def loss(
         )
     weights = {"video": config.flow.video_weight, "audio": config.flow.audio_weight}
     return sum(weights[name] * jnp.mean(losses[name]) for name in losses), sums
+
+
+def without_captions(rows: Array, empty: Array, drop: Array) -> Array:
+    """rows [B, S, ...] with `empty` [S, ...], a field of the empty caption, where drop [B] says."""
+    axes = ("batch", "text_tokens", *[None] * (rows.ndim - 2))
+    empty = pin(jnp.broadcast_to(empty, rows.shape), *axes)
+    drop = jnp.expand_dims(drop, range(1, rows.ndim))
+    return jnp.where(drop, empty, pin(rows, *axes))
 
 
 def learned_mask(stream: Stream) -> Array:
@@ -223,11 +246,11 @@ def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
 
 
 def make_train_step(
-    config: Config, strides: tuple[int, int, int], null_text: dict[str, np.ndarray]
-) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted step: (state, batch) -> (state, metrics); the state is donated.
+    config: Config, strides: tuple[int, int, int]
+) -> Callable[[State, Batch, Batch], tuple[State, dict[str, Array]]]:
+    """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated.
 
-    `strides` are the video codec's, `null_text` the tokens [S] and mask [S] of the empty caption.
+    `strides` are the video codec's, `null_text` the text fields [S, ...] of the empty caption.
     Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
     fell), gradient norm, learning rate.
     """
@@ -235,10 +258,10 @@ def make_train_step(
     chunks = config.optim.accumulate_steps
     schedule = learning_rate(config)
 
-    def loss_of(params, batch, drawn):
-        return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+    def train_step(state: State, batch: Batch, null_text: Batch) -> tuple[State, dict[str, Array]]:
+        def loss_of(params, batch, drawn):
+            return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         drawn = draw(key, batch, config, strides)
         (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)

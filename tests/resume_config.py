@@ -1,20 +1,25 @@
 """A run of seconds, for tests of the train command."""
 
+import dataclasses
+
 from ltx2_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     FlowConfig,
     OptimConfig,
+    RandomEncoderConfig,
     SampleConfig,
+    TextConfig,
 )
 from ltx2_jax.data.synthetic import SyntheticConfig
-from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer import TransformerConfig
 
 
 def get_config(arg: str | None = None) -> Config:
+    connector = ConnectorConfig(num_layers=1, num_heads=2, registers=8, dtype="float32")
     return Config(
         workdir="workdir/resume",
         model=TransformerConfig(
@@ -34,7 +39,12 @@ def get_config(arg: str | None = None) -> Config:
             dtype="float32",
             remat="none",
         ),
-        text=TextConfig(length=16, vocab_size=320, width=16),
+        text=TextConfig(
+            length=16,
+            encoder=RandomEncoderConfig(video_dim=24, audio_dim=16),
+            video_connector=dataclasses.replace(connector, head_dim=12),
+            audio_connector=dataclasses.replace(connector, head_dim=8),
+        ),
         data=DataConfig(
             synthetic=SyntheticConfig(num_clips=12, num_frames=9, fps=8.0, height=16, width=16),
             codec=LinearCodecConfig(

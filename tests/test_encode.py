@@ -13,7 +13,7 @@ from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import open_records
 from ltx2_jax.errors import UserError
 
-CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=24, vocab_size=400)
+CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=24)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -180,14 +180,42 @@ class Codec:
         safetensors.numpy.save_file({"value": np.float32([self.value])}, path)
 
 
+class Encoder:
+    """One feature for each letter of a caption, padded on the left; twice that for audio."""
+
+    generation, length, shared = "2.3", 24, False
+
+    def features(self, captions):
+        codes = np.zeros((len(captions), self.length, 1), np.float32)
+        mask = np.zeros(codes.shape[:2], bool)
+        for row, caption in enumerate(captions):
+            start = self.length - len(caption) - 1
+            codes[row, start:, 0] = [1, *caption.encode()]
+            mask[row, start:] = True
+        return codes, 2 * codes, mask
+
+    def save(self, path):
+        safetensors.numpy.save_file({"length": np.int32([self.length])}, path)
+
+
+class Other(Encoder):
+    def save(self, path):
+        safetensors.numpy.save_file({"length": np.int32([0])}, path)
+
+
+class Shared(Encoder):
+    generation, shared = "2.0", True
+
+
 def prepare(folder, names, config=CONFIG, **options):
+    options = {"codec": Codec(), "text_encoder": Encoder()} | options
     text = "video,caption\n" + "".join(f"{name},caption {name}\n" for name in names)
     path = table(folder, "t.csv", text)
-    return prepare_dataset(path, folder / "set", config, **({"codec": Codec()} | options))
+    return prepare_dataset(path, folder / "set", config, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_records_hold_what_codec_and_tokenizer_made(tmp_path, batch_size):
+def test_records_hold_what_codec_and_text_encoder_made(tmp_path, batch_size):
     names = [f"b{i}.mp4" for i in range(7)]
     made = prepare(tmp_path, names, dataclasses.replace(CONFIG, batch_size=batch_size))
     assert len(made) == 7
@@ -205,13 +233,26 @@ def test_records_hold_what_codec_and_tokenizer_made(tmp_path, batch_size):
         assert record["audio"].shape == (19, 1, 2)  # round(9 / 12 * 25)
         power = (clip.audio[:64] ** 2).mean(axis=0)
         np.testing.assert_allclose(record["audio"][0, 0], power, rtol=1e-5)
-        assert record["tokens"].shape == record["token_mask"].shape == (24,)
-        assert record["tokens"][record["token_mask"]][0] == 2
-        assert not record["token_mask"][0]
-    assert made.schema.vocab_size > made[0]["tokens"].max()
+        text = record["video_text"]
+        assert text.shape == record["audio_text"].shape == (24, 1)
+        assert (
+            bytes(text[record["text_mask"], 0].astype(np.uint8))[1:].decode() == record["caption"]
+        )
+        assert not text[~record["text_mask"]].any()
+        np.testing.assert_array_equal(record["audio_text"], 2 * text)
+    empty = made.empty_caption()
+    assert empty["text_mask"].sum() == empty["video_text"].sum() == 1
+    assert (made.schema.generation, made.schema.text_generation) == ("2.3", "2.3")
     assert (made.schema.num_frames, made.schema.height, made.schema.width) == (9, 16, 8)
     assert made.codec_path.exists()
-    assert made.tokenizer_path.exists()
+    assert made.text_encoder_path.exists()
+
+
+def test_features_that_both_streams_share_are_stored_once(tmp_path):
+    made = prepare(tmp_path, ["b0.mp4"], text_encoder=Shared())
+    assert {name for name in made.schema.fields if "text" in name} == {"video_text", "text_mask"}
+    assert made.empty_caption().keys() == {"video_text", "text_mask"}
+    assert made.schema.text_generation == "2.0"
 
 
 def test_bad_clips_are_left_out_and_listed(tmp_path):
@@ -290,14 +331,14 @@ def test_the_same_settings_reuse_the_dataset(tmp_path, capsys, files):
     ("names", "change", "message"),
     [
         (["b0.mp4"], {"fps": 24.0}, r"with fps None, not 24\.0"),
-        (["b0.mp4"], {"text_length": 5}, "with text_length 24, not 5"),
+        (["b0.mp4"], {"text_encoder": Other()}, "with text_encoder '.*', not '.*'"),
         (["b1.mp4"], {}, "with table '.*', not '.*'"),
         (["b0.mp4"], {"codec": Codec(2.0)}, "with codec '.*', not '.*'"),
     ],
 )
 def test_other_settings_are_refused_until_overwrite(tmp_path, names, change, message):
     prepare(tmp_path, ["b0.mp4"])
-    options = {"codec": change["codec"]} if "codec" in change else {}
+    options = {name: value for name, value in change.items() if "codec" in name or "text" in name}
     config = dataclasses.replace(CONFIG, **change) if not options else CONFIG
     with pytest.raises(UserError, match=f"set: holds a dataset {message}; .*--overwrite"):
         prepare(tmp_path, names, config, **options)
@@ -313,8 +354,7 @@ def test_other_settings_are_refused_until_overwrite(tmp_path, names, change, mes
         ({"height": 12}, "height.*8"),
         ({"width": 0}, "width"),
         ({"fps": -1.0}, r"fps -1\.0"),
-        ({"text_length": 0}, "text_length 0"),
-        ({"vocab_size": 10}, "vocab_size 10"),
+        ({"batch_size": 0}, "batch_size 0"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(tmp_path, change, message, files):

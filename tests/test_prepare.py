@@ -1,15 +1,17 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ltx2_jax import prepare
+from ltx2_jax.caption_encoder import caption_features, load_caption_encoder
 from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import open_records
 from ltx2_jax.models.linear_codec import LinearCodec
-from ltx2_jax.tokenizer import Tokenizer
 
+GOLDEN = Path(__file__).parent / "golden"
 SIZE = ["--num-frames", "9", "--height", "16", "--width", "16", "--text-length", "48"]
 CHANNELS = ["--video-channels", "6", "--audio-channels", "5"]
 
@@ -42,9 +44,10 @@ def dataset(clips, tmp_path_factory):
 def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset):
     records = open_records(dataset)
     assert [record["source"] for record in records] == ["0.mp4", "1.mp4", "2.mp4"]
-    records.require(generation="linear", text="tokens", video=(3, 2, 2, 6), audio=(19, 1, 5))
+    records.require(generation="linear", text_generation="random")
+    records.require(video=(3, 2, 2, 6), audio=(19, 1, 5), video_text=(48, 96), audio_text=(48, 64))
     codec = LinearCodec.load(records.codec_path)
-    tokenizer = Tokenizer(records.tokenizer_path)
+    encoder = load_caption_encoder(records.text_encoder_path)
     for record in records:
         path = clips / record["source"]
         clip = read_clip(path, num_frames=9, height=16, width=16, sample_rate=16000)
@@ -52,9 +55,10 @@ def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset
         np.testing.assert_allclose(record["video"], codec.video.encode(pixels)[0], atol=1e-5)
         sound = np.pad(clip.audio, ((0, 19 * 640 - len(clip.audio)), (0, 0)))
         np.testing.assert_allclose(record["audio"], codec.audio.encode(sound[None])[0], atol=1e-4)
-        ids, mask = tokenizer.encode([record["caption"]], 48)
-        np.testing.assert_array_equal(record["tokens"], ids[0])
-        np.testing.assert_array_equal(record["token_mask"], mask[0])
+        for name, value in caption_features(encoder, [record["caption"]]).items():
+            np.testing.assert_allclose(record[name], value[0], atol=1e-5, err_msg=name)
+    for name, value in caption_features(encoder, [""]).items():
+        np.testing.assert_array_equal(records.empty_caption()[name], value[0])
 
 
 def test_preparing_again_gives_the_same_dataset(clips, dataset, tmp_path):
@@ -86,6 +90,33 @@ def test_other_settings_need_overwrite(clips, tmp_path, capsys):
     assert open_records(tmp_path / "set").schema.fields["audio"].shape == (19, 1, 4)
 
 
+def test_the_text_encoder_of_another_dataset_is_used_as_it_is(clips, dataset, tmp_path, capsys):
+    file = str(dataset / "text_encoder.safetensors")
+    size = [*SIZE[: SIZE.index("--text-length")], *CHANNELS, "--text-encoder", file]
+    (tmp_path / "two.csv").write_text(f"video,caption\n{clips}/0.mp4,noise number 2\n")
+    assert prepare.cli([str(tmp_path / "two.csv"), str(tmp_path / "set"), *size]) == 0
+    made, first = open_records(tmp_path / "set"), open_records(dataset)
+    assert made.schema.text_encoder_hash == first.schema.text_encoder_hash
+    np.testing.assert_allclose(made[0]["video_text"], first[2]["video_text"], atol=1e-5)
+    command = [str(clips / "captions.csv"), str(tmp_path / "other"), *size]
+    assert prepare.cli([*command, "--vocab-size", "300"]) == 2
+    assert f"--vocab-size: --text-encoder {file} decides that" in capsys.readouterr().err
+
+
+def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
+    release = GOLDEN / "v2.0" / "checkpoint.safetensors", GOLDEN / "v2.0" / "gemma"
+    flags = ["--text-encoder", *map(str, release)]
+    out = tmp_path / "set"
+    assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS, *flags]) == 0
+    records = open_records(out)
+    records.require(text_generation="2.0", video_text=(48, 32), text_mask=(48,))
+    assert "audio_text" not in records.schema.fields
+    encoder = load_caption_encoder(records.text_encoder_path)
+    # Together, as they were encoded: bfloat16 sums depend on the size of the batch.
+    found = caption_features(encoder, [record["caption"] for record in records])["video_text"]
+    np.testing.assert_array_equal([record["video_text"] for record in records], found)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,7 +139,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(clips, tmp_path, capsys, chang
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [["--height", "x"], ["--video-strides", "4,8"], ["--bogus"]])
+@pytest.mark.parametrize(
+    "change", [["--height", "x"], ["--video-strides", "4,8"], ["--text-widths", "4"], ["--bogus"]]
+)
 def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
     command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *change]
     with pytest.raises(SystemExit) as stop:

@@ -18,8 +18,8 @@ def make_record(index, dtype=np.float32):
         "id": np.int64(index),
         "video": rng.normal(size=(3, 2, 2, 4)).astype(dtype),
         "audio": rng.normal(size=(5, 1, 8)).astype(np.float16),
-        "tokens": rng.integers(0, 99, 6).astype(np.int32),
-        "token_mask": rng.integers(0, 2, 6).astype(bool),
+        "video_text": rng.normal(size=(6, 7)).astype(dtype),
+        "text_mask": rng.integers(0, 2, 6).astype(bool),
         "fps": np.float32(23.976),
         "caption": f'clip {index}: "naïve", 球\n',
         "source": f"clips/{index}.mp4",
@@ -29,16 +29,16 @@ def make_record(index, dtype=np.float32):
 def make_schema(record):
     return Schema(
         generation="linear",
-        text="tokens",
+        text="features",
+        text_generation="random",
         num_frames=9,
         height=16,
         width=16,
         fps=23.976,
         codec="codec.safetensors",
         codec_hash="0123456789abcdef",
-        tokenizer="tokenizer.model",
-        tokenizer_hash="fedcba9876543210",
-        vocab_size=99,
+        text_encoder="text_encoder.safetensors",
+        text_encoder_hash="fedcba9876543210",
         fields={name: Field.of(value) for name, value in record.items()},
     )
 
@@ -130,7 +130,7 @@ def test_what_made_the_dataset_is_stored_with_it(tmp_path):
     assert opened.settings == {"width": 16}
     assert opened.skipped == [{"source": "bad.mp4", "reason": "no sound"}]
     assert opened.codec_path.read_text() == "codec"
-    assert opened.tokenizer_path == tmp_path / "set" / "tokenizer.model"
+    assert opened.text_encoder_path == tmp_path / "set" / "text_encoder.safetensors"
 
 
 # ---- all or nothing ------------------------------------------------------------------------------
@@ -236,9 +236,11 @@ def test_a_record_of_another_shape_is_refused(tmp_path, change, message):
 
 def test_a_mismatch_names_dataset_field_and_both_values(tmp_path):
     opened = open_records(write(tmp_path / "set"))
-    opened.require(generation="linear", video=(None, None, None, 4), tokens=[6], vocab_size=99)
+    opened.require(generation="linear", video=(None, None, None, 4), video_text=[6, 7])
     with pytest.raises(UserError, match=r"set: generation is 'linear', '2\.3' is needed"):
         opened.require(generation="2.3")
+    with pytest.raises(UserError, match=r"set: text_generation is 'random', '2\.3' is needed"):
+        opened.require(text="features", text_generation="2.3")
     with pytest.raises(UserError, match="set: codec_hash is '0123456789abcdef', 'ffff' is needed"):
         opened.require(generation="linear", codec_hash="ffff")
     with pytest.raises(UserError, match=r"set: video is \(3, 2, 2, 4\), \(None, 128\) is needed"):

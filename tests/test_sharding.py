@@ -12,9 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ltx2_jax import sharding, training
-from ltx2_jax.config import Config, DataConfig, OptimConfig
+from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.caption_embedding import TextConfig
 from ltx2_jax.models.transformer import LTX2_19B
 from ltx2_jax.train import place
 
@@ -34,7 +33,7 @@ def loss_and_gradients(mesh_context, sizes):
 
         def loss(p):
             model = nnx.merge(graphdef, p)
-            return training.loss(model, batch, drawn, tiny.NULL_TEXT, config)[0]
+            return training.loss(model, batch, drawn, tiny.null_text(), config)[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -79,7 +78,7 @@ def full_size_config() -> Config:
     return Config(
         workdir="unused",
         model=LTX2_19B,
-        text=TextConfig(length=1024, vocab_size=1024, width=3840),
+        text=TextConfig(),  # the connectors of 2.0
         data=DataConfig(batch_size=64),
         optim=OptimConfig(ema_decay=0.999),
     )
@@ -90,8 +89,8 @@ def abstract_batch(mesh, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {
         "video": ((size, 16, 22, 40, 128), jnp.float32),
         "audio": ((size, 126, 16, 8), jnp.float32),
-        "tokens": ((size, 1024), jnp.int32),
-        "token_mask": ((size, 1024), jnp.bool_),
+        "video_text": ((size, 1024, 3840), jnp.bfloat16),
+        "text_mask": ((size, 1024), jnp.bool_),
         "fps": ((size,), jnp.float32),
     }
     return {
@@ -107,9 +106,12 @@ def test_19b_train_step_traces_on_256_chips():
     key = jax.eval_shape(jax.random.key, 0)
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(partial(training.init_state, config=config), key)
-        null = {"tokens": np.zeros(1024, np.int32), "token_mask": np.ones(1024, bool)}
-        step = training.make_train_step(config, (8, 32, 32), null)
-        new_state, metrics = jax.eval_shape(step, state, abstract_batch(mesh, 64))
+        step = training.make_train_step(config, (8, 32, 32))
+        null = {
+            "video_text": jax.ShapeDtypeStruct((1024, 3840), jnp.bfloat16),
+            "text_mask": jax.ShapeDtypeStruct((1024,), jnp.bool_),
+        }
+        new_state, metrics = jax.eval_shape(step, state, abstract_batch(mesh, 64), null)
     assert metrics["loss"].shape == ()
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)

@@ -31,10 +31,10 @@ def on_mesh(batch):
 
 def run(config, steps, batch=None):
     state = tiny.state(config, jax.sharding.get_mesh())
-    step = training.make_train_step(config, tiny.STRIDES, tiny.NULL_TEXT)
+    step = training.make_train_step(config, tiny.STRIDES)
     metrics = []
     for _ in range(steps):
-        state, values = step(state, on_mesh(batch or tiny.batch()))
+        state, values = step(state, on_mesh(batch or tiny.batch()), tiny.null_text())
         metrics.append(jax.device_get(values))
     return state, metrics
 
@@ -97,7 +97,7 @@ def test_streams_share_sigma_as_often_as_configured():
 def test_a_dropped_caption_is_the_empty_caption():
     config = small(flow=FlowConfig(caption_dropout=1.0))
     batch, other = tiny.batch(), tiny.batch(seed=1)
-    mixed = batch | {"tokens": other["tokens"], "token_mask": other["token_mask"]}
+    mixed = batch | {name: other[name] for name in training.TEXT_FIELDS}
     losses = [run(config, 1, b)[1][0]["loss"] for b in (batch, mixed)]
     assert losses[0] == losses[1]
 
@@ -108,7 +108,7 @@ def test_weight_decay_reaches_matrices_only():
     decayed = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if on}
     spared = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if not on}
     assert decayed == {"kernel"}
-    assert {"bias", "q_norm", "video_table", "tokens"} <= spared
+    assert {"bias", "q_norm", "video_table", "registers"} <= spared
 
 
 @pytest.mark.parametrize(

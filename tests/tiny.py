@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltx2_jax import training
-from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig
-from ltx2_jax.models.caption_embedding import TextConfig
+from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
+from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.transformer import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
 
 STRIDES = (4, 8, 8)
-NULL_TEXT = {"tokens": np.zeros(6, np.int32), "token_mask": np.arange(6) == 5}
 
 MODEL = dataclasses.replace(
     LTX2_5_22B,
@@ -27,10 +26,20 @@ MODEL = dataclasses.replace(
     out_channels=8,
     audio_in_channels=16,
     audio_out_channels=16,
-    context_dim=24,
+    context_dim=32,
     audio_context_dim=16,
     rope_theta=100.0,
     dtype="float32",
+)
+
+
+CONNECTOR = ConnectorConfig(
+    num_layers=2, num_heads=8, gated_attention=True, registers=3, dtype="float32"
+)
+TEXT = TextConfig(
+    length=6,
+    video_connector=dataclasses.replace(CONNECTOR, head_dim=4),
+    audio_connector=dataclasses.replace(CONNECTOR, head_dim=2),
 )
 
 
@@ -38,7 +47,7 @@ def config(**changes) -> Config:
     base = Config(
         workdir="unused",
         model=MODEL,
-        text=TextConfig(length=6, vocab_size=16, width=8),
+        text=TEXT,
         data=DataConfig(batch_size=8),
         flow=FlowConfig(shared_sigma_prob=0.5, first_frame_prob=0.5, caption_dropout=0.3),
         optim=OptimConfig(learning_rate=1e-2, ema_decay=0.9),
@@ -53,10 +62,17 @@ def batch(size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
     return {
         "video": rng.normal(size=(size, 2, 2, 4, 8)).astype(np.float32),
         "audio": rng.normal(size=(size, 5, 1, 16)).astype(np.float32),
-        "tokens": rng.integers(0, 16, (size, 6)).astype(np.int32),
-        "token_mask": rng.random((size, 6)) < 0.8,
+        "video_text": rng.normal(size=(size, 6, 32)).astype(np.float32),
+        "audio_text": rng.normal(size=(size, 6, 16)).astype(np.float32),
+        "text_mask": np.arange(6) >= rng.integers(0, 6, (size, 1)),
         "fps": np.where(np.arange(size) % 2, 24.0, 12.5).astype(np.float32),
     }
+
+
+def null_text() -> dict[str, np.ndarray]:
+    """Text fields of the empty caption: one token."""
+    fields = {name: value[0] for name, value in batch(1, seed=9).items() if "text" in name}
+    return fields | {"text_mask": np.arange(6) == 5}
 
 
 def params(config: Config, mesh=None):

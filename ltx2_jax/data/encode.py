@@ -1,4 +1,4 @@
-"""Clips and captions to a dataset: table -> codec -> tokenizer -> records, in one folder."""
+"""Clips and captions to a dataset: table -> codec, text encoder -> records, in one folder."""
 
 import csv
 import dataclasses
@@ -14,18 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from tqdm import tqdm
 
+from ltx2_jax.caption_encoder import RandomEncoder, caption_features
+from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.media import Clip, read_clip
-from ltx2_jax.data.records import INDEX_NAME, Field, Records, RecordWriter, Schema, content_hash
+from ltx2_jax.data.records import (
+    EMPTY_CAPTION_NAME,
+    INDEX_NAME,
+    Field,
+    Records,
+    RecordWriter,
+    Schema,
+    content_hash,
+)
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
-from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.tokenizer import train as train_tokenizer
+from ltx2_jax.text_encoder import TextEncoder
 
 CODEC_NAME = "codec.safetensors"
-TOKENIZER_NAME = "tokenizer.model"
+TEXT_ENCODER_NAME = "text_encoder.safetensors"
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -143,9 +153,9 @@ class PrepareConfig:
       num_frames, height, width: size in pixels; the codec's strides must fit.
       fps: frames per second to resample to; None keeps the rate of each file. All clips must have
         the same number of audio latents, so other rates than the first clip's are skipped then.
-      text_length: tokens per caption.
-      vocab_size: upper limit for the tokenizer.
+      text_length: tokens per caption; `prepare_dataset` asks the text encoder, if it gets one.
       generation: whose latents these are, see `Schema`; `prepare_dataset` asks the codec.
+      text_generation: whose text features; it asks the text encoder.
       batch_size: clips encoded at once, fewer where they are large; no effect on the result.
     """
 
@@ -154,8 +164,8 @@ class PrepareConfig:
     width: int
     fps: float | None = None
     text_length: int = 32
-    vocab_size: int = 512
     generation: str = "linear"
+    text_generation: str = "random"
     batch_size: int = 16
 
 
@@ -266,19 +276,19 @@ def encode_clips(
     clips: ClipReader,
     *,
     codec: Any,
-    tokenizer: Tokenizer,
+    encoder: TextEncoder,
     config: PrepareConfig,
     writer: RecordWriter,
 ) -> None:
     """Encodes every usable clip and its caption, and writes one record each.
 
-    The codec and the tokenizer are in `writer.staging` already, as CODEC_NAME and TOKENIZER_NAME.
-    Clips that cannot be used go to `writer.skip` with the reason.
+    The codec and the text encoder are in `writer.staging` already, as CODEC_NAME and
+    TEXT_ENCODER_NAME. Clips that cannot be used go to `writer.skip` with the reason.
 
     Args:
       clips: the clips; see `ClipReader`.
       codec: any codec, see `ltx2_jax.codec`.
-      tokenizer: for the captions.
+      encoder: for the captions.
       config: sizes, text length, generation.
       writer: entered, not started.
 
@@ -289,12 +299,12 @@ def encode_clips(
     usable = len(clips.rows) - len(clips.bad)
     with tqdm(desc="encoding clips", total=usable, unit="clip", disable=None) as bar:
         for batch in _batches(iter(clips), _fitting(config.batch_size, config)):
-            for record in _encode(batch, clips.rows, codec, tokenizer, config):
+            for record in _encode(batch, clips.rows, codec, encoder):
                 if not all(np.isfinite(record[name]).all() for name in ("video", "audio")):
                     clips.bad[int(record["id"])] = "its latents are not finite"
                     continue
                 if schema is None:
-                    schema = _schema(record, writer.staging, tokenizer, config)
+                    schema = _schema(record, writer.staging, config)
                     writer.start(schema)
                 writer.write(record)
             bar.update(len(batch))
@@ -322,41 +332,38 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _encode(
-    batch: list, rows: Sequence[Row], codec: Any, tokenizer: Tokenizer, config: PrepareConfig
+    batch: list, rows: Sequence[Row], codec: Any, encoder: TextEncoder
 ) -> Iterator[dict[str, Any]]:
     pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
     video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
     audio = np.asarray(codec.audio.encode(np.stack([clip.audio for _, clip in batch])))  # [B,A,M,C]
     captions = [rows[index].caption for index, _ in batch]
-    tokens, mask = tokenizer.encode(captions, config.text_length)  # [B, S]
+    text = caption_features(encoder, captions)
     for i, (index, clip) in enumerate(batch):
         yield {
             "id": np.int64(index),
             "video": video[i],
             "audio": audio[i],
-            "tokens": tokens[i],
-            "token_mask": mask[i],
+            **{name: value[i] for name, value in text.items()},
             "fps": np.float32(clip.fps),
             "caption": captions[i],
             "source": rows[index].name,
         }
 
 
-def _schema(
-    record: dict[str, Any], folder: Path, tokenizer: Tokenizer, config: PrepareConfig
-) -> Schema:
+def _schema(record: dict[str, Any], folder: Path, config: PrepareConfig) -> Schema:
     return Schema(
         generation=config.generation,
-        text="tokens",
+        text="features",
+        text_generation=config.text_generation,
         num_frames=config.num_frames,
         height=config.height,
         width=config.width,
         fps=float(record["fps"]),
         codec=CODEC_NAME,
         codec_hash=content_hash(folder / CODEC_NAME),
-        tokenizer=TOKENIZER_NAME,
-        tokenizer_hash=content_hash(folder / TOKENIZER_NAME),
-        vocab_size=tokenizer.vocab_size,
+        text_encoder=TEXT_ENCODER_NAME,
+        text_encoder_hash=content_hash(folder / TEXT_ENCODER_NAME),
         fields={name: Field.of(value) for name, value in record.items()},
     )
 
@@ -370,6 +377,7 @@ def prepare_dataset(
     config: PrepareConfig,
     *,
     codec: Any = None,
+    text_encoder: TextEncoder | RandomEncoderConfig | None = None,
     overwrite: bool = False,
 ) -> Records:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
@@ -384,6 +392,8 @@ def prepare_dataset(
       config: sizes of the clips, text and batch.
       codec: any codec of `ltx2_jax.codec`, or a `LinearCodecConfig` to fit a linear one on these
         clips; None fits one with the defaults. The dataset takes its generation from it.
+      text_encoder: of a release or of another dataset, or a `RandomEncoderConfig` to make one for
+        these captions; None makes one with the defaults.
       overwrite: replace a dataset made with other settings.
 
     Raises:
@@ -393,9 +403,15 @@ def prepare_dataset(
     codec = LinearCodecConfig() if codec is None else codec
     fits = isinstance(codec, LinearCodecConfig)
     config = dataclasses.replace(config, generation="linear" if fits else codec.generation)
+    text_encoder = RandomEncoderConfig() if text_encoder is None else text_encoder
+    given = not isinstance(text_encoder, RandomEncoderConfig)
+    if given:
+        config = dataclasses.replace(
+            config, text_length=text_encoder.length, text_generation=text_encoder.generation
+        )
     _check_sizes(config, codec.video_strides if fits else codec.video.strides)
     rows = read_table(table)
-    settings = _settings(rows, config, codec)
+    settings = _settings(rows, config, codec, text_encoder)
     if (Path(out) / INDEX_NAME).exists() and not overwrite:
         records = Records(out)
         _check_settings(records, settings)
@@ -409,14 +425,20 @@ def prepare_dataset(
         rates = codec.audio.sample_rate, codec.audio.latents_per_second
     clips = ClipReader(rows, config, sample_rate=rates[0], latents_per_second=rates[1])
     with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
-        tokenizer_path = writer.staging / TOKENIZER_NAME
-        train_tokenizer([row.caption for row in rows], tokenizer_path, config.vocab_size)
+        encoder_path = writer.staging / TEXT_ENCODER_NAME
+        if given:
+            text_encoder.save(encoder_path)
+        else:
+            captions = [row.caption for row in rows]
+            length = config.text_length
+            text_encoder = RandomEncoder.make(encoder_path, text_encoder, captions, length)
+        empty = {name: value[0] for name, value in caption_features(text_encoder, [""]).items()}
+        (writer.staging / EMPTY_CAPTION_NAME).write_bytes(safetensors.numpy.save(empty))
         if fits:
             bar = tqdm(clips, "fitting the codec", total=len(rows), unit="clip", disable=None)
             codec = LinearCodec.fit(codec, (clip for _, clip in bar))
         codec.save(writer.staging / CODEC_NAME)
-        tokenizer = Tokenizer(tokenizer_path)
-        encode_clips(clips, codec=codec, tokenizer=tokenizer, config=config, writer=writer)
+        encode_clips(clips, codec=codec, encoder=text_encoder, config=config, writer=writer)
     return Records(out)
 
 
@@ -424,27 +446,33 @@ def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
     video_latent_shape(config.num_frames, config.height, config.width, strides)
     if config.fps is not None and not 0 < config.fps < float("inf"):
         raise UserError(f"fps {config.fps} must be above 0")
-    for name in ("text_length", "vocab_size", "batch_size"):
+    for name in ("text_length", "batch_size"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} must be at least 1")
 
 
-def _settings(rows: Sequence[Row], config: PrepareConfig, codec: Any) -> dict[str, Any]:
+def _settings(
+    rows: Sequence[Row], config: PrepareConfig, codec: Any, text_encoder: Any
+) -> dict[str, Any]:
     """What a dataset's contents depend on, as JSON values."""
     names_and_captions = json.dumps([[row.name, row.caption] for row in rows])
-    if isinstance(codec, LinearCodecConfig):
-        codec_is = dataclasses.asdict(codec)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            codec.save(Path(folder) / CODEC_NAME)
-            codec_is = content_hash(Path(folder) / CODEC_NAME)
     settings = {
         "table": hashlib.sha256(names_and_captions.encode()).hexdigest()[:16],
         **dataclasses.asdict(config),
-        "codec": codec_is,
+        "codec": _identity(codec),
+        "text_encoder": _identity(text_encoder),
     }
     del settings["batch_size"]
     return json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
+
+
+def _identity(maker: Any) -> Any:
+    """Of a codec or text encoder: the hash of its file, or the config that one is made from."""
+    if dataclasses.is_dataclass(maker):
+        return dataclasses.asdict(maker)
+    with tempfile.TemporaryDirectory() as folder:
+        maker.save(Path(folder) / "maker.safetensors")
+        return content_hash(Path(folder) / "maker.safetensors")
 
 
 def _check_settings(records: Records, settings: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ An element is a dict of numpy arrays; the strings of a record are dropped. With 
     id          int64   [B]
     video       float   [B, F', H', W', C]
     audio       float   [B, A, M, C]
-    tokens      int32   [B, S]
-    token_mask  bool    [B, S]
+    video_text  float   [B, S, Dv]
+    audio_text  float   [B, S, Da]
+    text_mask   bool    [B, S]
     fps         float32 [B]
 """
 

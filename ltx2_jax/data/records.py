@@ -2,19 +2,22 @@
 
     dataset.json                      schema, shards, skipped clips, the settings it was made with
     data-00000-of-00002.arrayrecord   one record per clip
-    codec.safetensors  tokenizer.model   what made the latents and the tokens, beside them
+    codec.safetensors                 what made the latents
+    text_encoder.safetensors          what made the text features, and its tokenizer
+    empty_caption.safetensors         features of the empty caption, for captions that are dropped
 
 A record is one safetensors blob: numeric fields as tensors, strings as JSON in its metadata. It
 describes itself, keeps bfloat16, and reading it can never run code.
 
 Fields of a record (F' H' W' latent frames, rows, columns; A M audio latent frames, mel bins; C
-channels; S text tokens):
+channels; S text tokens; Dv Da widths of the text features for video and audio):
 
     id          int64   []             position of the clip in its table
     video       float   [F', H', W', C]
     audio       float   [A, M, C]
-    tokens      int32   [S]            left padded; with text = "tokens"
-    token_mask  bool    [S]            True where there is a token
+    video_text  float   [S, Dv]        text features before the connectors, left padded
+    audio_text  float   [S, Da]        absent where audio receives those of video
+    text_mask   bool    [S]            True where there is a token
     fps         float32 []             frames per second of the clip
     caption     str
     source      str                    the clip's path as its table gives it
@@ -37,9 +40,11 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 
-VERSION = 1
+VERSION = 2
 INDEX_NAME = "dataset.json"
+EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 
 _DTYPES = {  # by safetensors' names
     "BOOL": np.bool_,
@@ -79,31 +84,31 @@ class Schema:
     """What a dataset holds and what made it.
 
     Attributes:
-      generation: whose latents and text these are: "linear" (the quickstart's codec), "2.0",
-        "2.3" or "2.5". Text features of different generations are incompatible (the official
-        format does not store this).
-      text: what stands for the caption: "tokens", "features-v1" or "features-v2".
+      generation: whose latents these are: "linear" (the quickstart's codec), "2.0", "2.3" or "2.5".
+      text: what stands for the caption: "features".
+      text_generation: whose features these are: "random" (a small text encoder with random
+        weights), "2.0", "2.3" or "2.5". Features of different generations are incompatible (the
+        official format does not store this).
       num_frames, height, width: the clips' size in pixels.
       fps: frames per second of the first clip; records carry their own.
       codec: file name of the codec in the folder.
       codec_hash: `content_hash` of that file.
-      tokenizer: file name of the tokenizer in the folder.
-      tokenizer_hash: `content_hash` of that file.
-      vocab_size: number of token ids.
+      text_encoder: file name of the text encoder in the folder.
+      text_encoder_hash: `content_hash` of that file.
       fields: name to `Field`, for every field of a record.
     """
 
     generation: str
     text: str
+    text_generation: str
     num_frames: int
     height: int
     width: int
     fps: float
     codec: str
     codec_hash: str
-    tokenizer: str
-    tokenizer_hash: str
-    vocab_size: int
+    text_encoder: str
+    text_encoder_hash: str
     fields: Mapping[str, Field]
 
     def check(self, record: Mapping[str, Any], where: str) -> None:
@@ -186,7 +191,7 @@ class RecordWriter:
 
     Use as a context manager. Everything goes into a hidden folder beside the target, which takes
     the target's name when the block ends without an exception; otherwise it is deleted. Other
-    files of the dataset (codec, tokenizer) belong in `staging` before the block ends.
+    files of the dataset (codec, text encoder) belong in `staging` before the block ends.
 
         with RecordWriter("data/bounce") as writer:
             codec.save(writer.staging / "codec.safetensors")
@@ -404,9 +409,21 @@ class Records(Sequence):
         return self.folder / self.schema.codec
 
     @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer that made the tokens."""
-        return self.folder / self.schema.tokenizer
+    def text_encoder_path(self) -> Path:
+        """The text encoder that made the text features."""
+        return self.folder / self.schema.text_encoder
+
+    def empty_caption(self) -> dict[str, np.ndarray]:
+        """Text fields of a record whose caption is empty.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        path = self.folder / EMPTY_CAPTION_NAME
+        try:
+            return _unpack(np.fromfile(path, np.uint8))[0]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)}); prepare it anew") from None
 
     def require(self, **expected: Any) -> None:
         """Refuses a dataset that is not what the caller needs.

@@ -49,6 +49,19 @@ GEMMA_4_12B = GemmaConfig(
     logit_cap=30.0,
 )
 
+# For tests and synthetic captions: everything that Gemma 3 has, in few numbers.
+GEMMA_SMALL = GemmaConfig(
+    vocab_size=512,
+    width=64,
+    mlp=128,
+    num_heads=4,
+    layers=3 * ("sliding",) + ("full",),
+    sliding=LayerKind(head_dim=16, kv_heads=2, window=8),
+    full=LayerKind(head_dim=16, kv_heads=2, rope_theta=1_000_000.0, rope_factor=8.0),
+    attention_scale=1 / 4,
+    dtype="float32",
+)
+
 # For every group of layers, for every layer of its pattern: keys and values [repeats, B, S, K, H].
 Caches = tuple[tuple[Cache, ...], ...]
 # (carry, hidden [B, S, D], index: int32 scalar) -> carry
