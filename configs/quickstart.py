@@ -3,9 +3,10 @@
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
-linear codec to them, trains 1.5 M parameters for 2,200 steps of about 0.13 s, and makes 64 clips
+linear codec to them, trains 1.7 M parameters for 2,200 steps of about 0.13 s, and makes 64 clips
 from captions of the same grammar. The wiring is that of LTX-2 2.3; only sizes differ. One video
-latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens.
+latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a small
+Gemma 3 with fixed random weights, once; the connectors behind it are trained with the rest.
 
     --config=configs/quickstart.py:ablation
 

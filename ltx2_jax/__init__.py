@@ -13,6 +13,7 @@ _HOMES = {
     "LTX2Transformer": "models.transformer",
     "PRESETS": "models.transformer",
     "Pipeline": "pipeline",
+    "TextEncoder": "text_encoder",
     "TransformerConfig": "models.transformer",
     "UserError": "errors",
     "decode_clip": "clips",

@@ -14,8 +14,10 @@ import pytest
 
 import ltx2_jax
 from ltx2_jax import prepare, sample, train
+from ltx2_jax.checks import check_same_makers
 from ltx2_jax.config import load
 from ltx2_jax.data.media import Clip, read_clip
+from ltx2_jax.data.records import open_records
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
@@ -97,6 +99,20 @@ def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsy
         (["--config.sample.schedule=euler"], "no schedule is called 'euler': choose from ltx2, "),
         (["--config.sample.schedule=distilled"], "the distilled schedule has 8 steps, not 30"),
         (["--config.data.path=no/where"], "no/where: no dataset here"),
+        (["--config.text.generation=2.3"], "text.generation='2.3': synthetic clips have 'random'"),
+        (
+            ["--config.text.encoder.video_dim=64"],
+            r"text.video_connector is 96 wide .*, but text.encoder.video_dim=64",
+        ),
+        (
+            ["--config.model.audio_context_dim=32"],
+            r"text.audio_connector is 64 wide .*, but model.audio_context_dim=32",
+        ),
+        (
+            ["--config.text.length=40"],
+            "length=40 is not a multiple of video_connector.registers=32",
+        ),
+        (["--config.text.audio_connector.registers=0"], "registers in both or in none"),
     ],
 )
 def test_train_refuses_before_it_makes_anything(flags, message, refused, tmp_path):
@@ -116,6 +132,26 @@ def test_train_refuses_a_model_that_does_not_fit_the_codec(refused, tmp_path):
     error = refused(train.cli, *small, "--config.data.codec.video_channels=12")
     assert "model.in_channels=8 is not data.codec.video_channels=12" in error
     assert not (tmp_path / "data").exists()
+
+
+def test_train_refuses_a_dataset_of_other_text(refused, workdir, tmp_path):
+    records = workdir / "data" / "records"
+    flags = f"--config={SMALL}", f"--config.workdir={tmp_path}", f"--config.data.path={records}"
+    error = refused(train.cli, *flags, "--config.text.generation=2.3")
+    assert error.endswith("records: text_generation is 'random', '2.3' is needed")
+    error = refused(train.cli, *flags, "--config.text.length=8")
+    assert error.endswith("records: video_text is (16, 24), (8, 24) is needed")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_does_not_continue_on_features_of_another_encoder(workdir, tmp_path):
+    records = open_records(workdir / "data" / "records")
+    check_same_makers(records, workdir / "assets")
+    index = json.loads((workdir / "assets" / "dataset.json").read_text())
+    index["schema"]["text_encoder_hash"] = "0123456789abcdef"
+    (tmp_path / "dataset.json").write_text(json.dumps(index))
+    with pytest.raises(ltx2_jax.UserError, match=r"text_encoder_hash is .*'0123456789abcdef' is n"):
+        check_same_makers(records, tmp_path)
 
 
 # ---- sample --------------------------------------------------------------------------------------
