@@ -29,6 +29,7 @@ from ltx2_jax.files import replacing
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeatures, TextFeaturesConfig
 from ltx2_jax.sharding import make_mesh, sharding_of
+from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import REFERENCE, TextEncoder, TextModel
 from ltx2_jax.tokenizer import ASSET, Tokenizer
 from ltx2_jax.tokenizer import train as train_tokenizer
@@ -37,7 +38,9 @@ from ltx2_jax.weights import files, mapping
 KIND = "ltx2_jax.random_text_encoder.1"  # the number changes with the file's layout
 
 
-def caption_features(encoder: TextEncoder, captions: Sequence[str]) -> dict[str, np.ndarray]:
+def caption_features(
+    encoder: TextEncoder | TextCache, captions: Sequence[str]
+) -> dict[str, np.ndarray]:
     """What a record stores of each of n captions, and what the model reads of a prompt.
 
     Returns:
@@ -127,13 +130,16 @@ class RandomEncoder(TextEncoder):
 
 
 def load_caption_encoder(
-    path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None
-) -> TextEncoder:
+    path: str | os.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    cache: str | os.PathLike | None = None,
+) -> TextEncoder | TextCache:
     """The text encoder of a dataset, from the file beside its records.
 
     Args:
       path: what `prepare` wrote: a random encoder, or the names of released files.
       mesh: where to put a released one; one device when None.
+      cache: folder of features that a released one has computed; see `TextCache`.
 
     Raises:
       UserError: no such file or another one; released files that are gone or have changed.
@@ -144,17 +150,35 @@ def load_caption_encoder(
         return RandomEncoder.load(path)
     followed(path, metadata)
     try:
-        return TextEncoder.load(
+        return released_encoder(
             metadata["checkpoint"],
             metadata["text_encoder"],
+            cache=cache,
             mesh=mesh,
-            connect=False,
             dtype=metadata["dtype"],
             last_layer_only=metadata["last_layer_only"] == "True",
             length=int(metadata["length"]),
         )
     except (KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: damaged ({error}); run prepare again") from error
+
+
+def released_encoder(
+    checkpoint: str | os.PathLike,
+    text_encoder: str | os.PathLike,
+    *,
+    cache: str | os.PathLike | None = None,
+    **settings: Any,
+) -> TextEncoder | TextCache:
+    """A released text encoder for features alone, or the cache of them in the folder `cache`.
+
+    `settings` are those of `TextEncoder.load`; so are the errors.
+    """
+    if cache is None:
+        return TextEncoder.load(checkpoint, text_encoder, connect=False, **settings)
+    return TextCache.load(cache, checkpoint, text_encoder, connect=False, **settings)
 
 
 def _create(config: RandomEncoderConfig) -> TextModel:

@@ -38,6 +38,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.transformer import Modality
 from ltx2_jax.sharding import abstract_state, make_mesh, pin
+from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
 
 ASSETS = "assets"  # in a workdir: codec, text encoder and schema of the dataset
@@ -61,7 +62,7 @@ class Pipeline:
         config: Config,
         params: Any,
         codec: Any,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | TextCache,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -73,9 +74,17 @@ class Pipeline:
 
     @classmethod
     def from_workdir(
-        cls, workdir: str | Path, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+        cls,
+        workdir: str | Path,
+        *,
+        step: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        text_cache: str | Path | None = None,
     ) -> "Pipeline":
         """The model that `train` left in a workdir: averaged weights if it averaged, else the last.
+
+        `text_cache` is a folder for the features of prompts, if the text encoder is a released one:
+        it is then loaded for new prompts only, and freed before the clips are sampled.
 
         Raises:
           UserError: no workdir, no checkpoint there, or none of `step`.
@@ -92,16 +101,21 @@ class Pipeline:
             create = partial(training.init_params, config=config)
             abstract = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
             params = checkpoints.restore_part(step, {name: abstract})[name]
-        return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh)
+        return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh, text_cache)
 
     @classmethod
     def from_assets(
-        cls, config: Config, params: Any, assets: str | Path, mesh: jax.sharding.Mesh
+        cls,
+        config: Config,
+        params: Any,
+        assets: str | Path,
+        mesh: jax.sharding.Mesh,
+        text_cache: str | Path | None = None,
     ) -> "Pipeline":
         """Weights in memory with the codec, text encoder and clip size of a dataset folder."""
         schema = read_schema(assets)
         codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
-        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh)
+        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh, text_cache)
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
         return cls(config, params, codec, text_encoder, size, mesh)
 
@@ -143,6 +157,8 @@ class Pipeline:
         sample = sample or self.config.sample
         # All at once, so that a prompt that cannot be encoded is refused before any clip is made.
         text = caption_features(self.text_encoder, [*prompts, ""])
+        if isinstance(self.text_encoder, TextCache):
+            self.text_encoder.release()
         # Batches of one size, the last padded, so that one compiled program serves all.
         shards = self.mesh.shape["data"]
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards

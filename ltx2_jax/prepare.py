@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ltx2_jax.caption_encoder import load_caption_encoder
+from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
@@ -14,6 +14,7 @@ from ltx2_jax.data.records import Records
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import LENGTH, TextEncoder
 
 _DESCRIPTION = """\
@@ -78,7 +79,7 @@ def _codec(args: argparse.Namespace) -> Any:
     return load_codec(*args.codec)
 
 
-def _text_encoder(args: argparse.Namespace) -> TextEncoder | RandomEncoderConfig:
+def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomEncoderConfig:
     """The text encoder of --text-encoder, or what to make."""
     paths, default = args.text_encoder, RandomEncoderConfig()
     own = {name: getattr(args, name) for name in ("text_length", "vocab_size", "text_widths")}
@@ -96,8 +97,8 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | RandomEncoderConfig
         return load_caption_encoder(paths[0], make_mesh())
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
-    return TextEncoder.load(
-        *paths, mesh=make_mesh(), connect=False, length=args.text_length or LENGTH
+    return released_encoder(
+        *paths, cache=args.text_cache, mesh=make_mesh(), length=args.text_length or LENGTH
     )
 
 
@@ -123,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="released: a checkpoint and its Gemma, folder or packed file; or text_encoder."
         "safetensors of another dataset (default: make a small one with random weights)",
+    )
+    text.add_argument(
+        "--text-cache",
+        metavar="FOLDER",
+        help="keeps features of captions; a released text encoder is loaded for new ones only",
     )
     text.add_argument(
         "--text-length", type=_count, help=f"tokens (32; {LENGTH} with a released text encoder)"

@@ -42,7 +42,9 @@ def main(args: argparse.Namespace) -> None:
     """Load, sample, write, report."""
     out = output_folder(args.workdir, args.out)
     mesh = make_mesh(*args.mesh)
-    pipeline = Pipeline.from_workdir(args.workdir, step=args.checkpoint_step, mesh=mesh)
+    pipeline = Pipeline.from_workdir(
+        args.workdir, step=args.checkpoint_step, mesh=mesh, text_cache=args.text_cache
+    )
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SampleConfig)}
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(pipeline.config.sample, **given)
@@ -135,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="clips in all, from the prompts in turn (default: one for each prompt)",
+    )
+    add(
+        "--text-cache",
+        metavar="FOLDER",
+        help="keeps features of prompts; a released text encoder is loaded for new ones only",
     )
     add("--seed", type=int, help="of the noise, and of the captions made up")
     add("--steps", type=int, metavar="N", help="calls of the model for each clip")

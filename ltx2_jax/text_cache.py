@@ -28,7 +28,7 @@ from ltx2_jax import codec
 from ltx2_jax.data.records import deserialize, serialize
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
-from ltx2_jax.text_encoder import LENGTH, TextEncoder
+from ltx2_jax.text_encoder import LENGTH, TextEncoder, write_reference
 from ltx2_jax.tokenizer import FILES, check_text
 from ltx2_jax.weights import gemma as gemma_weights
 from ltx2_jax.weights import text as text_weights
@@ -40,6 +40,9 @@ Record = dict[str, Any]
 
 class TextCache:
     """A folder of features, in the place of a `TextEncoder` wherever only `features` is called.
+
+    Opened by `load`, it is one wherever captions are encoded: `shared`, `generation`, `length` and
+    `save` are the encoder's.
 
     Several processes may use one folder at once: a file appears whole or not at all, and two that
     write the same one write the same features. A damaged file is a warning, not an error: what it
@@ -94,13 +97,31 @@ class TextCache:
         """
         model = {"dtype": dtype, "last_layer_only": last_layer_only, "tokenizer": tokenizer}
         version = text_weights.read_metadata(checkpoint).get("model_version", "")
-        return cls(
+        cache = cls(
             folder,
             partial(TextEncoder.load, checkpoint, text_encoder, length=length, **model, **settings),
             encoder=encoder_fingerprint(checkpoint, text_encoder, **model),
             generation=codec.generation(version) or "unknown",
             length=length,
         )
+        section = text_weights.transformer_section(checkpoint)
+        cache.shared = (
+            text_weights.text_features_config(section, width=1, num_layers=1).audio_dim is None
+        )
+        cache.save = partial(
+            write_reference,
+            checkpoint=checkpoint,
+            text_encoder=text_encoder,
+            length=length,
+            dtype=dtype,
+            last_layer_only=last_layer_only,
+        )
+        return cache
+
+    @property
+    def generation(self) -> str:
+        """Whose features these are."""
+        return self._identity["generation"]
 
     def features(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `TextEncoder.features` gives, bit for bit, in host memory.

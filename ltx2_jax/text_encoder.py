@@ -177,20 +177,14 @@ class TextEncoder:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a small file that names the released ones; `load_caption_encoder` follows it."""
-        checkpoint, text_encoder = self._files
-        files = [checkpoint, *gemma_weights.weight_files(text_encoder)]
-        named = [{"path": str(p), "fingerprint": codec.fingerprint(p)} for p in files]
-        metadata = {
-            "kind": REFERENCE,
-            "checkpoint": str(checkpoint),
-            "text_encoder": str(text_encoder),
-            "length": str(self.length),
-            "dtype": self.model.text_features.cfg.dtype,
-            "last_layer_only": str(self.model.text_features.cfg.last_layer_only),
-            "files": json.dumps(named),
-        }
-        with replacing(path) as temporary:
-            temporary.write_bytes(save({}, metadata))
+        config = self.model.text_features.cfg
+        write_reference(
+            path,
+            *self._files,
+            length=self.length,
+            dtype=config.dtype,
+            last_layer_only=config.last_layer_only,
+        )
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, Array, Array | None]:
         """Prompts -> context of video [B, S, Dv], of audio [B, S, Da], and the mask for both.
@@ -243,6 +237,31 @@ class TextEncoder:
     def _rows(self, x: ArrayLike, rows: np.ndarray) -> Array:
         names = ("batch", *[None] * (np.ndim(x) - 1))
         return jax.device_put(np.asarray(x)[rows], sharding_of(self.mesh, *names))
+
+
+def write_reference(
+    path: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    text_encoder: str | os.PathLike,
+    *,
+    length: int,
+    dtype: str,
+    last_layer_only: bool,
+) -> None:
+    """Writes a small file that names released ones and says how they are used."""
+    files = [Path(checkpoint).resolve(), *gemma_weights.weight_files(Path(text_encoder).resolve())]
+    named = [{"path": str(p), "fingerprint": codec.fingerprint(p)} for p in files]
+    metadata = {
+        "kind": REFERENCE,
+        "checkpoint": str(files[0]),
+        "text_encoder": str(Path(text_encoder).resolve()),
+        "length": str(length),
+        "dtype": dtype,
+        "last_layer_only": str(last_layer_only),
+        "files": json.dumps(named),
+    }
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({}, metadata))
 
 
 @partial(jax.jit, static_argnames="graphdef")

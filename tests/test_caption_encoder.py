@@ -110,6 +110,18 @@ def test_a_released_encoder_is_found_again_and_a_changed_one_refused(tmp_path):
     want, got = caption_features(encoder, CAPTIONS), caption_features(again, CAPTIONS)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)
+    # Through a cache: the same, and the second time without the weights.
+    for build in ("TextEncoder.load", None):
+        cached = load_caption_encoder(tmp_path / "e.safetensors", cache=tmp_path / "cache")
+        if build is None:
+            cached._build = None
+        got = caption_features(cached, CAPTIONS)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_array_equal(got[name], value)
+    assert (cached.length, cached.generation) == (20, "2.3")
+    cached.save(tmp_path / "again.safetensors")
+    assert metadata(tmp_path / "again.safetensors") == metadata(tmp_path / "e.safetensors")
     weights = tmp_path / "gemma" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"model\.safetensors is not the file"):

@@ -19,7 +19,14 @@ from ltx2_jax.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
 
 CLIPS = synthetic.SyntheticConfig(num_clips=8, num_frames=9, height=32, width=32, fps=8.0)
-SIZE = ["--num-frames=9", "--height=32", "--width=32", "--text-length=16", "--vocab-size=320"]
+SIZE = [
+    "--num-frames=9",
+    "--height=32",
+    "--width=32",
+    "--text-length=16",
+    "--vocab-size=320",
+    "--text-widths=24,16",
+]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from ltx2_jax.data.records import (
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
 
 CODEC_NAME = "codec.safetensors"
@@ -276,7 +277,7 @@ def encode_clips(
     clips: ClipReader,
     *,
     codec: Any,
-    encoder: TextEncoder,
+    encoder: TextEncoder | TextCache,
     config: PrepareConfig,
     writer: RecordWriter,
 ) -> None:
@@ -332,7 +333,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _encode(
-    batch: list, rows: Sequence[Row], codec: Any, encoder: TextEncoder
+    batch: list, rows: Sequence[Row], codec: Any, encoder: TextEncoder | TextCache
 ) -> Iterator[dict[str, Any]]:
     pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
     video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
@@ -377,7 +378,7 @@ def prepare_dataset(
     config: PrepareConfig,
     *,
     codec: Any = None,
-    text_encoder: TextEncoder | RandomEncoderConfig | None = None,
+    text_encoder: TextEncoder | TextCache | RandomEncoderConfig | None = None,
     overwrite: bool = False,
 ) -> Records:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
