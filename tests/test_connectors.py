@@ -16,6 +16,7 @@ from ltx2_jax.models.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
     VIDEO_CONNECTOR_2_3,
+    Connector,
     ConnectorConfig,
     Connectors,
     valid_first,
@@ -233,3 +234,18 @@ def test_all_that_is_wrong_with_a_connector_is_listed_at_once():
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="dtype='float16' is not one of"):
         ConnectorConfig(dtype="float16")
+
+
+def test_heads_that_the_mesh_does_not_divide_are_whole_on_every_shard(mesh_context):
+    cfg = ConnectorConfig(num_layers=1, num_heads=3, head_dim=8, registers=2, dtype="float32")
+    rows = np.random.default_rng(0).normal(size=(4, 6, 24)).astype(np.float32)
+    mask = np.arange(6) < np.array([[6], [1], [3], [4]])
+
+    def run(*sizes):
+        with mesh_context(*sizes):
+            graphdef, params = nnx.split(Connector(cfg, rngs=nnx.Rngs(0)))
+            assert "model" not in params["blocks"]["attention"]["to_q"]["kernel"].sharding.spec
+            call = jax.jit(lambda params, *x: nnx.merge(graphdef, params)(*x))
+            return np.asarray(call(params, rows, mask))
+
+    np.testing.assert_allclose(run(2, 2, 2), run(1, 1, 1), atol=1e-4)

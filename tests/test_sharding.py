@@ -118,10 +118,11 @@ def test_19b_train_step_traces_on_256_chips():
         assert sharding.spec_of(old) == sharding.spec_of(new)
     assert sharding.replicated(state, limit_bytes=1_000_000) == []
     # float32 weights, two moments and the average: 16 bytes a parameter over 256 chips, except the
-    # AdaLN MLPs, which have no heads to split and so are whole on each of the 4 model shards.
+    # AdaLN MLPs, which have no heads to split, and the attention of the connectors, whose 30 heads
+    # do not split: these are whole on each of the 4 model shards.
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     assert parameters > 18.88e9
-    assert sharding.bytes_per_chip(state) < 1.1 * 16 * parameters / 256
+    assert sharding.bytes_per_chip(state) < 1.12 * 16 * parameters / 256
 
 
 def test_self_attention_exchanges_tokens_for_heads_and_gathers_nothing(mesh_context):

@@ -21,6 +21,7 @@ def attend(
     *,
     queries: str,  # logical name of the Tq axis
     keys: str,  # logical name of the Tk axis
+    heads: str | None = "heads",  # of the N axis
 ) -> Array:  # [B, Tq, N, H]
     """softmax(q k^T / sqrt(H) + bias) v, softmax in float32.
 
@@ -33,13 +34,13 @@ def attend(
       which moves a few rows instead of the keys.
     """
     both = axis_size(queries) > 1 and axis_size(keys) > 1
-    out = ("batch", queries, "heads", None)
+    out = ("batch", queries, heads, None)
     if both and q.shape[2] % axis_size("exchanged_heads") == 0:
         whole = ("batch", None, "exchanged_heads", None)
         q, k, v = (pin(x, *whole) for x in (q, k, v))
         return pin(_softmax_attention(q, k, v, bias, whole), *out)
     if both:
-        k, v = (pin(x, "batch", None, "heads", None) for x in (k, v))
+        k, v = (pin(x, "batch", None, heads, None) for x in (k, v))
     return _softmax_attention(q, k, v, bias, out)
 
 
@@ -69,19 +70,21 @@ class Attention(nnx.Module):
         eps: float,
         gated: bool,
         interleaved_rope: bool = False,
+        axis: str | None = "heads",  # logical name of the heads; None: every shard has them all
         rngs: nnx.Rngs,
     ):
         inner = heads[0] * heads[1]
         self.heads, self.tokens, self.eps = heads[0], tokens, eps
         self.interleaved_rope = interleaved_rope
-        self.to_q = Linear(query_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
-        self.to_k = Linear(context_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
-        self.to_v = Linear(context_dim, inner, axes=("fsdp", "heads"), rngs=rngs)
-        self.to_out = Linear(inner, query_dim, axes=("heads", "fsdp"), rngs=rngs)
-        self.q_norm = parameter(rngs, (inner,), ("heads",), mean=1.0)
-        self.k_norm = parameter(rngs, (inner,), ("heads",), mean=1.0)
+        self.axis = axis
+        self.to_q = Linear(query_dim, inner, axes=("fsdp", axis), rngs=rngs)
+        self.to_k = Linear(context_dim, inner, axes=("fsdp", axis), rngs=rngs)
+        self.to_v = Linear(context_dim, inner, axes=("fsdp", axis), rngs=rngs)
+        self.to_out = Linear(inner, query_dim, axes=(axis, "fsdp"), rngs=rngs)
+        self.q_norm = parameter(rngs, (inner,), (axis,), mean=1.0)
+        self.k_norm = parameter(rngs, (inner,), (axis,), mean=1.0)
         # Zero weights make every gate 2 sigmoid(0) = 1 at the start.
-        gate = partial(Linear, axes=("fsdp", "heads"), std=0.0, rngs=rngs)
+        gate = partial(Linear, axes=("fsdp", axis), std=0.0, rngs=rngs)
         self.to_gate = gate(query_dim, heads[0]) if gated else None
 
     def __call__(
@@ -103,7 +106,8 @@ class Attention(nnx.Module):
         if rope is not None:
             q = apply_rope(q, rope, interleaved=self.interleaved_rope)
             k = apply_rope(k, context_rope or rope, interleaved=self.interleaved_rope)
-        out = attend(q, k, v, bias, queries=self.tokens[0], keys=self.tokens[1])
+        queries, keys = self.tokens
+        out = attend(q, k, v, bias, queries=queries, keys=keys, heads=self.axis)
         out = checkpoint_name(out, "attention")
         if keep is not None:
             out = jnp.where(keep[:, None, None, None] > 0, out, v)

@@ -19,7 +19,7 @@ from jax import Array
 from ltx2_jax.models.attention import Attention
 from ltx2_jax.models.layers import FeedForward, parameter, rms_norm
 from ltx2_jax.models.rope import Rope, rope_tables
-from ltx2_jax.sharding import pin, spec
+from ltx2_jax.sharding import axis_size, pin, spec
 
 TOKENS = "text_tokens"
 LEAD = ("batch", TOKENS)
@@ -75,6 +75,7 @@ class ConnectorBlock(nnx.Module):
             eps=EPS,
             gated=cfg.gated_attention,
             interleaved_rope=cfg.rope_type == "interleaved",
+            axis=_head_axis(cfg),
             rngs=rngs,
         )
         self.mlp = FeedForward(cfg.width, FF_MULT, bias=cfg.ff_bias, rngs=rngs)
@@ -114,6 +115,7 @@ class Connector(nnx.Module):
             theta=THETA,
             precision=cfg.rope_precision,
             tokens=TOKENS,
+            axis=_head_axis(cfg),
         )
         graphdef, state = nnx.split(self.blocks)
 
@@ -149,6 +151,11 @@ class Connectors(nnx.Module):
         video = self.video(_reorder(video, order), mask)
         audio = self.audio(_reorder(audio, order), mask)
         return video, audio, None if self.video.registers is not None else mask
+
+
+def _head_axis(cfg: ConnectorConfig) -> str | None:
+    """The logical axis of the heads. A model axis of 4 does not divide the 30 of the 2.0 model."""
+    return "heads" if cfg.num_heads % axis_size("heads") == 0 else None
 
 
 def valid_first(mask: Array) -> tuple[Array, Array]:

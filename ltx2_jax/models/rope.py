@@ -38,6 +38,7 @@ def rope_tables(
     theta: float,
     precision: str = "float64",
     tokens: str | None = None,  # logical name of the T axis, for sharding
+    axis: str | None = "heads",  # and of the heads
 ) -> Rope:
     """cos and sin, float32 [B, T, heads, width / heads / 2].
 
@@ -57,7 +58,7 @@ def rope_tables(
     cos = jnp.pad(jnp.cos(angle), front, constant_values=1.0)
     sin = jnp.pad(jnp.sin(angle), front)
     shape = (batch, length, heads, width // heads // 2)
-    names = ("batch" if batch > 1 else None, tokens, "heads", None)
+    names = ("batch" if batch > 1 else None, tokens, axis, None)
     return pin(cos.reshape(shape), *names), pin(sin.reshape(shape), *names)
 
 
