@@ -184,11 +184,8 @@ def dataset(config: Config) -> Records:
 def keep_assets(records: Records, assets: Path) -> Path:
     """What sampling needs of the dataset, copied into the workdir; returns the folder."""
     if jax.process_index() == 0:
-        for source in (
-            records.codec_path,
-            records.text_encoder_path,
-            records.folder / INDEX_NAME,
-        ):
+        sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME
+        for source in sources:
             with replacing(assets / source.name) as temporary:
                 shutil.copyfile(source, temporary)
     return assets
