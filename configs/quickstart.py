@@ -1,9 +1,9 @@
-"""A small LTX-2 on two CPU cores: from nothing to a clip with sound in about six minutes.
+"""A small LTX-2 on two CPU cores: from nothing to a clip with sound in about seven minutes.
 
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
-linear codec to them, trains 1.7 M parameters for 2,200 steps of about 0.13 s, and makes 64 clips
+linear codec to them, trains 1.7 M parameters for 2,200 steps of about 0.15 s, and makes 64 clips
 from captions of the same grammar. The wiring is that of LTX-2 2.3; only sizes differ. One video
 latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a small
 Gemma 3 with fixed random weights, once; the connectors behind it are trained with the rest.
