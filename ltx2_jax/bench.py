@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ltx2_jax.arguments import count
 from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
@@ -105,10 +106,10 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
     """Encoding and decoding of the clip's sound, on one device."""
     create = partial(audio_weights.create, AUDIO_VAE), partial(vocoder_weights.create, vocoder)
     codec = AudioCodec(AUDIO_VAE, vocoder, lambda: tuple(random_weights(c) for c in create))
-    count = audio_latent_length(args.frames, args.fps, codec.latents_per_second)
-    samples = round(count / codec.latents_per_second * codec.sample_rate)
+    length = audio_latent_length(args.frames, args.fps, codec.latents_per_second)
+    samples = round(length / codec.latents_per_second * codec.sample_rate)
     audio = np.random.default_rng(0).uniform(-1, 1, (1, samples, 2)).astype(np.float32)
-    latents = np.zeros((1, count, codec.bins, codec.channels), np.float32)
+    latents = np.zeros((1, length, codec.bins, codec.channels), np.float32)
     for half, call in (
         ("encode", lambda: codec.encode(audio)),
         ("decode", lambda: codec.decode(latents)),
@@ -183,18 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("what", choices=("codec",), help="what to measure")
     add("--generation", choices=tuple(VAES), default="2.3", help="(default: %(default)s)")
-    add("--frames", type=_count, default=121, metavar="N", help="(default: %(default)s)")
-    add("--height", type=_count, default=704, metavar="PIXELS", help="(default: %(default)s)")
-    add("--width", type=_count, default=1280, metavar="PIXELS", help="(default: %(default)s)")
+    add("--frames", type=count, default=121, metavar="N", help="(default: %(default)s)")
+    add("--height", type=count, default=704, metavar="PIXELS", help="(default: %(default)s)")
+    add("--width", type=count, default=1280, metavar="PIXELS", help="(default: %(default)s)")
     add("--fps", type=float, default=24.0, help="decides the sound's length (%(default)s)")
-    add("--calls", type=_count, default=3, metavar="N", help="of which the best counts (3)")
+    add("--calls", type=count, default=3, metavar="N", help="of which the best counts (3)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

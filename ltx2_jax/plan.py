@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from ltx2_jax import plan_text, plan_vae
+from ltx2_jax.arguments import count
 from ltx2_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -66,19 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--what", required=True, choices=("vae", "text"), help="the program")
     add("--topology", required=True, metavar="SLICE", help="such as v5p:2x2x1 or v6e:2x4")
     add("--generation", choices=GENERATIONS, default="2.3", help="(default: %(default)s)")
-    add("--batch", type=_count, default=1, metavar="N", help="prompts, of text (%(default)s)")
+    add("--batch", type=count, default=1, metavar="N", help="prompts, of text (%(default)s)")
     add("--half", choices=("decode", "encode"), default="decode", help="of vae (%(default)s)")
-    add("--frames", type=_count, default=121, metavar="N", help="of vae (%(default)s)")
-    add("--height", type=_count, default=704, metavar="PIXELS", help="of vae (%(default)s)")
-    add("--width", type=_count, default=1280, metavar="PIXELS", help="of vae (%(default)s)")
+    add("--frames", type=count, default=121, metavar="N", help="of vae (%(default)s)")
+    add("--height", type=count, default=704, metavar="PIXELS", help="of vae (%(default)s)")
+    add("--width", type=count, default=1280, metavar="PIXELS", help="of vae (%(default)s)")
     add("--json", action="store_true", help="print all facts as JSON")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

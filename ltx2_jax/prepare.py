@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ltx2_jax.arguments import count
 from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import RandomEncoderConfig
@@ -113,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("table", metavar="TABLE", help="clips and captions")
     parser.add_argument("out", metavar="OUT", help="folder of the dataset")
     size = parser.add_argument_group("clips")
-    size.add_argument("--num-frames", type=_count, required=True, help="frames taken of each")
-    size.add_argument("--height", type=_count, required=True, help="pixels, after resize and crop")
-    size.add_argument("--width", type=_count, required=True, help="pixels, after resize and crop")
+    size.add_argument("--num-frames", type=count, required=True, help="frames taken of each")
+    size.add_argument("--height", type=count, required=True, help="pixels, after resize and crop")
+    size.add_argument("--width", type=count, required=True, help="pixels, after resize and crop")
     size.add_argument("--fps", type=float, help="resample to this rate (default: each file's own)")
     text = parser.add_argument_group("captions")
     text.add_argument(
@@ -131,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         help="keeps features of captions; a released text encoder is loaded for new ones only",
     )
     text.add_argument(
-        "--text-length", type=_count, help=f"tokens (32; {LENGTH} with a released text encoder)"
+        "--text-length", type=count, help=f"tokens (32; {LENGTH} with a released text encoder)"
     )
-    text.add_argument("--vocab-size", type=_count, help="at most, of the small one (512)")
+    text.add_argument("--vocab-size", type=count, help="at most, of the small one (512)")
     text.add_argument(
         "--text-widths",
         type=_pair,
@@ -157,24 +158,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     codec.add_argument(
         "--video-channels",
-        type=_count,
+        type=count,
         help=f"numbers per video latent of it ({defaults.video_channels})",
     )
     codec.add_argument(
         "--audio-channels",
-        type=_count,
+        type=count,
         help=f"numbers per audio latent of it ({defaults.audio_channels})",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a dataset made with other settings"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _pair(text: str) -> tuple[int, int]:

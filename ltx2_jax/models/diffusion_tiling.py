@@ -86,7 +86,7 @@ def decode_chunks(
 
     parts = ((tile, decode(tile)) for group in plan.groups for tile in group)
     done = 0
-    for chunk in tiles.blend(plan, _one_ahead(parts)):
+    for chunk in tiles.blend(plan, parts):
         wanted = layout.wanted[0] - done
         done += chunk.shape[1]
         if wanted > 0:
@@ -113,14 +113,6 @@ def _tile(
     batch, *_, channels = features.shape
     part = jax.lax.dynamic_slice(features, (0, *corner, 0), (batch, *cells, channels))
     return nnx.merge(graphdef, params).decode_tile(part, noise, first=first)[:, :frames]
-
-
-def _one_ahead(parts: Iterator[Any]) -> Iterator[Any]:
-    """The same, each started before the one before it is used: devices work while the host adds."""
-    current = next(parts)
-    for following in itertools.chain(parts, [None]):
-        yield current
-        current = following
 
 
 # ---- where the tiles are -------------------------------------------------------------------------
