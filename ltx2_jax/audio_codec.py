@@ -29,7 +29,7 @@ class AudioCodec:
         self,
         config: AudioVAEConfig,
         vocoder: VocoderConfig,
-        read: Callable[[], tuple[Any, Any]],
+        read: Callable[[Any], tuple[Any, Any]],
         *,
         device: jax.Device | None = None,
     ):
@@ -37,7 +37,7 @@ class AudioCodec:
         Args:
           config: of the VAE.
           vocoder: of the vocoder.
-          read: gives the weights of both.
+          read: gives the weights of both with the sharding that it is called with.
           device: to work on; the first of this process when None.
         """
         self.config, self.vocoder = config, vocoder
@@ -58,7 +58,7 @@ class AudioCodec:
 
     @cached_property
     def params(self) -> tuple[Any, Any]:
-        return jax.device_put(self._read(), self.device)
+        return self._read(jax.sharding.SingleDeviceSharding(self.device))
 
     def encode(self, audio: ArrayLike) -> np.ndarray:
         """Normalised latents float32 [B, A, M, C] of a waveform [B, samples, 2]; mono is doubled.

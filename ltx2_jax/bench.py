@@ -86,7 +86,8 @@ def bench_codec(args: argparse.Namespace) -> None:
 
 def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterator[Measurement]:
     """Encoding and decoding of (frames, height, width) pixels."""
-    codec = VideoCodec(config, partial(random_weights, partial(video_weights.create, config)))
+    create = partial(video_weights.create, config)
+    codec = VideoCodec(config, lambda where: jax.device_put(random_weights(create), where))
     flops = video_vae_flops(config, *size)
     pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
     st, sh, sw = config.strides
@@ -105,7 +106,11 @@ def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterat
 def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measurement]:
     """Encoding and decoding of the clip's sound, on one device."""
     create = partial(audio_weights.create, AUDIO_VAE), partial(vocoder_weights.create, vocoder)
-    codec = AudioCodec(AUDIO_VAE, vocoder, lambda: tuple(random_weights(c) for c in create))
+
+    def draw(where: Any) -> Any:
+        return jax.device_put(tuple(random_weights(c) for c in create), where)
+
+    codec = AudioCodec(AUDIO_VAE, vocoder, draw)
     length = audio_latent_length(args.frames, args.fps, codec.latents_per_second)
     samples = round(length / codec.latents_per_second * codec.sample_rate)
     audio = np.random.default_rng(0).uniform(-1, 1, (1, samples, 2)).astype(np.float32)

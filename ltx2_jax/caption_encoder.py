@@ -33,7 +33,8 @@ from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import REFERENCE, TextEncoder, TextModel
 from ltx2_jax.tokenizer import ASSET, Tokenizer
 from ltx2_jax.tokenizer import train as train_tokenizer
-from ltx2_jax.weights import files, mapping
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.tensor_files import read_metadata
 
 KIND = "ltx2_jax.random_text_encoder.1"  # the number changes with the file's layout
 
@@ -101,7 +102,7 @@ class RandomEncoder(TextEncoder):
         Raises:
           UserError: the file is missing, unreadable, or not a random encoder of this version.
         """
-        metadata = files.metadata(path)
+        metadata = read_metadata(path)
         if (kind := metadata.get("kind")) != KIND:
             raise UserError(f"{path}: kind {kind}, not {KIND}; expected a file that prepare wrote")
         try:
@@ -145,7 +146,7 @@ def load_caption_encoder(
       UserError: no such file or another one; released files that are gone or have changed.
     """
     path = Path(path)
-    metadata = files.metadata(path)
+    metadata = read_metadata(path)
     if metadata.get("kind") != REFERENCE:
         return RandomEncoder.load(path)
     followed(path, metadata)

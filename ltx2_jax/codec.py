@@ -32,11 +32,10 @@ from ltx2_jax.files import replacing
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.video_codec import AUTOMATIC, DiffusionVideoCodec, VideoCodec
-from ltx2_jax.weights import audio_vae as audio_weights
 from ltx2_jax.weights import diffusion_decoder as decoder_weights
-from ltx2_jax.weights import files
-from ltx2_jax.weights import video_vae as video_weights
-from ltx2_jax.weights import vocoder as vocoder_weights
+from ltx2_jax.weights import hub
+from ltx2_jax.weights.release import Release, open_release
+from ltx2_jax.weights.tensor_files import read_metadata
 
 REFERENCE = "ltx2_jax.released_codec.1"  # the number changes with the file's layout
 
@@ -73,8 +72,9 @@ def load_codec(
     """The codec in one or more files.
 
     Args:
-      paths: a checkpoint with all networks, or the video VAE and the audio VAE of the split pack;
-        or one file that `prepare` wrote: a linear codec, or a name of released files.
+      paths: a checkpoint with all networks, or the video VAE and the audio VAE of the split pack,
+        as `open_release` takes them; or one file that `prepare` wrote: a linear codec, or a name
+        of released files.
       devices: see `VideoCodec`.
       tiling: see `VideoCodec`.
       dtype: of the video network's activations; the audio networks always compute in float32.
@@ -83,62 +83,43 @@ def load_codec(
       UserError: a missing or unreadable file, none or two of a network, a config that is not
         supported, released files that are gone or changed since `prepare` named them.
     """
-    if len(paths) == 1:
-        metadata = files.metadata(paths[0])
+    if len(paths) == 1 and not Path(paths[0]).is_dir():
+        metadata = read_metadata(hub.fetch(paths[0]))
         if metadata.get("kind", "").startswith("ltx2_jax.linear_codec"):
             return LinearCodec.load(paths[0])
         if metadata.get("kind") == REFERENCE:
             paths = followed(Path(paths[0]), metadata)
-    where = _components(paths)
-    video = _video_codec(where["video_vae"], dtype, devices=devices, tiling=tiling)
-    audio_config = audio_weights.audio_vae_config(
-        files.read_config(where["audio_vae"], "audio_vae")
+    release = open_release(*paths)  # open as long as the codec, which reads weights when it works
+    missing = [n for n in ("video_vae", "audio_vae", "vocoder") if n not in release.networks]
+    if missing:
+        raise UserError(f"no {' and no '.join(missing)} in {release.name}")
+    audio = AudioCodec(
+        release.config("audio_vae"),
+        release.config("vocoder"),
+        lambda where: tuple(release.load(name, where)[1] for name in ("audio_vae", "vocoder")),
+        device=devices[0] if devices else None,
     )
-    vocoder_config = vocoder_weights.vocoder_config(files.read_config(where["vocoder"], "vocoder"))
-
-    def read_audio() -> tuple[Any, Any]:
-        vae = files.read_tensors(where["audio_vae"], "audio_vae")
-        vocoder = files.read_tensors(where["vocoder"], "vocoder")
-        return (
-            audio_weights.from_official(vae, audio_config),
-            vocoder_weights.from_official(vocoder, vocoder_config),
-        )
-
-    return ReleasedCodec(
-        video,
-        AudioCodec(
-            audio_config, vocoder_config, read_audio, device=devices[0] if devices else None
-        ),
-        generation(files.metadata(where["video_vae"]).get("model_version", "")),
-        paths,
-    )
+    video = _video_codec(release, dtype, devices=devices, tiling=tiling)
+    paths = [file.path for file in release.files]
+    return ReleasedCodec(video, audio, release.generation("video_vae"), paths)
 
 
-def _video_codec(path: str | os.PathLike, dtype: str, **options: Any) -> VideoCodec:
-    """With the decoder that the file has."""
-    section = files.read_config(path, "video_vae")
-    config = video_weights.video_vae_config(section, dtype=dtype)
+def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:
+    """With the decoder that the files have."""
+    config = release.config("video_vae", dtype=dtype)
 
-    def read() -> Any:
-        return video_weights.from_official(files.read_tensors(path, "video_vae"), config)
+    def read(where: Any) -> Any:
+        return release.load("video_vae", where, config=config)[1]
 
-    if config.decoder_blocks is not None:
+    if "diffusion_decoder" not in release.networks:
         return VideoCodec(config, read, **options)
-    decoder = decoder_weights.diffusion_decoder_config(section, dtype=dtype)
+    decoder = release.config("diffusion_decoder", dtype=dtype)
 
-    def read_both() -> tuple[Any, Any]:
-        tensors = files.read_tensors(path, "video_vae")
-        return (
-            video_weights.from_official(tensors, config),
-            decoder_weights.from_official(tensors, decoder),
-        )
+    def read_decoder(where: Any) -> Any:
+        _, params = release.load("diffusion_decoder", where, config=decoder)
+        return decoder_weights.fold_gates(params, decoder)
 
-    return DiffusionVideoCodec(config, decoder, read_both, **options)
-
-
-def generation(model_version: str) -> str:
-    """The release whose latents a version has: "2.3.rc1" -> "2.3"."""
-    return ".".join(model_version.replace("-", ".").split(".")[:2])
+    return DiffusionVideoCodec(config, decoder, read, read_decoder, **options)
 
 
 def fingerprint(path: Path) -> str:
@@ -167,17 +148,3 @@ def followed(path: Path, metadata: dict[str, str]) -> list[Path]:
         if fingerprint(released) != expected:
             raise UserError(f"{path}: {released} is not the file that the latents were made with")
     return [released for released, _ in named]
-
-
-def _components(paths: Sequence[str | os.PathLike]) -> dict[str, str | os.PathLike]:
-    """Network -> the file that holds it."""
-    where: dict[str, str | os.PathLike] = {}
-    for path in paths:
-        for component in files.components(path):
-            if component in where and component in ("video_vae", "audio_vae", "vocoder"):
-                raise UserError(f"{path}: holds a {component}, and so does {where[component]}")
-            where[component] = path
-    missing = [name for name in ("video_vae", "audio_vae", "vocoder") if name not in where]
-    if missing:
-        raise UserError(f"no {' and no '.join(missing)} in {', '.join(map(str, paths))}")
-    return where

@@ -30,7 +30,8 @@ from ltx2_jax.models.generation import (
     generate,
 )
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights.gemma import load_gemma, read_config
+from ltx2_jax.weights.gemma import stored_dtype
+from ltx2_jax.weights.release import open_release
 
 TEXT_TO_VIDEO = "text-to-video"
 IMAGE_TO_VIDEO = "image-to-video"
@@ -156,7 +157,7 @@ def enhance(
     tokens, mask = _tokens(requests, INSTRUCTIONS[mode], chat, tokenizer)
     how = dataclasses.replace(how or chat.how, eos=ends, pad=tokenizer.pad_id)
     loaded = isinstance(gemma, tuple)
-    model = gemma[0] if loaded else load_gemma(gemma, mesh=mesh, dtype=dtype)
+    model = gemma[0] if loaded else _load(gemma, mesh, dtype)
     key, count, ids = jax.random.key(seed), len(prompts), []
     size = min(BATCH_SIZE, count)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
@@ -241,6 +242,11 @@ def _requests(prompts: Sequence[str], mode: str, images: Sequence[str | None] | 
     return requests
 
 
+def _load(gemma: str | os.PathLike, mesh: jax.sharding.Mesh | None, dtype: str) -> Gemma:
+    with open_release(gemma) as release:
+        return release.module("gemma", mesh, param_dtype=stored_dtype(dtype), dtype=dtype)
+
+
 def _words(
     gemma: str | os.PathLike | tuple[Gemma, Tokenizer],
 ) -> tuple[Tokenizer, Chat, tuple[int, ...]]:
@@ -248,7 +254,8 @@ def _words(
     if isinstance(gemma, tuple):
         name, config, tokenizer = "the tokenizer", {}, gemma[1]
     else:
-        name, config = gemma, read_config(gemma)
+        with open_release(gemma) as release:
+            name, config = gemma, release.section("gemma")
         if not Path(gemma).is_dir() or config.get("gemma_version") is not None:
             raise UserError(
                 f"{gemma}: is the text encoder of LTX-2.5, which was fine-tuned to encode and "

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from ltx2_jax import codec
 from ltx2_jax.data.records import deserialize, serialize
@@ -30,8 +29,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
 from ltx2_jax.text_encoder import LENGTH, TextEncoder, write_reference
 from ltx2_jax.tokenizer import FILES, check_text
-from ltx2_jax.weights import gemma as gemma_weights
+from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
+from ltx2_jax.weights.release import Release, open_release
 
 VERSION = 1  # of a file's layout
 
@@ -96,15 +96,16 @@ class TextCache:
           UserError: a file is missing or damaged, or its config does not fit.
         """
         model = {"dtype": dtype, "last_layer_only": last_layer_only, "tokenizer": tokenizer}
-        version = text_weights.read_metadata(checkpoint).get("model_version", "")
+        checkpoint, text_encoder = hub.fetch(checkpoint), hub.fetch(text_encoder)
+        with open_release(checkpoint) as release:
+            generation, section = release.generation("connectors"), release.section("connectors")
         cache = cls(
             folder,
             partial(TextEncoder.load, checkpoint, text_encoder, length=length, **model, **settings),
             encoder=encoder_fingerprint(checkpoint, text_encoder, **model),
-            generation=codec.generation(version) or "unknown",
+            generation=generation or "unknown",
             length=length,
         )
-        section = text_weights.transformer_section(checkpoint)
         cache.shared = (
             text_weights.text_features_config(section, width=1, num_layers=1).audio_dim is None
         )
@@ -246,42 +247,37 @@ def encoder_fingerprint(
     Raises:
       UserError: a file is missing or damaged, or its config does not fit.
     """
-    config = gemma_weights.gemma_config(gemma_weights.read_config(text_encoder), dtype=dtype)
-    projection = text_weights.text_features_config(
-        text_weights.transformer_section(checkpoint),
-        width=config.width,
-        num_layers=config.num_layers,
-        dtype=dtype,
-        last_layer_only=last_layer_only,
-    )
-    digest = hashlib.sha256(f"{config} {projection}".encode())
+    with open_release(checkpoint) as release, open_release(text_encoder) as language:
+        config = language.config("gemma", dtype=dtype)
+        projection = text_weights.text_features_config(
+            release.section("connectors"),
+            width=config.width,
+            num_layers=config.num_layers,
+            dtype=dtype,
+            last_layer_only=last_layer_only,
+        )
+        weights = [file.path for file in language.files]
+        digest = hashlib.sha256(f"{config} {projection}".encode())
+        digest.update(_projection_sample(text_weights.holder(release, language)))
     words = Path(tokenizer or text_encoder)
     files = [words / name for name in FILES] if words.is_dir() else [words]
     files = [path for path in files if path.is_file()]
     if not files:
         raise UserError(f"{words}: no tokenizer there")
-    for path in (*gemma_weights.weight_files(text_encoder), *files):
+    for path in (*weights, *files):
         digest.update(codec.fingerprint(path).encode())
-    digest.update(_projection_sample(checkpoint))
     return digest.hexdigest()[:16]
 
 
-def _projection_sample(checkpoint: str | os.PathLike) -> bytes:
-    """A hash of three rows of each text projection in a checkpoint; they are 1.4 GB in whole."""
+def _projection_sample(release: Release) -> bytes:
+    """A hash of three rows of each text projection in a release; they are 1.4 GB in whole."""
     digest = hashlib.sha256()
-    try:
-        with safe_open(str(checkpoint), framework="numpy") as file:
-            for name in sorted(file.keys()):
-                if name.startswith(text_weights.PROJECTION):
-                    rows = file.get_slice(name)
-                    count = rows.get_shape()[0]
-                    digest.update(f"{name} {rows.get_shape()} {rows.get_dtype()}".encode())
-                    for row in (0, count // 2, count - 1):
-                        digest.update(rows[row : row + 1].tobytes())
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{checkpoint}: not a readable safetensors file ({reason(error)})"
-        ) from None
+    for name, (file, full) in sorted(release.networks["text_projection"].tensors.items()):
+        stored = file.tensors[full]
+        digest.update(f"{name} {stored.shape} {stored.dtype}".encode())
+        count = stored.shape[0]
+        for row in (0, count // 2, count - 1):
+            digest.update(file.read(full, slice(row, row + 1)).tobytes())
     return digest.digest()
 
 

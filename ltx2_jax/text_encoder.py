@@ -34,7 +34,9 @@ from ltx2_jax.models.text_features import TextFeatures
 from ltx2_jax.sharding import make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import gemma as gemma_weights
+from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
+from ltx2_jax.weights.release import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
 REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout
@@ -130,8 +132,9 @@ class TextEncoder:
         """The encoder of a released model. Nothing large is read before all that is small fits.
 
         Args:
-          checkpoint: single-file checkpoint, or the transformer of a split pack.
-          text_encoder: Hugging Face Gemma folder, or the packed text encoder of a split pack.
+          checkpoint: single-file checkpoint, or the transformer of a split pack; here and below, a
+            path or a name on the Hugging Face Hub.
+          text_encoder: Gemma folder, or the packed text encoder of a split pack.
           mesh: where to put it; one device when None.
           dtype: of activations and of the language model's matrices.
           registers: 128, or 0 to mask padding out instead; see `Connectors`.
@@ -144,30 +147,32 @@ class TextEncoder:
           UserError: a file is missing, damaged or does not fit its config, or the text encoder is
             not of the checkpoint's generation.
         """
-        described = gemma_weights.read_config(text_encoder)
-        metadata = text_weights.read_metadata(checkpoint)
-        text_weights.check_text_encoder(metadata, described, text_encoder)
-        config = gemma_weights.gemma_config(described)
-        tokenizer = Tokenizer(tokenizer or text_encoder)
+        checkpoint, text_encoder = hub.fetch(checkpoint), hub.fetch(text_encoder)
+        tokenizer = Tokenizer(hub.fetch(tokenizer) if tokenizer else text_encoder)
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        connectors = None
-        if connect:
-            connectors = text_weights.load_connectors(
-                checkpoint, mesh=mesh, dtype=dtype, registers=registers
+        with open_release(checkpoint) as release, open_release(text_encoder) as language:
+            metadata = release.metadata("connectors")
+            text_weights.check_text_encoder(metadata, language.section("gemma"), text_encoder)
+            config = language.config("gemma", dtype=dtype)
+            connectors = None
+            if connect:
+                connectors = text_weights.load_connectors(
+                    release, mesh, dtype=dtype, registers=registers
+                )
+            features = text_weights.load_features(
+                text_weights.holder(release, language),
+                config,
+                mesh,
+                section=release.section("connectors"),
+                dtype=dtype,
+                last_layer_only=last_layer_only,
             )
-        features = text_weights.load_features(
-            checkpoint,
-            text_encoder,
-            width=config.width,
-            num_layers=config.num_layers,
-            mesh=mesh,
-            dtype=dtype,
-            last_layer_only=last_layer_only,
-        )
-        gemma = gemma_weights.load_gemma(text_encoder, mesh=mesh, dtype=dtype)
-        encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
-        encoder.generation = codec.generation(str(metadata.get("model_version", "")))
-        encoder._files = Path(checkpoint).resolve(), Path(text_encoder).resolve()
+            gemma = language.module(
+                "gemma", mesh, config=config, param_dtype=gemma_weights.stored_dtype(dtype)
+            )
+            encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
+            encoder.generation = release.generation("connectors")
+        encoder._files = checkpoint.resolve(), text_encoder.resolve()
         return encoder
 
     @property

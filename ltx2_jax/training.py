@@ -105,7 +105,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
 
 
 # -------------------------------------------------------------------------------------------- loss

@@ -41,7 +41,7 @@ class VideoCodec:
     def __init__(
         self,
         config: VideoVAEConfig,
-        read: Callable[[], Any],
+        read: Callable[[Any], Any],
         *,
         devices: Sequence[jax.Device] | None = None,
         tiling: tiles.Tiling | str | None = AUTOMATIC,
@@ -49,7 +49,7 @@ class VideoCodec:
         """
         Args:
           config: of the network.
-          read: gives its weights.
+          read: gives its weights with the sharding that it is called with.
           devices: to work on; all of this process when None.
           tiling: `AUTOMATIC` is the official choice, with tiles as many times larger as there are
             devices to share one, and of equal length. None never cuts.
@@ -73,7 +73,7 @@ class VideoCodec:
     @cached_property
     def params(self) -> Any:
         """The weights, whole on every device."""
-        return jax.device_put(self._read(), replicated_on(self.devices))
+        return self._read(replicated_on(self.devices))
 
     def encode(self, video: ArrayLike) -> np.ndarray:
         """Normalised latents float32 [B, F', H', W', C] of pixels [B, F, H, W, 3].
@@ -231,24 +231,21 @@ class DiffusionVideoCodec(VideoCodec):
         self,
         config: VideoVAEConfig,
         decoder: DiffusionDecoderConfig,
-        read: Callable[[], tuple[Any, Any]],
+        read: Callable[[Any], Any],
+        read_decoder: Callable[[Any], Any],
         *,
         devices: Sequence[jax.Device] | None = None,
         tiling: tiles.Tiling | str | None = AUTOMATIC,
     ):
-        """As `VideoCodec`, but `read` gives the weights of the encoder and of the decoder."""
-        super().__init__(config, lambda: self._weights[0], devices=devices, tiling=tiling)
+        """As `VideoCodec`; `read_decoder` gives the weights of the diffusion decoder."""
+        super().__init__(config, read, devices=devices, tiling=tiling)
         self.decoder_config = decoder
-        self._read_both = read
-
-    @cached_property
-    def _weights(self) -> tuple[Any, Any]:
-        return self._read_both()
+        self._read_decoder = read_decoder
 
     @cached_property
     def decoder_params(self) -> Any:
         """The decoder's weights, whole on every device."""
-        return jax.device_put(self._weights[1], replicated_on(self.devices))
+        return self._read_decoder(replicated_on(self.devices))
 
     def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
         """As that of `VideoCodec`; the devices share columns only."""

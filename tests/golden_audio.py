@@ -1,38 +1,27 @@
 """Golden cases of the audio codec, group `audio`: front end, audio VAE, vocoder."""
 
 import dataclasses
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from golden_case import Case, component
+from golden_case import Case, file_of, load
 
 from ltx2_jax.models.audio_vae import AudioVAE
 from ltx2_jax.models.mel import log_mel
 from ltx2_jax.models.resample import resample
 from ltx2_jax.models.vocoder import Vocoder
-from ltx2_jax.weights import audio_vae, mapping, vocoder
 
 
 @cache
 def audio_vae_of(folder: Path) -> AudioVAE:
-    section, tensors = component(folder, "audio_vae")
-    config = audio_vae.audio_vae_config(section)
-    params = to_float32(audio_vae.from_official(tensors, config))
-    return mapping.build(partial(audio_vae.create, config), params)
+    return load(file_of(folder, "audio_vae"), "audio_vae")
 
 
 @cache
 def vocoder_of(folder: Path) -> Vocoder:
-    section, tensors = component(folder, "vocoder")
-    config = vocoder.vocoder_config(section)
-    params = to_float32(vocoder.from_official(tensors, config))
-    return mapping.build(partial(vocoder.create, config), params)
-
-
-def to_float32(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    return load(file_of(folder, "vocoder"), "vocoder")
 
 
 def channels_last(x):

@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ltx2_jax.weights import files
+from ltx2_jax.weights.release import Release, open_release
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,33 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 # The files of the split layout; those of the single-file layout are all in one.
 SPLIT = {
+    "transformer": "transformer",
+    "connectors": "transformer",
     "video_vae": "video_vae_conv",
-    "video_vae_diffusion": "video_vae_diffusion",
+    "diffusion_decoder": "video_vae_diffusion",
     "audio_vae": "audio_vae",
     "vocoder": "audio_vae",
     "duration_head": "duration_head",
 }
 
 
-@cache
-def component(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Config section and tensors of a component, in the single-file or in the split layout."""
+def file_of(folder: Path, network: str) -> Path:
+    """The file that holds a network, in the single-file or in the split layout."""
     path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        path = folder / "split" / f"{SPLIT[name]}.safetensors"
-    return component_of(path, "video_vae" if name == "video_vae_diffusion" else name)
+    return path if path.exists() else folder / "split" / f"{SPLIT[network]}.safetensors"
 
 
 @cache
-def component_of(path: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """The same of one file."""
-    return files.read_config(path, name), files.read_tensors(path, name)
+def release_of(path: Path) -> Release:
+    return open_release(path)
+
+
+def load(path: Path, network: str, **overrides) -> Any:
+    """The float32 network of a file; `overrides` are fields of its config."""
+    return release_of(path).module(network, param_dtype="float32", **overrides)
+
+
+def tensors_of(path: Path, network: str) -> dict[str, np.ndarray]:
+    """Official tensors of a network, by their names without prefix."""
+    held = release_of(path).networks[network]
+    return {name: file.read(full) for name, (file, full) in held.tensors.items()}

@@ -8,38 +8,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_case import Case, component
+from golden_case import Case, file_of, load, release_of
 from golden_video_vae import pixels_of
 
 from ltx2_jax.models import tiling
 from ltx2_jax.models.diffusion_decoder import DiffusionDecoder
 from ltx2_jax.models.diffusion_tiling import decode_chunks
 from ltx2_jax.models.video_vae import VideoVAE
-from ltx2_jax.weights import diffusion_decoder, mapping, video_vae
-
-
-def _float32(tree):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+from ltx2_jax.weights import diffusion_decoder, mapping
 
 
 @cache
 def load_decoder(folder: Path, prediction: str | None, steps: int | None) -> DiffusionDecoder:
     """The decoder of a golden folder, float32; a case may ask for another output and more steps."""
-    config, tensors = component(folder, "video_vae_diffusion")
+    release = release_of(file_of(folder, "diffusion_decoder"))
     asked = {"prediction": prediction, "num_steps": steps, "dtype": "float32"}
     overrides = {key: value for key, value in asked.items() if value is not None}
-    cfg = diffusion_decoder.diffusion_decoder_config(config, **overrides)
-    params = _float32(diffusion_decoder.from_official(tensors, cfg))
+    cfg, params = release.load("diffusion_decoder", **overrides)
+    # In the dtype of the file, as upstream rounds them.
+    params = diffusion_decoder.fold_gates(params, cfg)
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     return mapping.build(partial(diffusion_decoder.create, cfg), params)
 
 
 @cache
 def load_encoder(folder: Path) -> VideoVAE:
     """The encoder and the statistics of the latents of the same file, float32."""
-    config, tensors = component(folder, "video_vae_diffusion")
-    cfg = video_vae.video_vae_config(config, dtype="float32")
-    params = _float32(video_vae.from_official(tensors, cfg))
-    return mapping.build(partial(video_vae.create, cfg), params)
+    return load(file_of(folder, "diffusion_decoder"), "video_vae", dtype="float32")
 
 
 def formula_noise(shape: tuple[int, ...], draw: int) -> np.ndarray:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_case import Case
+from golden_case import Case, load, release_of
 
 from ltx2_jax.models.connectors import Connectors
 from ltx2_jax.models.text_features import TextFeatures
 from ltx2_jax.text_encoder import TextEncoder
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights.text import load_connectors, load_features
+from ltx2_jax.weights.text import holder, text_features_config
 
 LENGTH = 1024
 
@@ -32,14 +32,15 @@ def text_encoder_of(folder: Path) -> Path:
 
 @cache
 def connectors_of(folder: Path) -> Connectors:
-    return load_connectors(checkpoint_of(folder), dtype="float32")
+    return load(checkpoint_of(folder), "connectors", dtype="float32")
 
 
 @cache
 def features_of(folder: Path, width: int, num_layers: int) -> TextFeatures:
-    files = checkpoint_of(folder), text_encoder_of(folder)
-    sizes = {"width": width, "num_layers": num_layers}
-    return load_features(*files, **sizes, dtype="float32")
+    releases = release_of(checkpoint_of(folder)), release_of(text_encoder_of(folder))
+    section = releases[0].section("connectors")
+    config = text_features_config(section, width=width, num_layers=num_layers, dtype="float32")
+    return holder(*releases).module("text_projection", config=config, param_dtype="float32")
 
 
 @cache

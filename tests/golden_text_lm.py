@@ -6,17 +6,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from golden_case import Case
+from golden_case import Case, load
 
 from ltx2_jax.models.gemma import Gemma
-from ltx2_jax.weights.gemma import load_gemma
 
 
 @cache
 def load_gemma_of(folder: Path) -> Gemma:
     """The language model of a golden folder in float32; the packed file's where it has one."""
     packed = folder / "split" / "text_encoder.safetensors"
-    return load_gemma(packed if packed.exists() else folder / "gemma", dtype="float32")
+    return load(packed if packed.exists() else folder / "gemma", "gemma", dtype="float32")
 
 
 def run_text_lm(case: Case):

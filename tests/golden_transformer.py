@@ -9,30 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_case import Case, read_tensors
-from safetensors import safe_open
+from golden_case import Case, file_of, load
 
 from ltx2_jax.diffusion import flow
 from ltx2_jax.models.transformer import Keep, LTX2Transformer, Modality
-from ltx2_jax.weights.transformer import PREFIX, from_official, transformer_config
 
 
 @cache
 def load_transformer(folder: Path) -> LTX2Transformer:
     """The transformer of a golden folder, in the single-file or in the split layout."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        path = folder / "split" / "transformer.safetensors"
-    with safe_open(path, framework="numpy") as file:
-        config = json.loads(file.metadata()["config"])["transformer"]
-    cfg = transformer_config(config, dtype="float32")
-    tensors = {k: v for k, v in read_tensors(path).items() if k.startswith(PREFIX)}
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), from_official(tensors, cfg))
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: build(cfg))), params)
-
-
-def build(cfg) -> LTX2Transformer:
-    return LTX2Transformer(cfg, rngs=nnx.Rngs(0))
+    return load(file_of(folder, "transformer"), "transformer", dtype="float32")
 
 
 def modality(inputs: dict[str, np.ndarray], stream: str, **changes) -> Modality:

@@ -1,46 +1,21 @@
 """Golden cases of the latent upsamplers and of the duration head."""
 
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from golden_case import Case, component, component_of
+from golden_case import Case, file_of, load
 
-from ltx2_jax.models.duration_head import DurationHead
-from ltx2_jax.models.upsampler import LatentUpsampler, upsample_latents
-from ltx2_jax.weights import duration_head, mapping, upsampler
+from ltx2_jax.models.upsampler import upsample_latents
 
-
-def build(weights, tensors: dict[str, np.ndarray], config) -> nnx.Module:
-    """The float32 network of one of our modules of weights."""
-    params = weights.from_official(tensors, config)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    return mapping.build(partial(weights.create, config), params)
-
-
-@cache
-def load_upsampler(path: Path) -> LatentUpsampler:
-    metadata, tensors = component_of(path, "upsampler")
-    config = upsampler.upsampler_config(metadata, dtype="float32")
-    return build(upsampler, tensors, config)
-
-
-@cache
-def load_duration_head(folder: Path) -> DurationHead:
-    metadata, tensors = component(folder, "duration_head")
-    return build(duration_head, tensors, duration_head.duration_head_config(metadata, tensors))
+load_network = cache(load)
 
 
 def run_upsampler(case: Case) -> dict[str, jax.Array]:
-    network = load_upsampler(case.folder / case.args["file"])
-    _, vae = component(case.folder, "video_vae")
-    mean, std = (
-        np.asarray(vae[f"per_channel_statistics.{name}-of-means"], np.float32)
-        for name in ("mean", "std")
-    )
+    network = load_network(case.folder / case.args["file"], "upsampler", dtype="float32")
+    vae = load_network(file_of(case.folder, "video_vae"), "video_vae")
+    mean, std = vae.statistics.mean[...], vae.statistics.std[...]
     latents = jnp.moveaxis(jnp.asarray(case.inputs()["latent"]), 1, -1)
 
     @nnx.jit
@@ -52,7 +27,7 @@ def run_upsampler(case: Case) -> dict[str, jax.Array]:
 
 
 def run_duration_head(case: Case) -> dict[str, jax.Array]:
-    head = load_duration_head(case.folder)
+    head = load_network(file_of(case.folder, "duration_head"), "duration_head")
     inputs = {name: jnp.asarray(value) for name, value in case.inputs().items()}
     given = {"both": ("video", "audio"), "video_only": ("video",), "audio_only": ("audio",)}
     outputs = case.spec["outputs"]

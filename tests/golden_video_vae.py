@@ -7,30 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_case import Case, component, component_of
+from golden_case import Case, file_of, load
 
 from ltx2_jax.models.video_vae import VideoVAE
-from ltx2_jax.weights import mapping
-from ltx2_jax.weights.video_vae import create, from_official, video_vae_config
 
 
 @cache
 def load_video_vae(folder: Path) -> VideoVAE:
     """The convolutional VAE of a golden folder, float32."""
-    return _build(*component(folder, "video_vae"))
+    return load(file_of(folder, "video_vae"), "video_vae", dtype="float32")
 
 
 @cache
 def load_timestep_vae(folder: Path) -> VideoVAE:
     """The extra VAE whose decoder is conditioned on a timestep and adds noise, float32."""
-    return _build(*component_of(folder / "vae_timestep.safetensors", "video_vae"))
-
-
-def _build(config: dict, tensors: dict[str, np.ndarray]) -> VideoVAE:
-    cfg = video_vae_config(config, dtype="float32")
-    params = from_official(tensors, cfg)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    return mapping.build(partial(create, cfg), params)
+    return load(folder / "vae_timestep.safetensors", "video_vae", dtype="float32")
 
 
 def pixels_of(pixels_u8: np.ndarray) -> jax.Array:

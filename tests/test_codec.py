@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny_codec
 
-from ltx2_jax import codec as codecs
 from ltx2_jax.codec import load_codec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.tiling import TileSizes
@@ -200,13 +199,6 @@ def test_sound_that_is_empty_or_not_finite_is_refused(codec):
 def test_latents_of_another_codec_are_refused(codec):
     with pytest.raises(UserError, match=r"expected \[B, F', H', W', 4\]"):
         codec.video.decode(np.zeros((1, 2, 2, 2, 128)))
-
-
-@pytest.mark.parametrize(
-    ("version", "generation"), [("2.3.rc1", "2.3"), ("2.4-rc2", "2.4"), ("2.0.0", "2.0"), ("", "")]
-)
-def test_a_generation_is_the_first_two_numbers_of_a_version(version, generation):
-    assert codecs.generation(version) == generation
 
 
 def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():

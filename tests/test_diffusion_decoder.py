@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_case import release_of, tensors_of
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.diffusion_decoder import (
@@ -31,14 +29,7 @@ from ltx2_jax.models.diffusion_tiling import (
 from ltx2_jax.models.tiling import TileCounts, TileSizes
 from ltx2_jax.sharding import picture_mesh, picture_sharding, replicated_on
 from ltx2_jax.weights import mapping
-from ltx2_jax.weights.diffusion_decoder import (
-    GATES,
-    UNREAD,
-    create,
-    diffusion_decoder_config,
-    from_official,
-    to_official,
-)
+from ltx2_jax.weights.diffusion_decoder import create, diffusion_decoder_config, fold_gates
 
 GOLDEN = Path(__file__).parent / "golden/v2.5/split/video_vae_diffusion.safetensors"
 
@@ -284,61 +275,25 @@ def test_automatic_tiles_fit_and_overlap_by_the_reach(max_cells):
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def golden_file():
-    with safe_open(GOLDEN, framework="numpy") as file:
-        config = json.loads(file.metadata()["config"])["vae"]
-    return config, load_file(GOLDEN)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def test_every_tensor_of_a_file_is_mapped_or_known_to_be_unread():
-    config, tensors = golden_file()
-    back = to_official(from_official(tensors, diffusion_decoder_config(config)))
-    unread = set(tensors) - set(back)
-    assert not set(back) - set(tensors)
-    for name in unread:
-        known = ("encoder.", "per_channel_statistics.", *(f"decoder.{name}" for name in UNREAD))
-        assert name.startswith(known) or name.endswith(tuple(GATES))
-    gated = tuple(f".{part}.{leaf}" for part in GATES.values() for leaf in ("weight", "bias"))
-    for name, value in back.items():
-        changed = name.startswith("decoder.diff_blocks.") and name.endswith(gated)
-        assert changed or same_bits(value, tensors[name]), name
-
-
-def test_a_file_without_gates_comes_back_bit_for_bit():
-    config, tensors = golden_file()
-    plain = {
-        name: value
-        for name, value in tensors.items()
-        if name.startswith("decoder.") and not name.endswith(tuple(GATES))
-    }
-    del plain["decoder.coarse_head.weight"]
-    back = to_official(from_official(plain, diffusion_decoder_config(config)))
-    assert set(back) == set(plain)
-    assert all(same_bits(back[name], value) for name, value in plain.items())
-
-
 def test_gates_multiply_what_their_projections_give():
-    config, tensors = golden_file()
+    tensors = tensors_of(GOLDEN, "diffusion_decoder")
+    cfg, stored = release_of(GOLDEN).load("diffusion_decoder")
     x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
-    block = from_official(tensors, diffusion_decoder_config(config))["blocks"][1]
-    linear = block["attention_out"]
+    params = fold_gates(stored, cfg)
+    linear = params["blocks"][1]["attention_out"]
     got = x @ linear["kernel"].astype(np.float32) + linear["bias"]
-    prefix = "decoder.diff_blocks.1."
+    prefix = "diff_blocks.1."
     plain = x @ tensors[f"{prefix}attn.proj.weight"].astype(np.float32).T
     want = tensors[f"{prefix}gate_msa"] * (plain + tensors[f"{prefix}attn.proj.bias"])
     np.testing.assert_allclose(got, want, atol=0.03)  # the product is rounded to bfloat16
     assert linear["kernel"].dtype == jnp.bfloat16
 
 
-def test_a_missing_and_an_unknown_tensor_are_listed():
-    config, tensors = golden_file()
-    tensors["decoder.surprise"] = tensors.pop("decoder.conv_out.bias")
-    with pytest.raises(UserError, match=r"missing conv_out\.bias; unknown surprise"):
-        from_official(tensors, diffusion_decoder_config(config))
+def test_weights_without_gates_stay_as_they_are():
+    cfg, params = release_of(GOLDEN).load("diffusion_decoder")
+    del params["gates"]
+    folded = fold_gates(params, cfg)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, folded, params))
 
 
 # ---- config --------------------------------------------------------------------------------------

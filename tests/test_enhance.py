@@ -23,7 +23,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.generation import Decoding
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights.gemma import load_gemma
+from ltx2_jax.weights.release import open_release
 
 GOLDEN = Path(__file__).parent / "golden"
 GEMMA_3, GEMMA_4 = GOLDEN / "v2.0" / "gemma", GOLDEN / "v2.5" / "gemma"
@@ -224,7 +224,9 @@ def test_a_folder_and_a_loaded_pair_write_the_same(small):
     from_folder = enhance(prompts, GEMMA_3, dtype="float32", **settings)
     assert len(set(from_folder)) == 2
     assert not set(from_folder) & set(prompts)
-    loaded = load_gemma(GEMMA_3, mesh=mesh, dtype="float32"), tokenizer(GEMMA_3)
+    with open_release(GEMMA_3) as release:
+        gemma = release.module("gemma", mesh, param_dtype="float32", dtype="float32")
+    loaded = gemma, tokenizer(GEMMA_3)
     assert enhance(prompts, loaded, **settings) == from_folder
     assert enhance(prompts, loaded, seed=11, **settings) != from_folder
 

@@ -69,7 +69,7 @@ def attention_by_loops(x, mask, weights, cfg, kind):
         return out
 
     def head(matrix, token, h):
-        return (x[token] @ weights[matrix])[h * width : (h + 1) * width]
+        return (weights[matrix] @ x[token])[h * width : (h + 1) * width]
 
     out = np.zeros((length, cfg.num_heads * width))
     for h in range(cfg.num_heads):
@@ -87,7 +87,7 @@ def attention_by_loops(x, mask, weights, cfg, kind):
             if scores:
                 p = np.exp(np.asarray(scores) - max(scores))
                 out[i, h * width : (h + 1) * width] = (p / p.sum()) @ np.asarray(values)
-    return out @ weights["out"]
+    return out @ weights["out"].T
 
 
 @pytest.mark.parametrize("name", ["sliding", "full"])

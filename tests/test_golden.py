@@ -10,6 +10,7 @@ runs any set of the same layout, whatever its sizes. A case kind that no runner 
 import golden_audio
 import golden_diffusion
 import golden_diffusion_decoder
+import golden_lora
 import golden_text_features
 import golden_text_lm
 import golden_tiling
@@ -23,7 +24,6 @@ from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
 NOT_YET_BUILT = {
-    "lora": "LoRA files",
     "step": "sampling pipelines",
     "guider": "sampling pipelines",
     "conditioning": "sampling pipelines",
@@ -38,6 +38,7 @@ RUNNERS = (
     | golden_audio.RUNNERS
     | golden_upsampler.RUNNERS
     | golden_diffusion_decoder.RUNNERS
+    | golden_lora.RUNNERS
 )
 
 

@@ -1,6 +1,5 @@
 """Cached features are those of the encoder, and the encoder is built only when one is missing."""
 
-import json
 import shutil
 import threading
 import weakref
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ltx2_jax.errors import UserError
 from ltx2_jax.text_cache import TextCache, encoder_fingerprint
 from ltx2_jax.text_encoder import TextEncoder
-from ltx2_jax.weights.text import read_metadata
+from ltx2_jax.weights.tensor_files import read_metadata
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTH = 32
@@ -236,7 +235,7 @@ def test_the_fingerprint_tells_what_decides_features_from_what_does_not(tmp_path
     ]
 
     tensors = load_file(checkpoint)
-    metadata = {"config": json.dumps(read_metadata(checkpoint)["config"])}
+    metadata = {"config": read_metadata(checkpoint)["config"]}
 
     def changed(key):
         path = tmp_path / "checkpoint.safetensors"

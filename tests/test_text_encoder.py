@@ -1,6 +1,5 @@
 """The way from prompts to context, and which text encoder belongs to which checkpoint."""
 
-import json
 import re
 import shutil
 from functools import cache
@@ -20,7 +19,8 @@ from ltx2_jax.models.gemma import GEMMA_3_12B, Gemma
 from ltx2_jax.models.text_features import FEATURES_2_3, TextFeatures
 from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text_encoder import TextEncoder, TextModel
-from ltx2_jax.weights.text import check_text_encoder, load_features, read_metadata
+from ltx2_jax.weights.release import open_release
+from ltx2_jax.weights.text import check_text_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, GEMMA = GOLDEN / "v2.3" / "checkpoint.safetensors", GOLDEN / "v2.3" / "gemma"
@@ -179,7 +179,8 @@ def test_a_pair_that_says_nothing_is_accepted_with_a_warning():
 
 def test_parts_that_do_not_fit_each_other_are_refused():
     good = encoder()
-    narrow = load_features(GOLDEN / "v2.0" / "checkpoint.safetensors", width=32, num_layers=4)
+    with open_release(GOLDEN / "v2.0" / "checkpoint.safetensors") as release:
+        narrow = release.module("text_projection")
     model = TextModel(good.model.gemma, narrow, good.model.connectors)
     with pytest.raises(UserError, match=r"read features of width 40 .* give 32 and 32"):
         TextEncoder(good.tokenizer, model)
@@ -189,23 +190,10 @@ def test_parts_that_do_not_fit_each_other_are_refused():
         TextEncoder(large, good.model)
 
 
-def test_damaged_checkpoints_are_named(tmp_path):
-    tensors = load_file(CHECKPOINT)
-    path, meta = tmp_path / "c.safetensors", {"config": json.dumps({"transformer": {}})}
-    save_file({"x": tensors["vae.per_channel_statistics.mean-of-means"]}, path, meta)
-    with pytest.raises(UserError, match=r"c\.safetensors: has no text projection"):
-        load_features(path, GEMMA, width=32, num_layers=4)
-    save_file({"x": np.zeros(1)}, path, {"config": "{"})
-    with pytest.raises(UserError, match="config in its metadata is not JSON"):
-        read_metadata(path)
-    save_file({"x": np.zeros(1)}, path, {"gemma_source_checkpoint": '"a"'})
-    with pytest.raises(UserError, match="gemma_source_checkpoint in its metadata is not a JSON"):
-        read_metadata(path)
-    save_file({"x": np.zeros(1)}, path)
-    with pytest.raises(UserError, match="no config of a transformer"):
-        load_features(path, width=32, num_layers=4)
-    path.write_bytes(b"hello")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        load_features(path, width=32, num_layers=4)
-    with pytest.raises(UserError, match="no such file"):
-        load_features(tmp_path / "none.safetensors", width=32, num_layers=4)
+def test_a_checkpoint_without_projections_is_told_where_they_are(tmp_path):
+    tensors, path = load_file(CHECKPOINT), tmp_path / "c.safetensors"
+    with open_release(CHECKPOINT) as release:
+        metadata = release.files[0].metadata
+    save_file({k: v for k, v in tensors.items() if "aggregate" not in k}, path, metadata)
+    with pytest.raises(UserError, match=r"c\.safetensors: has no text projection .*split pack"):
+        TextEncoder.load(path, GEMMA)

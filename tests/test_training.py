@@ -107,7 +107,7 @@ def test_weight_decay_reaches_matrices_only():
     mask = training._matrices(params)
     decayed = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if on}
     spared = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if not on}
-    assert decayed == {"kernel"}
+    assert decayed == {"weight"}
     assert {"bias", "q_norm", "video_table", "registers"} <= spared
 
 

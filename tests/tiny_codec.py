@@ -61,8 +61,10 @@ def tensors() -> dict[str, dict[str, np.ndarray]]:
         for path, leaf in mapping.abstract_params(partial(weights.create, config)).items():
             gain = np.sqrt(leaf.size / leaf.shape[-1]) if len(leaf.shape) > 1 else 10
             value = rng.normal(size=leaf.shape).astype(np.float32) / gain
-            mapping.insert(params, path, np.abs(value) + 0.5 if path.endswith("std") else value)
-        result[name] = weights.to_official(params)
+            mapping.insert(params, path, np.abs(value) + 0.5 if path[-1] == "std" else value)
+        table = weights.table(config) if weights is vocoder else weights.TABLE
+        parameters = mapping.parameters(partial(weights.create, config), table)
+        result[name] = mapping.to_official(params, parameters)
     return result
 
 

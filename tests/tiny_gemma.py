@@ -49,7 +49,7 @@ def build(cfg: GemmaConfig, mesh: jax.sharding.Mesh | None = None, seed: int = 0
             # Small, or the tied logits of every token would be highest for the token itself.
             value *= 0.1
         elif leaf.ndim > 2:
-            value *= leaf.shape[-2] ** -0.5
+            value *= leaf.shape[-1] ** -0.5
         else:  # weights of norms, and the numbers that scale layers
             value = 0.3 * value + (1 - cfg.norm_offset)
         value = jnp.asarray(value, jnp.float32)

@@ -1,8 +1,8 @@
 """Building blocks of the transformer: linear maps, norms, AdaLN, timestep embedding, feed-forward.
 
-Weights are stored float32 (or bfloat16 for sampling) as [in, out] matrices and used in the dtype of
-the activations. Each states where it is stored (`weight_spec`) beside its shape; `Linear` gathers
-the FSDP part at the point of use.
+Weights are stored float32 (or bfloat16 for sampling) and used in the dtype of the activations. Each
+states where it is stored (`weight_spec`) beside its shape; `Linear` gathers the FSDP part at the
+point of use.
 """
 
 import math
@@ -30,9 +30,11 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias over the last axis.
+    """y = x @ weight.T + bias over the last axis.
 
-    `axes` names the kernel's dimensions: ("fsdp", None) for an unsplit map, ("fsdp", "heads") to
+    The weight is [out, in] as in released files, so that it goes from file to device and back byte
+    by byte; matrix units take either orientation (the TPU compiler's cost estimates are equal).
+    `axes` names the features, input first: ("fsdp", None) for an unsplit map, ("fsdp", "heads") to
     split the output features over the model axis, ("heads", "fsdp") to contract split features.
     """
 
@@ -48,15 +50,18 @@ class Linear(nnx.Module):
     ):
         std = 1 / math.sqrt(n_in) if std is None else std
         self.axes = axes
-        self.kernel = parameter(rngs, (n_in, n_out), axes, std=std)
+        self.weight = parameter(rngs, (n_out, n_in), axes[::-1], std=std)
         self.bias = parameter(rngs, (n_out,), (axes[1] or "fsdp",)) if bias else None
+        self.adapter: nnx.Module | None = None  # of `models.lora`
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
         # Cast first, then gather: half the bytes on the wire in bfloat16.
-        kernel = pin(self.kernel[...].astype(x.dtype), n_in, n_out)
-        y = jnp.einsum("...i,io->...o", x, kernel, out_sharding=spec(*lead, n_out))
+        weight = pin(self.weight[...].astype(x.dtype), n_out, n_in)
+        y = jnp.einsum("...i,oi->...o", x, weight, out_sharding=spec(*lead, n_out))
+        if self.adapter is not None:
+            y = y + self.adapter(x, lead)
         if self.bias is not None:
             y = y + pin(self.bias[...].astype(x.dtype), n_out)
         return y

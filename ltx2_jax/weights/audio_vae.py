@@ -4,23 +4,18 @@ Source: `ltx_core/model/audio_vae/model_configurator.py` (config keys, defaults,
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.audio_vae import AudioVAE, AudioVAEConfig
 from ltx2_jax.models.mel import MelConfig
-from ltx2_jax.weights import mapping
 
 _STATISTICS = {
     "mean": "per_channel_statistics.mean-of-means",
     "std": "per_channel_statistics.std-of-means",
 }
-# Released files carry more statistics than these two; nothing reads them, here or upstream.
-UNREAD = "per_channel_statistics."
 
 # What can lie inside a module: ours -> official.
 _CONV = {"kernel": "conv.weight", "bias": "conv.bias"}
@@ -59,27 +54,8 @@ TABLE = _table()
 
 
 def create(config: AudioVAEConfig) -> AudioVAE:
+    """The network of a config, with weights that mean nothing."""
     return AudioVAE(config, rngs=nnx.Rngs(0))
-
-
-def from_official(tensors: Mapping[str, np.ndarray], config: AudioVAEConfig) -> dict[str, Any]:
-    """Official tensors (with or without the prefix `audio_vae.`) -> our parameter tree.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    tensors = {name.removeprefix("audio_vae."): value for name, value in tensors.items()}
-    read = {
-        name: value
-        for name, value in tensors.items()
-        if not name.startswith(UNREAD) or name in _STATISTICS.values()
-    }
-    return mapping.from_official(read, partial(create, config), TABLE, component="audio VAE")
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """Our parameter tree -> official tensors, without prefix; the inverse of `from_official`."""
-    return mapping.to_official(params, TABLE)
 
 
 # Official key of `model.params.ddconfig` -> our field.

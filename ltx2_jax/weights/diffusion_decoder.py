@@ -7,37 +7,26 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
+import jax
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.diffusion_decoder import STAGES, DiffusionDecoder, DiffusionDecoderConfig
+from ltx2_jax.sharding import sharding_of
 from ltx2_jax.weights import mapping
-
-PREFIX = "decoder."
+from ltx2_jax.weights.mapping import Parameter, inside
 
 # ---- names: ours -> official ---------------------------------------------------------------------
-
-# Stored in the files, read by no network:
-UNREAD = (
-    "coarse_",  # a head for previews
-    "type_emb",  # in the released file; neither the official code nor its forks know it
-)
-
 
 # Gates of some files, per channel, and the linear maps whose outputs they multiply.
 GATES = {"gate_ctx": "context_proj", "gate_msa": "attn.proj", "gate_mlp": "mlp.w_down"}
 
 
-def _inside(ours: str, official: str, rows: Mapping[str, str]) -> dict[str, str]:
-    return {f"{ours}.{path}": f"{official}.{name}" for path, name in rows.items()}
-
-
 _LINEAR = {"kernel": "weight", "bias": "bias"}
 _BLOCK = {
     "attention_norm": "norm1.weight",
-    **_inside("attention.qkv", "attn.qkv", _LINEAR),
-    **_inside("attention_out", "attn.proj", _LINEAR),
+    **inside("attention.qkv", "attn.qkv", _LINEAR),
+    **inside("attention_out", "attn.proj", _LINEAR),
     "attention.q_norm": "attn.q_norm.weight",
     "attention.k_norm": "attn.k_norm.weight",
     "mlp_norm": "norm2.weight",
@@ -47,20 +36,20 @@ _BLOCK = {
 }
 _DIFFUSION_BLOCK = {
     **_BLOCK,
-    **_inside("context", "context_proj", _LINEAR),
+    **inside("context", "context_proj", _LINEAR),
     "table": "scale_shift_table",
 }
 TABLE = {
-    **_inside("latents_in", "conv_in", _LINEAR),
-    **_inside("stages.{}.blocks.{}", "det_stages.{}.{}", _BLOCK),
-    **_inside("stages.{}.upsample.linear", "upsamples.{}.proj", _LINEAR),
-    **_inside("pixels_in", "conv_in_x_t", _LINEAR),
-    **_inside("timestep.linear_1", "t_embedder.mlp.0", _LINEAR),
-    **_inside("timestep.linear_2", "t_embedder.mlp.2", _LINEAR),
-    **_inside("modulation", "shared_adaln.proj", _LINEAR),
-    **_inside("blocks.{}", "diff_blocks.{}", _DIFFUSION_BLOCK),
+    **inside("latents_in", "conv_in", _LINEAR),
+    **inside("stages.{}.blocks.{}", "det_stages.{}.{}", _BLOCK),
+    **inside("stages.{}.upsample.linear", "upsamples.{}.proj", _LINEAR),
+    **inside("pixels_in", "conv_in_x_t", _LINEAR),
+    **inside("timestep.linear_1", "t_embedder.mlp.0", _LINEAR),
+    **inside("timestep.linear_2", "t_embedder.mlp.2", _LINEAR),
+    **inside("modulation", "shared_adaln.proj", _LINEAR),
+    **inside("blocks.{}", "diff_blocks.{}", _DIFFUSION_BLOCK),
     "norm_out": "norm_out.weight",
-    **_inside("pixels_out", "conv_out", _LINEAR),
+    **inside("pixels_out", "conv_out", _LINEAR),
 }
 
 
@@ -69,44 +58,36 @@ def create(cfg: DiffusionDecoderConfig) -> DiffusionDecoder:
     return DiffusionDecoder(cfg, rngs=nnx.Rngs(0))
 
 
-def from_official(tensors: Mapping[str, np.ndarray], cfg: DiffusionDecoderConfig) -> dict[str, Any]:
-    """Tensors of a video VAE, `vae.` removed, -> the parameter tree of the decoder, numpy arrays.
+def parameters(
+    cfg: DiffusionDecoderConfig, where: Any = None, shapes: Mapping[str, tuple[int, ...]] = {}
+) -> list[Parameter]:
+    """The decoder's parameters, and the gates among `shapes`, official name -> shape.
 
-    The encoder, the statistics of the latents and what nothing reads (`UNREAD`) are left out. Gates
-    become part of the weights, rounded to their type, as upstream does it.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
+    Gates are not the network's: `fold_gates` takes them away.
     """
-    read = {
-        name.removeprefix(PREFIX): value
-        for name, value in tensors.items()
-        if name.startswith(PREFIX) and not name.removeprefix(PREFIX).startswith(UNREAD)
-    }
-    return mapping.from_official(
-        _fold_gates(read), partial(create, cfg), TABLE, component="diffusion video decoder"
-    )
+    found = mapping.parameters(partial(create, cfg), TABLE, where)
+    gates = [name for name in shapes if name.rpartition(".")[2] in GATES]
+    if isinstance(where, jax.sharding.Mesh):
+        where = sharding_of(where)
+    return found + [
+        Parameter(("gates", n), (n,), jax.ShapeDtypeStruct(shapes[n], "float32", sharding=where))
+        for n in gates
+    ]
 
 
-def _fold_gates(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    folded = {name: value for name, value in tensors.items() if not name.endswith(tuple(GATES))}
-    for name, gate in tensors.items():
+def fold_gates(params: Mapping[Any, Any], cfg: DiffusionDecoderConfig) -> dict[Any, Any]:
+    """Gates become part of the weights, rounded to their type, as upstream does it."""
+    paths = {p.names[0]: p.path for p in parameters(cfg)}
+    tree = {key: value for key, value in params.items() if key != "gates"}
+    values = mapping.leaves(tree)
+    for name, gate in params.get("gates", {}).items():
         block, _, kind = name.rpartition(".")
-        for leaf in ("weight", "bias") if kind in GATES else ():
-            target = f"{block}.{GATES[kind]}.{leaf}"
-            if target in folded:
-                value = folded[target]
-                factor = gate.astype(np.float32).reshape(-1, *[1] * (value.ndim - 1))
-                folded[target] = (factor * value.astype(np.float32)).astype(value.dtype)
-    return folded
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The parameter tree -> tensors named `decoder...`; the inverse of `from_official`.
-
-    Of a file with gates come weights that have them inside, which is the same network.
-    """
-    return {f"{PREFIX}{name}": value for name, value in mapping.to_official(params, TABLE).items()}
+        for leaf in ("weight", "bias"):
+            path = paths.get(f"{block}.{GATES[kind]}.{leaf}")
+            if path is not None:  # the output features are the last axis of kernel and bias
+                value = values[path].astype("float32") * gate.astype("float32")
+                values[path] = value.astype(values[path].dtype)
+    return mapping.nested(values)
 
 
 # ---- config --------------------------------------------------------------------------------------

@@ -4,14 +4,11 @@ Source: `ltx_core/duration_head/model_configurator.py`.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from ltx2_jax.models.duration_head import DurationHead, DurationHeadConfig
-from ltx2_jax.weights import mapping
 
 # Ours -> official.
 _LINEARS = {
@@ -39,21 +36,6 @@ def create(config: DurationHeadConfig) -> DurationHead:
     return DurationHead(config, rngs=nnx.Rngs(0))
 
 
-def from_official(tensors: Mapping[str, np.ndarray], config: DurationHeadConfig) -> dict[str, Any]:
-    """Official tensors, `duration_head.` removed -> the parameter tree of `DurationHead(config)`.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    create_it = partial(create, config)
-    return mapping.from_official(tensors, create_it, TABLE, component="duration head")
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The parameter tree -> official tensors without prefix; the inverse of `from_official`."""
-    return mapping.to_official(params, TABLE)
-
-
 # Official key -> our field.
 CONFIG_FIELDS = {
     "pooler_hidden_dim": "width",
@@ -68,18 +50,18 @@ CONTEXT_FIELDS = {
 
 
 def duration_head_config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> DurationHeadConfig:
     """The `duration_head` section of a released file's config -> `DurationHeadConfig`.
 
     The widths of the contexts, officially keys of the transformer's section, are taken from the
-    projections in `tensors` (prefix removed).
+    projections among `shapes`, official name (prefix removed) -> shape.
 
     Raises:
       UserError: the width is not a multiple of the number of heads.
     """
     fields = {ours: metadata[key] for key, ours in CONFIG_FIELDS.items() if key in metadata}
     for name, ours in CONTEXT_FIELDS.items():
-        if name in tensors:  # or `from_official` will miss it
-            fields[ours] = tensors[name].shape[1]
+        if name in shapes:  # or it will be missed
+            fields[ours] = shapes[name][1]
     return DurationHeadConfig(**fields)

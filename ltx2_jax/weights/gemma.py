@@ -1,30 +1,25 @@
-"""Gemma text decoders from Hugging Face folders and from the packed text encoder of LTX-2.5.
+"""Gemma text decoders under their names in Hugging Face folders and packed text encoders; configs.
 
-Nothing is read before every tensor's name and shape is known to fit the config; then each shard of
-each parameter is filled by slices of the files, so no host holds more than the part it needs.
 Source: `ltx_core/text_encoders/gemma/{gemma_assets,encoders/encoder_configurator}.py` (layouts);
 Hugging Face's `Gemma3TextConfig` and `Gemma4UnifiedTextConfig` (config keys and their defaults).
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.gemma_layers import GemmaConfig, LayerKind, repeating
-from ltx2_jax.sharding import abstract_state
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.mapping import Parameter
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -79,25 +74,6 @@ _ROPE = {
     },
 }
 _KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The Hugging Face config of a folder or of a packed text encoder, as it is stored.
-
-    Raises:
-      UserError: no such folder or file, no config in it, or one that is not JSON.
-    """
-    path = Path(path)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise UserError(f"{path}: has no config.json (a Hugging Face Gemma folder has one)")
-        return _json(file, file.read_bytes())
-    with contextlib.ExitStack() as stack:
-        metadata = _open(path, stack).metadata() or {}
-    if "gemma_config" not in metadata:
-        raise UserError(f"{path}: has no gemma_config in its metadata: not a packed text encoder")
-    return _json(path, metadata["gemma_config"])
 
 
 def gemma_config(config: Mapping[str, Any], **overrides: Any) -> GemmaConfig:
@@ -227,35 +203,24 @@ def _factor(rope: Mapping[str, Any]) -> float:
     return 1.0 if rope.get("rope_type", "default") == "default" else float(rope.get("factor", 1.0))
 
 
-def _json(path: Path, text: bytes | str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({reason(error)})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
 # ----------------------------------------------------------------------------------------- names
 
-# Where the language model lies in a file; the first prefix with an embedding is taken.
+# Where the language model lies in a file. All else there is another part, or the output matrix,
+# which is the embedding.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
-# What follows the prefix in a language model. All else is another part (vision, audio, tokenizer)
-# or the output matrix, which is the embedding.
-_HEADS = ("layers.", "embed_tokens", "norm.", "per_layer")
+HEADS = ("layers.", "embed_tokens.", "norm.", "per_layer")
 
 OUTSIDE = {"embedding": "embed_tokens.weight", "norm.weight": "norm.weight"}
 LAYER = {
-    "attention.query.kernel": "self_attn.q_proj.weight",
-    "attention.key.kernel": "self_attn.k_proj.weight",
-    "attention.value.kernel": "self_attn.v_proj.weight",
-    "attention.out.kernel": "self_attn.o_proj.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
     "attention.query_norm.weight": "self_attn.q_norm.weight",
     "attention.key_norm.weight": "self_attn.k_norm.weight",
-    "mlp.gate.kernel": "mlp.gate_proj.weight",
-    "mlp.up.kernel": "mlp.up_proj.weight",
-    "mlp.down.kernel": "mlp.down_proj.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
     "attention_norm.weight": "input_layernorm.weight",
     "attention_out_norm.weight": "post_attention_layernorm.weight",
     "mlp_norm.weight": "pre_feedforward_layernorm.weight",
@@ -264,89 +229,39 @@ LAYER = {
 }
 
 
-@dataclass(frozen=True)
-class Key:
-    """One parameter of ours and the official tensors that make it up."""
-
-    path: tuple[str | int, ...]
-    names: tuple[str, ...]  # without prefix; one per stacked layer, or one in all
-    stacked: bool
-    leaf: jax.ShapeDtypeStruct
-
-    @property
-    def transposed(self) -> bool:
-        return self.path[-1] == "kernel"
-
-    def official_shape(self) -> tuple[int, ...]:
-        shape = tuple(self.leaf.shape[self.stacked :])
-        return shape[::-1] if self.transposed else shape
+def create(cfg: GemmaConfig) -> Gemma:
+    """The decoder of a config, with weights that mean nothing."""
+    return Gemma(cfg, rngs=nnx.Rngs(0))
 
 
-def key_table(params: Mapping[Any, Any], cfg: GemmaConfig) -> list[Key]:
-    """One `Key` for every leaf of `params`, the (abstract) parameter tree of `cfg`."""
-    starts, first = [], 0
-    groups = repeating(cfg.layers)
-    for pattern, repeats in groups:
-        starts.append(first)
-        first += len(pattern) * repeats
-    table = []
-    for entries, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = tuple(entry.key for entry in entries)
-        if path[0] != "groups":
-            name = OUTSIDE[".".join(map(str, path))]
-            table.append(Key(path, (name,), False, leaf))
-            continue
-        # groups.<group>.layers.<place in the pattern>.<inside a layer>
-        (pattern, repeats), layer = groups[path[1]], starts[path[1]] + path[3]
-        inside = LAYER[".".join(map(str, path[4:]))]
-        layers = range(layer, layer + len(pattern) * repeats, len(pattern))
-        table.append(Key(path, tuple(f"layers.{i}.{inside}" for i in layers), True, leaf))
-    return table
+def parameters(cfg: GemmaConfig, where: Any = None) -> list[Parameter]:
+    """The decoder's parameters, by names without the prefix of `PREFIXES`.
 
-
-# --------------------------------------------------------------------------------------- loading
-
-
-def load_gemma(
-    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "bfloat16"
-) -> Gemma:
-    """The decoder of a Hugging Face folder or a packed text encoder, on its shards.
-
-    Args:
-      path: a folder with config.json and model.safetensors or its shards, or one packed file.
-      mesh: where to place it (`sharding.make_mesh`); None is the default device.
-      dtype: of the matrices and of the activations; vectors are float32.
-
-    Raises:
-      UserError: files missing or unreadable, tensors missing, unknown or misshapen for the config
-        (all of them listed), a config that is not implemented, a mesh that does not divide it.
+    Ours are groups.<group>.layers.<place in the pattern>.<inside a layer>, stacked over the repeats
+    of the pattern.
     """
-    cfg = gemma_config(read_config(path), dtype=dtype)
-    graphdef, params = _abstract(cfg, mesh)
-    with contextlib.ExitStack() as stack:
-        tensors = _tensors(weight_files(path), stack)
-        prefix = next((p for p in PREFIXES if f"{p}{OUTSIDE['embedding']}" in tensors), None)
-        if prefix is None:
-            raise UserError(f"{path}: has no tensor {PREFIXES[-1]}{OUTSIDE['embedding']}")
-        ours = tuple(prefix + head for head in _HEADS)
-        files = {
-            name.removeprefix(prefix): file.get_slice(name)
-            for name, file in tensors.items()
-            if name.startswith(ours)
-        }
-        table = key_table(params, cfg)
-        _check(path, table, files)
-        state: dict[Any, Any] = {}
-        try:
-            for key in table:
-                *parents, last = key.path
-                place = state
-                for part in parents:
-                    place = place.setdefault(part, {})
-                place[last] = _place(key, files, dtype)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    return nnx.merge(graphdef, state)
+    groups = repeating(cfg.layers)
+    sizes = [len(pattern) * repeats for pattern, repeats in groups]
+    starts = np.cumsum([0, *sizes]).tolist()
+    found = []
+    for path, leaf in mapping.abstract_params(partial(create, cfg), where).items():
+        if path[0] != "groups":
+            found.append(Parameter(path, (OUTSIDE[".".join(map(str, path))],), leaf))
+            continue
+        (pattern, repeats), first = groups[path[1]], starts[path[1]] + path[3]
+        inside = LAYER[".".join(map(str, path[4:]))]
+        layers = range(first, first + len(pattern) * repeats, len(pattern))
+        names = tuple(f"layers.{i}.{inside}" for i in layers)
+        found.append(Parameter(path, names, leaf, stacked=True))
+    return found
+
+
+def stored_dtype(dtype: str) -> Callable[[Parameter], str]:
+    """`dtype` for matrices and float32 for vectors, as `Release.load` takes it."""
+    return lambda parameter: dtype if len(parameter.inner_shape) > 1 else "float32"
+
+
+# ----------------------------------------------------------------------------------------- files
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -360,7 +275,7 @@ def weight_files(path: str | Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _json(index, index.read_bytes()).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: has no weight_map")
         files = sorted({path / str(name) for name in weight_map.values()})
@@ -379,87 +294,14 @@ def weight_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _abstract(cfg: GemmaConfig, mesh: jax.sharding.Mesh | None) -> tuple[Any, dict[Any, Any]]:
-    """Graph definition, and the parameter tree of shapes and shardings."""
-
-    def build() -> Gemma:
-        return Gemma(cfg, rngs=nnx.Rngs(0))
-
-    def create() -> dict[Any, Any]:
-        return nnx.to_pure_dict(nnx.state(build(), nnx.Param))
-
-    if mesh is not None:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            graphdef = nnx.graphdef(jax.eval_shape(build))
-        return graphdef, abstract_state(create, mesh=mesh)
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), jax.eval_shape(create)
-    )
-    return nnx.graphdef(jax.eval_shape(build)), params
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with one JSON object; UserError for anything else."""
     try:
-        return stack.enter_context(safe_open(str(path), framework="numpy"))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from None
-
-
-def _tensors(paths: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that has it."""
-    files = [_open(path, stack) for path in paths]
-    return {name: file for file in files for name in file.keys()}
-
-
-def _check(path: str | Path, table: list[Key], files: Mapping[str, Any]) -> None:
-    problems, known = [], set()
-    for key in table:
-        for name in key.names:
-            known.add(name)
-            if name not in files:
-                problems.append(f"missing {name}")
-                continue
-            shape, kind = tuple(files[name].get_shape()), files[name].get_dtype()
-            if shape != key.official_shape():
-                problems.append(f"{name} has {shape}, not {key.official_shape()}")
-            if kind not in ("BF16", "F16", "F32"):
-                problems.append(f"{name} is stored as {kind}, not as bfloat16 or float")
-    problems += [f"unknown {name}" for name in files if name not in known]
-    if problems:
-        raise UserError(f"{path}: weights do not fit the config: {'; '.join(problems)}")
-
-
-def _place(key: Key, files: Mapping[str, Any], dtype: str) -> jax.Array:
-    """One parameter, each of its shards read from the files by slices."""
-    matrix = key.leaf.ndim - key.stacked > 1
-    stored = jnp.dtype(dtype if matrix else "float32")
-    read: dict[str, np.ndarray] = {}  # a shard that several devices hold is read once
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if repr(index) not in read:
-            read[repr(index)] = _read(key, files, index, stored)
-        return read[repr(index)]
-
-    return jax.make_array_from_callback(key.leaf.shape, key.leaf.sharding, shard)
-
-
-def _read(key: Key, files: Mapping[str, Any], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-    """The part `index` of a parameter, from the same part of its official tensors."""
-    inside = index[key.stacked :]
-    official = inside[::-1] if key.transposed else inside
-    if not key.stacked:
-        return files[key.names[0]][official].astype(dtype, copy=False)
-    bounds = (s.indices(n) for s, n in zip(index, key.leaf.shape, strict=True))
-    stacked = np.empty([stop - start for start, stop, _ in bounds], dtype)
-    for row, name in zip(stacked, key.names[index[0]], strict=True):
-        part = files[name][official]
-        if not key.transposed:
-            row[...] = part
-            continue
-        # In strips: the transposed copy of a whole matrix misses the cache at every number.
-        for start in range(0, len(part), 256):
-            row[:, start : start + 256] = part[start : start + 256].T
-    return stacked
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({reason(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value

@@ -1,14 +1,16 @@
-"""Between our parameter trees and official tensors, for networks whose blocks are not stacked.
+"""Between our parameter trees and official tensors: which is which, and how they are turned.
 
-A component's mapping is a table from our path to the official name, with `{}` for every number in
-either, in the same order: `"blocks.{}.conv.kernel": "blocks.{}.conv.conv.weight"`. Kernels change
-their axis order: linear and convolution weights are [out, in, *window] officially and
-[*window, in, out] here (a transposed convolution [in, out, *window] and [*window, out, in]).
-Everything else is stored as it is.
+A network's table is data: our path -> official name, with `{}` for every number in either, in the
+same order, as in `"blocks.{}.conv.kernel": "blocks.{}.conv.conv.weight"`. Where our blocks are
+stacked on a leading layer axis, the official name has the one number more that ours lacks.
+`parameters` spells a table out for one network; what reads and writes files works on its result.
 """
 
+import contextlib
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,89 +18,251 @@ import numpy as np
 from flax import nnx
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import abstract_state
 
 Table = Mapping[str, str]
 
-
-def abstract_params(create: Callable[[], nnx.Module]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape and dtype of every parameter of the module that `create` builds."""
-    state = nnx.split(nnx.eval_shape(create), nnx.Param)[1]
-    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
-    return {".".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+# How the axes of an official tensor become ours.
+SAME = "same"
+KERNEL = "kernel"  # [out, in, *window] -> [*window, in, out]; transposed convolutions likewise
+STATES = "states"  # [out, D * states], a state being the fast index -> [states, D, out]
 
 
-def official_name(path: str, table: Table) -> str:
-    """The official name of one of our paths; a KeyError means that `table` lacks a row."""
-    numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
-    return table[re.sub(r"(?<=\.)\d+(?=\.)", "{}", path)].format(*numbers)
+@dataclass(frozen=True)
+class Parameter:
+    """One of our parameters and the official tensors that it is made of."""
+
+    path: tuple[str | int, ...]  # in our tree
+    names: tuple[str, ...]  # official, without prefix: one, or one for every layer if stacked
+    leaf: jax.ShapeDtypeStruct  # ours; with a sharding, if it is known where it goes
+    stacked: bool = False  # has a leading layer axis
+    layout: str = SAME
+    optional: bool = False  # zeros where a file lacks it
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """Ours, without the layer axis."""
+        return tuple(self.leaf.shape[self.stacked :])
+
+    @property
+    def official_shape(self) -> tuple[int, ...]:
+        """Of every one of `names`."""
+        shape = self.inner_shape
+        if self.layout == KERNEL:
+            return (shape[-1], shape[-2], *shape[:-2])
+        if self.layout == STATES:
+            return (shape[2], shape[1] * shape[0])
+        return shape
+
+    def to_ours(self, value: Any) -> Any:
+        """[*lead, *official] -> [*lead, *inner], numpy or jax."""
+        if self.layout == SAME:
+            return value
+        lead = value.ndim - len(self.official_shape)
+        if self.layout == KERNEL:
+            return _moveaxis(value, (lead, lead + 1), (-1, -2))
+        states, width, out = self.inner_shape
+        value = value.reshape(*value.shape[:lead], out, width, states)
+        return _moveaxis(value, (lead, lead + 2), (-1, lead))
+
+    def to_official(self, value: Any) -> Any:
+        """The inverse of `to_ours`."""
+        if self.layout == SAME:
+            return value
+        lead = value.ndim - len(self.inner_shape)
+        if self.layout == KERNEL:
+            return _moveaxis(value, (-1, -2), (lead, lead + 1))
+        value = _moveaxis(value, (-1, lead), (lead, lead + 2))
+        return value.reshape(*value.shape[:lead], *self.official_shape)
+
+
+def _moveaxis(value: Any, source: tuple[int, ...], target: tuple[int, ...]) -> Any:
+    """`np.moveaxis` for numpy and jax alike, which under an explicit mesh is a transpose."""
+    axes = [axis for axis in range(value.ndim) if axis not in {s % value.ndim for s in source}]
+    for to, axis in sorted(zip((t % value.ndim for t in target), source, strict=True)):
+        axes.insert(to, axis % value.ndim)
+    return value.transpose(axes)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def inside(ours: str, official: str, rows: Table) -> dict[str, str]:
+    """The rows of a module, from those of what is inside it."""
+    return {f"{ours}.{path}": f"{official}.{name}" for path, name in rows.items()}
+
+
+def parameters(
+    create: Callable[[], nnx.Module],
+    table: Table,
+    where: Any = None,
+    *,
+    optional: Iterable[str] = (),
+) -> list[Parameter]:
+    """A `Parameter` for everything that the module of `create` learns; a KeyError lacks a row.
+
+    Args:
+      create: builds the module; only its shapes are used.
+      table: our path -> official name; rows that the module does not have are fine.
+      where: see `abstract_params`.
+      optional: official names that files may lack.
+    """
+    return [
+        _parameter(path, leaf, table, optional)
+        for path, leaf in abstract_params(create, where).items()
+    ]
+
+
+def _parameter(
+    path: tuple[str | int, ...], leaf: jax.ShapeDtypeStruct, table: Table, optional: Iterable[str]
+) -> Parameter:
+    numbers = [part for part in path if isinstance(part, int)]
+    row = ".".join("{}" if isinstance(part, int) else part for part in path)
+    official = table[row]
+    stacked = official.count("{}") > len(numbers)
+    layers = range(leaf.shape[0]) if stacked else (None,)
+    names = tuple(official.format(*([] if i is None else [i]), *numbers) for i in layers)
+    kernel = str(path[-1]).endswith("kernel") and leaf.ndim - stacked > 1
+    return Parameter(path, names, leaf, stacked, KERNEL if kernel else SAME, names[0] in optional)
+
+
+def abstract_params(
+    create: Callable[[], nnx.Module], where: Any = None
+) -> dict[tuple[str | int, ...], jax.ShapeDtypeStruct]:
+    """Path -> shape, dtype and sharding of every parameter of the module that `create` builds.
+
+    `where` is a mesh on which the module places its parameters itself, or one sharding for all, or
+    None.
+    """
+
+    def state() -> Any:
+        return nnx.to_pure_dict(nnx.state(create(), nnx.Param))
+
+    if isinstance(where, jax.sharding.Mesh):
+        return leaves(abstract_state(state, mesh=where))
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for path, leaf in leaves(jax.eval_shape(state)).items()
+    }
+
+
+def leaves(tree: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
+    """Path -> leaf of a nested dict."""
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {tuple(entry.key for entry in path): leaf for path, leaf in found}
+
+
+def nested(values: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
+    """The inverse of `leaves`."""
+    tree: dict[Any, Any] = {}
+    for path, value in values.items():
+        insert(tree, path, value)
+    return tree
+
+
+def insert(tree: dict[Any, Any], path: Iterable[str | int], value: Any) -> None:
+    """Puts a value at a path into a nested dict."""
+    *parents, last = path
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def build(
+    create: Callable[[], nnx.Module], params: Mapping[Any, Any], where: Any = None
+) -> nnx.Module:
+    """The module that `create` builds, with `params` as its weights; `where` as for them."""
+    mesh = where.abstract_mesh if isinstance(where, jax.sharding.Mesh) else None
+    with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
+        graphdef = nnx.graphdef(nnx.eval_shape(create))
+    return nnx.merge(graphdef, params)
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def problems(wanted: Iterable[Parameter], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, unknown or misshapen in `shapes`, official name -> shape."""
+    found: list[str] = []
+    known: set[str] = set()
+    for parameter in wanted:
+        known.update(parameter.names)
+        for name in parameter.names:
+            if name not in shapes:
+                found += [] if parameter.optional else [f"missing {name}"]
+            elif tuple(shapes[name]) != parameter.official_shape:
+                found.append(f"{name} has {tuple(shapes[name])}, not {parameter.official_shape}")
+    return found + [f"unknown {name}" for name in shapes if name not in known]
+
+
+def refuse(problems: list[str], component: str) -> None:
+    """UserError if there are problems, with all of them, the blocks of a stack in one entry."""
+    if problems:
+        listed = "; ".join(in_short(problems))
+        raise UserError(f"{component} weights do not fit the config: {listed}")
+
+
+def in_short(names: Iterable[str]) -> list[str]:
+    """Names that differ in one number only become one: "blocks.{0-47}.to_q.weight"."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        before, number, after = re.fullmatch(r"(.*?\.)(\d+)(\..*)|(.*)", name).groups()[:3]
+        key = (name, "") if number is None else (before, after)
+        groups.setdefault(key, []).append(-1 if number is None else int(number))
+    return [
+        before if numbers == [-1] else f"{before}{_ranges(numbers)}{after}"
+        for (before, after), numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return "{" + ",".join("-".join(map(str, part)) for part in parts) + "}"
+
+
+# ---------------------------------------------------------------------------- whole, in host memory
 
 
 def from_official(
-    tensors: Mapping[str, np.ndarray],
-    create: Callable[[], nnx.Module],
-    table: Table,
-    *,
-    component: str,
-) -> dict[str, Any]:
-    """Official tensors, prefix and unread keys removed -> our parameter tree of numpy arrays.
-
-    Args:
-      tensors: name -> array, exactly those that the component has.
-      create: builds the module; only its shapes are used.
-      table: our path -> official name.
-      component: what to call it in an error.
+    tensors: Mapping[str, np.ndarray], wanted: list[Parameter], component: str
+) -> dict[Any, Any]:
+    """Official tensors, prefix removed -> our parameter tree of numpy arrays, for small networks.
 
     Raises:
       UserError: missing, unknown or misshapen tensors, all of them listed.
     """
-    tree: dict[str, Any] = {}
-    problems, known = [], set()
-    for path, leaf in abstract_params(create).items():
-        name = official_name(path, table)
-        known.add(name)
-        if name not in tensors:
-            problems.append(f"missing {name}")
-            continue
-        value = _ours(path, tensors[name])
-        if value.shape != leaf.shape:
-            wanted = _official(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
-            problems.append(f"{name} has {tuple(tensors[name].shape)}, not {wanted}")
-            continue
-        insert(tree, path, value)
-    problems += [f"unknown {name}" for name in tensors if name not in known]
-    if problems:
-        raise UserError(f"{component} weights do not fit the config: {'; '.join(problems)}")
-    return tree
+    shapes = {name: value.shape for name, value in tensors.items()}
+    refuse(problems(wanted, shapes), component)
+    values = {}
+    for parameter in wanted:
+        parts = [
+            parameter.to_ours(tensors[name])
+            if name in tensors
+            else np.zeros(parameter.inner_shape, np.float32)
+            for name in parameter.names
+        ]
+        values[parameter.path] = np.stack(parts) if parameter.stacked else parts[0]
+    return nested(values)
 
 
-def to_official(params: Mapping[Any, Any], table: Table) -> dict[str, np.ndarray]:
+def to_official(params: Mapping[Any, Any], wanted: Iterable[Parameter]) -> dict[str, np.ndarray]:
     """Our parameter tree -> official tensors, without prefix; the inverse of `from_official`."""
-    tensors = {}
-    for entries, value in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = ".".join(str(entry.key) for entry in entries)
-        tensors[official_name(path, table)] = np.ascontiguousarray(_official(path, value))
+    values, tensors = leaves(params), {}
+    for parameter in wanted:
+        value = np.asarray(values[parameter.path])
+        for i, name in enumerate(parameter.names):
+            part = parameter.to_official(value[i] if parameter.stacked else value)
+            tensors[name] = np.ascontiguousarray(part)
     return tensors
 
 
-def build(create: Callable[[], nnx.Module], params: Mapping[Any, Any]) -> nnx.Module:
-    """The module that `create` builds, with `params` as its weights."""
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(create)), params)
-
-
-def _ours(path: str, value: np.ndarray) -> np.ndarray:
-    if path.endswith("kernel") and value.ndim >= 2:
-        return np.moveaxis(value, (0, 1), (-1, -2))
-    return value
-
-
-def _official(path: str, value: np.ndarray) -> np.ndarray:
-    value = np.asarray(value)
-    return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("kernel") else value
-
-
-def insert(tree: dict[Any, Any], path: str, value: np.ndarray) -> None:
-    """Puts a value at a path such as "blocks.0.kernel" into a nested dict."""
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    tree[last] = value
+def count(wanted: Iterable[Parameter]) -> int:
+    """Numbers in all of `wanted`."""
+    return sum(math.prod(parameter.leaf.shape) for parameter in wanted)

@@ -6,25 +6,22 @@ Source: `ltx_core/text_encoders/gemma/encoders/encoder_configurator.py`,
 `ltx_core/text_encoders/gemma/embeddings_connector.py` (config keys, names).
 """
 
-import json
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import reason
-from ltx2_jax.models.connectors import Connector, ConnectorBlock, ConnectorConfig, Connectors
+from ltx2_jax.models.connectors import ConnectorConfig, Connectors
+from ltx2_jax.models.gemma_layers import GemmaConfig
 from ltx2_jax.models.text_features import TextFeatures, TextFeaturesConfig
-from ltx2_jax.sharding import abstract_state
-from ltx2_jax.weights import files, mapping
+from ltx2_jax.weights import mapping, versions
+from ltx2_jax.weights.mapping import Parameter, inside
+from ltx2_jax.weights.transformer import ATTENTION, FEED_FORWARD
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -76,6 +73,22 @@ def text_features_config(
         "audio_dim": get("audio_num_attention_heads", 32) * get("audio_attention_head_dim", 64),
     }
     return TextFeaturesConfig(**(fields | overrides))
+
+
+def guessed_section(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[str, Any]:
+    """What `text_features_config` reads, for a text encoder that comes without its transformer.
+
+    Args:
+      shapes: official name of the projections, prefix removed -> shape.
+      width: hidden size of the language model.
+    """
+    section: dict[str, Any] = {"caption_channels": width}
+    for stream, prefix in (("video", ""), ("audio", "audio_")):
+        shape = shapes.get(f"{stream}_aggregate_embed.weight")
+        if shape is not None:
+            section |= V2_KEYS
+            section |= {f"{prefix}num_attention_heads": 1, f"{prefix}attention_head_dim": shape[0]}
+    return section
 
 
 def connector_configs(
@@ -150,7 +163,7 @@ def check_text_encoder(
                 f"{name}: the checkpoint was trained with the text encoder gemma_version={want!r}, "
                 f"this one is {have!r}: use the one that belongs to the checkpoint"
             )
-    elif _numbers(version) >= NAMES_ENCODER_SINCE:
+    elif versions.numbers(version) >= NAMES_ENCODER_SINCE:
         if have is not None:
             raise UserError(
                 f"the checkpoint (model_version={version}) does not say which text encoder it "
@@ -169,254 +182,108 @@ def check_text_encoder(
         )
 
 
-def _numbers(version: Any) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.4-rc2" -> (2, 4, 0)."""
-    numbers = []
-    for part in str(version or "").replace("-", ".").split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers + [0] * (3 - len(numbers)))
-
-
 # ---- names: ours -> official ---------------------------------------------------------------------
 
-PROJECTION = "text_embedding_projection."
-CONNECTORS = {
-    "video": "model.diffusion_model.video_embeddings_connector.",
-    "audio": "model.diffusion_model.audio_embeddings_connector.",
-}
-
-_ATTENTION = ("to_q", "to_k", "to_v")
-_BLOCK = {
-    **{f"attention.{name}.kernel": f"attn1.{name}.weight" for name in _ATTENTION},
-    **{f"attention.{name}.bias": f"attn1.{name}.bias" for name in _ATTENTION},
-    "attention.to_out.kernel": "attn1.to_out.0.weight",
-    "attention.to_out.bias": "attn1.to_out.0.bias",
-    "attention.to_gate.kernel": "attn1.to_gate_logits.weight",
-    "attention.to_gate.bias": "attn1.to_gate_logits.bias",
-    "attention.q_norm": "attn1.q_norm.weight",
-    "attention.k_norm": "attn1.k_norm.weight",
-    "mlp.linear_in.kernel": "ff.net.0.proj.weight",
-    "mlp.linear_in.bias": "ff.net.0.proj.bias",
-    "mlp.linear_out.kernel": "ff.net.2.weight",
-    "mlp.linear_out.bias": "ff.net.2.bias",
-}
-TABLE = {"registers": "learnable_registers"} | {
-    f"blocks.{{}}.{path}": f"transformer_1d_blocks.{{}}.{name}" for path, name in _BLOCK.items()
-}
+_BLOCK = inside("attention", "attn1", ATTENTION) | inside("mlp", "ff", FEED_FORWARD)
+_CONNECTOR = {"registers": "learnable_registers"} | inside(
+    "blocks", "transformer_1d_blocks.{}", _BLOCK
+)
+CONNECTORS = inside("video", "video_embeddings_connector", _CONNECTOR) | inside(
+    "audio", "audio_embeddings_connector", _CONNECTOR
+)
 
 
-class _Numbered(nnx.Module):
-    """A connector whose blocks are numbered, as officially, not stacked."""
-
-    def __init__(self, cfg: ConnectorConfig):
-        rngs = nnx.Rngs(0)
-        self.registers = Connector(cfg, rngs=rngs).registers
-        self.blocks = nnx.List([ConnectorBlock(cfg, rngs=rngs) for _ in range(cfg.num_layers)])
+def create_connectors(configs: tuple[ConnectorConfig, ConnectorConfig]) -> Connectors:
+    """The connectors of video and of audio, with weights that mean nothing."""
+    return Connectors(*configs, rngs=nnx.Rngs(0))
 
 
-def connector_from_official(
-    tensors: Mapping[str, np.ndarray], cfg: ConnectorConfig, *, component: str = "connector"
-) -> dict[str, Any]:
-    """Official tensors of one connector, prefix removed -> the parameter tree of `Connector(cfg)`.
-
-    Registers that `cfg` does not want (`registers=0`) are left out.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    if not cfg.registers:
-        tensors = {k: v for k, v in tensors.items() if k != TABLE["registers"]}
-    tree = mapping.from_official(tensors, lambda: _Numbered(cfg), TABLE, component=component)
-    blocks = [tree["blocks"][i] for i in range(cfg.num_layers)]
-    return tree | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+def create_features(cfg: TextFeaturesConfig) -> TextFeatures:
+    """The projections of a config, with weights that mean nothing."""
+    return TextFeatures(cfg, rngs=nnx.Rngs(0))
 
 
-def connector_to_official(params: Mapping[str, Any], cfg: ConnectorConfig) -> dict[str, np.ndarray]:
-    """The parameter tree -> official tensors, without prefix; inverse of the above."""
-    stacked = jax.tree.map(np.asarray, params["blocks"])
-    blocks = {i: jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(cfg.num_layers)}
-    return mapping.to_official({**params, "blocks": blocks}, TABLE)
-
-
-def features_from_official(
-    tensors: Mapping[str, np.ndarray], cfg: TextFeaturesConfig
-) -> dict[str, Any]:
-    """Official tensors, `text_embedding_projection.` removed -> the tree of `TextFeatures(cfg)`.
-
-    Officially the input feature d of state l has the index d * L + l; here states come first. With
-    `last_layer_only` the part of the last state is all that is read.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    tree: dict[str, Any] = {}
-    problems, known = [], set()
-    for ours, (official, out) in _projections(cfg).items():
-        shapes = {"weight": (out, cfg.width * cfg.num_states)} | (
-            {"bias": (out,)} if cfg.bias else {}
-        )
-        for leaf, shape in shapes.items():
-            name = f"{official}.{leaf}"
-            known.add(name)
-            if name not in tensors:
-                problems.append(f"missing {name}")
-            elif tensors[name].shape != shape:
-                problems.append(f"{name} has {tuple(tensors[name].shape)}, not {shape}")
-            elif leaf == "bias":
-                tree.setdefault(ours, {})["bias"] = tensors[name]
-            else:
-                kernel = tensors[name].reshape(out, cfg.width, cfg.num_states).transpose(2, 1, 0)
-                kernel = kernel[-1:] if cfg.last_layer_only else kernel
-                tree.setdefault(ours, {})["kernel"] = kernel
-    problems += [f"unknown {name}" for name in tensors if name not in known]
-    if problems:
-        raise UserError(f"text projection weights do not fit the config: {'; '.join(problems)}")
-    return tree
-
-
-def features_to_official(
-    params: Mapping[str, Any], cfg: TextFeaturesConfig
-) -> dict[str, np.ndarray]:
-    """The parameter tree -> official tensors, without prefix; inverse of the above.
-
-    Weights of a single state come out as those of a language model with one state.
-    """
-    tensors = {}
-    for ours, (official, out) in _projections(cfg).items():
-        kernel = np.asarray(params[ours]["kernel"]).transpose(2, 1, 0)
-        tensors[f"{official}.weight"] = np.ascontiguousarray(kernel).reshape(out, -1)
-        if cfg.bias:
-            tensors[f"{official}.bias"] = np.asarray(params[ours]["bias"])
-    return tensors
-
-
-def _projections(cfg: TextFeaturesConfig) -> dict[str, tuple[str, int]]:
-    """Our module -> its official name and its output width."""
-    if cfg.audio_dim is None:
-        return {"video": ("aggregate_embed", cfg.video_dim)}
-    return {
-        "video": ("video_aggregate_embed", cfg.video_dim),
-        "audio": ("audio_aggregate_embed", cfg.audio_dim),
+def features_parameters(cfg: TextFeaturesConfig, where: Any = None) -> list[Parameter]:
+    """The projections' parameters: one official matrix for all states, one of ours for each."""
+    one = cfg.audio_dim is None
+    names = {"video": "aggregate_embed"} if one else {
+        stream: f"{stream}_aggregate_embed" for stream in ("video", "audio")
+    }  # fmt: skip
+    table = {
+        f"{stream}.{ours}": f"{name}.{official}"
+        for stream, name in names.items()
+        for ours, official in {"kernel": "weight", "bias": "bias"}.items()
     }
+    found = mapping.parameters(partial(create_features, cfg), table, where)
+    return [
+        dataclasses.replace(p, layout=mapping.STATES) if p.path[-1] == "kernel" else p
+        for p in found
+    ]
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata of a checkpoint: `config` and `gemma_source_checkpoint` parsed, the rest text.
-
-    Raises:
-      UserError: no readable file, or one of the two is not a JSON object.
-    """
-    metadata: dict[str, Any] = dict(files.metadata(path))
-    for key in ("config", "gemma_source_checkpoint"):
-        if key not in metadata:
-            continue
-        try:
-            metadata[key] = json.loads(metadata[key])
-        except ValueError as error:
-            raise UserError(
-                f"{path}: {key} in its metadata is not JSON ({reason(error)})"
-            ) from None
-        if not isinstance(metadata[key], dict):
-            raise UserError(f"{path}: {key} in its metadata is not a JSON object")
-    return metadata
-
-
-def transformer_section(path: str | os.PathLike) -> dict[str, Any]:
-    """The `transformer` section of a checkpoint's config, where features and connectors are set.
+def holder(release: Any, language: Any) -> Any:
+    """Which of two `Release`s has the projections: a checkpoint, or a packed text encoder.
 
     Raises:
-      UserError: no readable file, or no such section.
+      UserError: neither.
     """
-    section = read_metadata(path).get("config", {}).get("transformer")
-    if section is None:
-        raise UserError(f"{path}: its metadata has no config of a transformer")
-    return section
+    for candidate in (release, language):
+        if "text_projection" in candidate.networks:
+            return candidate
+    raise UserError(
+        f"{release.name}: has no text projection (text_embedding_projection...); in a split pack "
+        "it is in the packed text encoder: give that file as the text encoder"
+    )
 
 
 def load_features(
-    checkpoint: str | os.PathLike,
-    text_encoder: str | os.PathLike | None = None,
+    release: Any,
+    gemma: GemmaConfig,
+    where: Any = None,
     *,
-    width: int,
-    num_layers: int,
-    mesh: jax.sharding.Mesh | None = None,
+    section: Mapping[str, Any],
     **overrides: Any,
 ) -> TextFeatures:
-    """The features of a checkpoint, weights in the dtype of the file, on `mesh` if one is given.
+    """The projections of a `Release` that has them; weights in the dtype of the file.
 
     Args:
-      checkpoint: single-file checkpoint, or the transformer of a split pack.
-      text_encoder: packed text encoder, read where the checkpoint has no projection.
-      width, num_layers: of the language model.
-      mesh: where to put the weights.
+      release: see `holder`.
+      gemma: the language model whose states are projected.
+      where: see `Release.load`.
+      section: the `transformer` section of the checkpoint's config.
       overrides: our own fields of `TextFeaturesConfig`.
 
     Raises:
-      UserError: files, config or tensors that do not fit.
+      UserError: config or tensors that do not fit.
     """
-    section = transformer_section(checkpoint)
-    cfg = text_features_config(section, width=width, num_layers=num_layers, **overrides)
-    tensors = _read(checkpoint, (PROJECTION,))
-    if not tensors and text_encoder is not None and Path(text_encoder).is_file():
-        tensors = _read(text_encoder, (PROJECTION,))
-    if not tensors:
-        raise UserError(
-            f"{checkpoint}: has no text projection ({PROJECTION}...); in a split pack it is in the "
-            "packed text encoder: give that file as the text encoder"
-        )
-    params = features_from_official(_without(PROJECTION, tensors), cfg)
-    return _place(lambda: TextFeatures(cfg, rngs=nnx.Rngs(0)), params, mesh)
+    sizes = {"width": gemma.width, "num_layers": gemma.num_layers}
+    cfg = text_features_config(section, **sizes, **overrides)
+    stored = dataclasses.replace(cfg, last_layer_only=False)
+    _, params = release.load("text_projection", where, config=stored)
+    if cfg.last_layer_only:
+        for projection in params.values():
+            projection["kernel"] = projection["kernel"][-1:]
+    return mapping.build(partial(create_features, cfg), params, where)
 
 
-def load_connectors(
-    checkpoint: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, **overrides: Any
-) -> Connectors:
-    """Both connectors of a checkpoint, weights in the dtype of the file, on `mesh` if given.
+def load_connectors(release: Any, where: Any = None, **overrides: Any) -> Connectors:
+    """Both connectors of a `Release`, weights in the dtype of the file.
 
     Args:
-      checkpoint: single-file checkpoint, or the transformer of a split pack.
-      mesh: where to put the weights.
-      overrides: our own fields of `ConnectorConfig`.
+      release: has the network "connectors".
+      where: see `Release.load`.
+      overrides: our own fields of `ConnectorConfig`. `registers=0` leaves them out.
 
     Raises:
-      UserError: file, config or tensors that do not fit.
+      UserError: config or tensors that do not fit.
     """
-    configs = connector_configs(transformer_section(checkpoint), **overrides)
-    tensors = _read(checkpoint, tuple(CONNECTORS.values()))
-    params = {
-        stream: connector_from_official(
-            _without(prefix, tensors), cfg, component=f"{checkpoint}: {stream} connector"
-        )
-        for (stream, prefix), cfg in zip(CONNECTORS.items(), configs, strict=True)
-    }
-    return _place(lambda: Connectors(*configs, rngs=nnx.Rngs(0)), params, mesh)
-
-
-def _read(path: str | os.PathLike, prefixes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tensors of a file whose names start with one of `prefixes`."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            names = [name for name in file.keys() if name.startswith(prefixes)]
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from None
-
-
-def _without(prefix: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _place(create: Callable[[], nnx.Module], params: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """The module that `create` builds, with `params` on the device or sharded over `mesh`."""
-    if mesh is None:
-        return mapping.build(create, jax.tree.map(jnp.asarray, params))
-    homes = abstract_state(lambda: nnx.to_pure_dict(nnx.state(create(), nnx.Param)), mesh=mesh)
-    placed = jax.tree.map(lambda home, value: jax.device_put(value, home.sharding), homes, params)
-    return mapping.build(create, placed)
+    cfg = connector_configs(release.section("connectors"), **overrides)
+    stored = tuple(dataclasses.replace(c, registers=ConnectorConfig.registers) for c in cfg)
+    _, params = release.load("connectors", where, config=stored)
+    for stream, config in zip(("video", "audio"), cfg, strict=True):
+        if not config.registers:
+            del params[stream]["registers"]
+    return mapping.build(partial(create_connectors, cfg), params, where)

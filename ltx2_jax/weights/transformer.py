@@ -1,190 +1,95 @@
-"""The transformer's weights under their official names, and its config in released metadata.
+"""The transformer under its official names, and its config in released metadata.
 
-The mapping is data: `RENAMES` gives the official module for each of ours, `key_table` spells out
-every tensor. Matrices are stored [in, out] here and [out, in] officially; the blocks are stacked on
-a leading axis here and numbered officially.
 Source: `ltx_core/model/transformer/model_configurator.py` (config keys, asserted constants).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.transformer import LTX2Transformer, TransformerConfig
+from ltx2_jax.weights.mapping import inside
 
-PREFIX = "model.diffusion_model."
-# These live under the same prefix but belong to the text connectors.
-CONNECTOR_PREFIXES = ("video_embeddings_connector.", "audio_embeddings_connector.")
+# ---- names: ours -> official ---------------------------------------------------------------------
 
-RENAMES = {
-    # outside the blocks
-    "video.project_in": "patchify_proj",
-    "audio.project_in": "audio_patchify_proj",
-    "video.adaln": "adaln_single",
-    "audio.adaln": "audio_adaln_single",
-    "video.prompt_adaln": "prompt_adaln_single",
-    "audio.prompt_adaln": "audio_prompt_adaln_single",
-    "video.cross_adaln": "av_ca_video_scale_shift_adaln_single",
-    "audio.cross_adaln": "av_ca_audio_scale_shift_adaln_single",
-    "video.cross_gate_adaln": "av_ca_a2v_gate_adaln_single",
-    "audio.cross_gate_adaln": "av_ca_v2a_gate_adaln_single",
-    "video.caption_in": "caption_projection.linear_1",
-    "video.caption_out": "caption_projection.linear_2",
-    "audio.caption_in": "audio_caption_projection.linear_1",
-    "audio.caption_out": "audio_caption_projection.linear_2",
-    "video.keyframe": "keyframes_abs_pos_embedding",
-    "video.head_table": "scale_shift_table",
-    "audio.head_table": "audio_scale_shift_table",
-    "video.project_out": "proj_out",
-    "audio.project_out": "audio_proj_out",
-    # inside a block
-    "blocks.video_self": "attn1",
-    "blocks.video_text": "attn2",
-    "blocks.audio_self": "audio_attn1",
-    "blocks.audio_text": "audio_attn2",
-    "blocks.audio_to_video": "audio_to_video_attn",
-    "blocks.video_to_audio": "video_to_audio_attn",
-    "blocks.video_mlp.linear_in": "ff.net.0.proj",
-    "blocks.video_mlp.linear_out": "ff.net.2",
-    "blocks.audio_mlp.linear_in": "audio_ff.net.0.proj",
-    "blocks.audio_mlp.linear_out": "audio_ff.net.2",
-    "blocks.video_table": "scale_shift_table",
-    "blocks.audio_table": "audio_scale_shift_table",
-    "blocks.video_prompt_table": "prompt_scale_shift_table",
-    "blocks.audio_prompt_table": "audio_prompt_scale_shift_table",
-    "blocks.video_cross_table": "scale_shift_table_a2v_ca_video",
-    "blocks.audio_cross_table": "scale_shift_table_a2v_ca_audio",
-}
-
-# What follows a renamed module: ours -> official.
-LEAVES = {
-    "": "",
-    "kernel": "weight",
-    "bias": "bias",
-    "linear_1.kernel": "emb.timestep_embedder.linear_1.weight",
-    "linear_1.bias": "emb.timestep_embedder.linear_1.bias",
-    "linear_2.kernel": "emb.timestep_embedder.linear_2.weight",
-    "linear_2.bias": "emb.timestep_embedder.linear_2.bias",
-    "linear.kernel": "linear.weight",
-    "linear.bias": "linear.bias",
-    "to_q.kernel": "to_q.weight",
-    "to_q.bias": "to_q.bias",
-    "to_k.kernel": "to_k.weight",
-    "to_k.bias": "to_k.bias",
-    "to_v.kernel": "to_v.weight",
-    "to_v.bias": "to_v.bias",
-    "to_out.kernel": "to_out.0.weight",
-    "to_out.bias": "to_out.0.bias",
-    "to_gate.kernel": "to_gate_logits.weight",
-    "to_gate.bias": "to_gate_logits.bias",
+LINEAR = {"weight": "weight", "bias": "bias"}
+ATTENTION = {
+    **{f"{name}.{leaf}": f"{name}.{leaf}" for name in ("to_q", "to_k", "to_v") for leaf in LINEAR},
+    **{f"to_out.{leaf}": f"to_out.0.{leaf}" for leaf in LINEAR},
+    **{f"to_gate.{leaf}": f"to_gate_logits.{leaf}" for leaf in LINEAR},
     "q_norm": "q_norm.weight",
     "k_norm": "k_norm.weight",
 }
+FEED_FORWARD = {
+    **{f"linear_in.{leaf}": f"net.0.proj.{leaf}" for leaf in LINEAR},
+    **{f"linear_out.{leaf}": f"net.2.{leaf}" for leaf in LINEAR},
+}
+_ADALN = {
+    **{f"linear_1.{leaf}": f"emb.timestep_embedder.linear_1.{leaf}" for leaf in LINEAR},
+    **{f"linear_2.{leaf}": f"emb.timestep_embedder.linear_2.{leaf}" for leaf in LINEAR},
+    **{f"linear.{leaf}": f"linear.{leaf}" for leaf in LINEAR},
+}
+_OUTSIDE = {
+    "video.project_in": ("patchify_proj", LINEAR),
+    "audio.project_in": ("audio_patchify_proj", LINEAR),
+    "video.adaln": ("adaln_single", _ADALN),
+    "audio.adaln": ("audio_adaln_single", _ADALN),
+    "video.prompt_adaln": ("prompt_adaln_single", _ADALN),
+    "audio.prompt_adaln": ("audio_prompt_adaln_single", _ADALN),
+    "video.cross_adaln": ("av_ca_video_scale_shift_adaln_single", _ADALN),
+    "audio.cross_adaln": ("av_ca_audio_scale_shift_adaln_single", _ADALN),
+    "video.cross_gate_adaln": ("av_ca_a2v_gate_adaln_single", _ADALN),
+    "audio.cross_gate_adaln": ("av_ca_v2a_gate_adaln_single", _ADALN),
+    "video.caption_in": ("caption_projection.linear_1", LINEAR),
+    "video.caption_out": ("caption_projection.linear_2", LINEAR),
+    "audio.caption_in": ("audio_caption_projection.linear_1", LINEAR),
+    "audio.caption_out": ("audio_caption_projection.linear_2", LINEAR),
+    "video.project_out": ("proj_out", LINEAR),
+    "audio.project_out": ("audio_proj_out", LINEAR),
+}
+_INSIDE = {
+    "video_self": ("attn1", ATTENTION),
+    "audio_self": ("audio_attn1", ATTENTION),
+    "video_text": ("attn2", ATTENTION),
+    "audio_text": ("audio_attn2", ATTENTION),
+    "audio_to_video": ("audio_to_video_attn", ATTENTION),
+    "video_to_audio": ("video_to_audio_attn", ATTENTION),
+    "video_mlp": ("ff", FEED_FORWARD),
+    "audio_mlp": ("audio_ff", FEED_FORWARD),
+}
+_TABLES = {
+    "video_table": "scale_shift_table",
+    "audio_table": "audio_scale_shift_table",
+    "video_prompt_table": "prompt_scale_shift_table",
+    "audio_prompt_table": "audio_prompt_scale_shift_table",
+    "video_cross_table": "scale_shift_table_a2v_ca_video",
+    "audio_cross_table": "scale_shift_table_a2v_ca_audio",
+}
 
 
-@dataclass(frozen=True)
-class Key:
-    """One of our parameters and where the released files keep it."""
-
-    path: tuple[str, ...]  # in our parameter tree
-    official: str  # name after the prefix; "{i}" stands for the block number
-    shape: tuple[int, ...]  # ours, with the leading layer axis in the blocks
-
-    @property
-    def stacked(self) -> bool:
-        return self.path[0] == "blocks"
-
-    @property
-    def transposed(self) -> bool:
-        return self.path[-1] == "kernel"
-
-    def official_names(self) -> list[str]:
-        if not self.stacked:
-            return [self.official]
-        return [self.official.format(i=i) for i in range(self.shape[0])]
-
-    def official_shape(self) -> tuple[int, ...]:
-        shape = self.shape[1:] if self.stacked else self.shape
-        return shape[::-1] if self.transposed else shape
+KEYFRAME = "keyframes_abs_pos_embedding"  # files may lack it; upstream takes it for zero then
+TABLE = {
+    "video.keyframe": KEYFRAME,
+    "video.head_table": "scale_shift_table",
+    "audio.head_table": "audio_scale_shift_table",
+    **{k: v for ours, row in _OUTSIDE.items() for k, v in inside(ours, *row).items()},
+    **inside("blocks", "transformer_blocks.{}", _TABLES),
+    **{
+        k: v
+        for ours, (official, leaves) in _INSIDE.items()
+        for k, v in inside(f"blocks.{ours}", f"transformer_blocks.{{}}.{official}", leaves).items()
+    },
+}
 
 
-def key_table(cfg: TransformerConfig) -> list[Key]:
-    """One `Key` for every parameter of the transformer."""
-    model = jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
-    table = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = tuple(entry.key for entry in path)
-        table.append(Key(names, _official_name(names), leaf.shape))
-    return table
+def create(cfg: TransformerConfig) -> LTX2Transformer:
+    """The network of a config, with weights that mean nothing."""
+    return LTX2Transformer(cfg, rngs=nnx.Rngs(0))
 
 
-def _official_name(path: tuple[str, ...]) -> str:
-    for cut in range(len(path), 0, -1):
-        module = RENAMES.get(".".join(path[:cut]))
-        if module is not None:
-            leaf = LEAVES[".".join(path[cut:])]
-            name = f"{module}.{leaf}" if leaf else module
-            return f"transformer_blocks.{{i}}.{name}" if path[0] == "blocks" else name
-    raise KeyError(f"no official name for {'.'.join(path)}")
-
-
-def from_official(tensors: Mapping[str, np.ndarray], cfg: TransformerConfig) -> dict[str, Any]:
-    """Official tensors (with or without the prefix) -> our parameter tree of numpy arrays.
-
-    An absent `keyframes_abs_pos_embedding` is zero, as upstream treats it.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    tensors = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(CONNECTOR_PREFIXES)}
-    tree: dict[str, Any] = {}
-    problems, known = [], set()
-    for key in key_table(cfg):
-        parts = []
-        for name in key.official_names():
-            known.add(name)
-            if name not in tensors and key.path[-1] == "keyframe":
-                parts.append(np.zeros(key.official_shape(), np.float32))
-            elif name not in tensors:
-                problems.append(f"missing {name}")
-            elif tensors[name].shape != key.official_shape():
-                problems.append(f"{name} has {tensors[name].shape}, not {key.official_shape()}")
-            else:
-                parts.append(tensors[name].T if key.transposed else tensors[name])
-        if not problems:
-            _insert(tree, key.path, np.stack(parts) if key.stacked else parts[0])
-    problems += [f"unknown {name}" for name in tensors if name not in known]
-    if problems:
-        raise UserError(f"transformer weights do not fit the config: {'; '.join(problems)}")
-    return tree
-
-
-def to_official(params: Mapping[str, Any], cfg: TransformerConfig) -> dict[str, np.ndarray]:
-    """Our parameter tree -> official tensors, without prefix; the inverse of `from_official`."""
-    tensors = {}
-    for key in key_table(cfg):
-        value: Any = params
-        for name in key.path:
-            value = value[name]
-        value = np.asarray(value)
-        for i, name in enumerate(key.official_names()):
-            part = value[i] if key.stacked else value
-            tensors[name] = np.ascontiguousarray(part.T if key.transposed else part)
-    return tensors
-
-
-def _insert(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
+# ---- config --------------------------------------------------------------------------------------
 
 # Official config key -> our field, with the official default.
 CONFIG_FIELDS = {
@@ -262,3 +167,67 @@ def transformer_config(metadata: Mapping[str, Any], **overrides: Any) -> Transfo
     else:
         fields["caption_channels"] = metadata.get("caption_channels", 3840)
     return TransformerConfig(**(fields | overrides))
+
+
+# What every released file says; the rest of a guessed section follows from names and shapes.
+_RELEASED = {
+    "frequencies_precision": "float64",
+    "av_ca_timestep_scale_multiplier": 1000,
+    "connector_positional_embedding_max_pos": [4096],
+}
+_CONNECTORS_2_3 = {
+    "connector_num_layers": 8,
+    "connector_num_attention_heads": 32,
+    "connector_attention_head_dim": 128,
+    "audio_connector_attention_head_dim": 64,
+    "connector_apply_gated_attention": True,
+    "caption_projection_first_linear": False,
+    "caption_proj_input_norm": False,
+    "caption_projection_second_linear": False,
+}
+
+
+def guessed_section(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The `transformer` section for a file without config, from its tensors.
+
+    What is not in the tensors (rotary positions, the number of heads without gates) is that of the
+    released models.
+
+    Args:
+      shapes: official name, prefix removed -> shape.
+
+    Raises:
+      UserError: tensors that every transformer of LTX-2 has are missing.
+    """
+    first = "transformer_blocks.0."
+    needed = ("patchify_proj.weight", "audio_patchify_proj.weight", f"{first}attn2.to_k.weight",
+              f"{first}audio_attn2.to_k.weight")  # fmt: skip
+    if missing := [name for name in needed if name not in shapes]:
+        raise UserError(f"transformer without config and without {', '.join(missing)}")
+    blocks = {int(n.split(".")[1]) for n in shapes if n.startswith("transformer_blocks.")}
+    gates = shapes.get(f"{first}attn1.to_gate_logits.weight")
+    heads = gates[0] if gates else 32
+    (width, channels), (audio_width, audio_channels) = (shapes[name] for name in needed[:2])
+    section: dict[str, Any] = _RELEASED | {
+        "num_layers": max(blocks) + 1,
+        "num_attention_heads": heads,
+        "audio_num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "audio_attention_head_dim": audio_width // heads,
+        "in_channels": channels,
+        "out_channels": channels,
+        "audio_in_channels": audio_channels,
+        "audio_out_channels": audio_channels,
+        "cross_attention_dim": shapes[needed[2]][1],
+        "audio_cross_attention_dim": shapes[needed[3]][1],
+        "apply_gated_attention": gates is not None,
+        "cross_attention_adaln": f"{first}prompt_scale_shift_table" in shapes,
+        "use_prompt_adaln_single": "prompt_adaln_single.linear.weight" in shapes,
+        "ff_bias": f"{first}ff.net.2.bias" in shapes,
+        "audio_ff_bias": f"{first}audio_ff.net.2.bias" in shapes,
+        "use_keyframes_abs_pos_embedding": KEYFRAME in shapes,
+    }
+    caption = shapes.get("caption_projection.linear_1.weight")
+    if caption is None:
+        return section | _CONNECTORS_2_3 | {"caption_proj_before_connector": True}
+    return section | {"caption_channels": caption[1]}

@@ -5,15 +5,12 @@ Source: `ltx_core/model/upsampler/model_configurator.py`.
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.upsampler import LatentUpsampler, UpsamplerConfig
-from ltx2_jax.weights import mapping
 
 _CONV = {"kernel": "weight", "bias": "bias"}
 _NORM = {"scale": "weight", "bias": "bias"}
@@ -39,21 +36,6 @@ TABLE = {
 def create(config: UpsamplerConfig) -> LatentUpsampler:
     """The network of a config, with weights that mean nothing."""
     return LatentUpsampler(config, rngs=nnx.Rngs(0))
-
-
-def from_official(tensors: Mapping[str, np.ndarray], config: UpsamplerConfig) -> dict[str, Any]:
-    """All tensors of an upsampler's file -> the parameter tree of `LatentUpsampler(config)`.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    create_it = partial(create, config)
-    return mapping.from_official(tensors, create_it, TABLE, component="upsampler")
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The parameter tree -> official tensors; the inverse of `from_official`."""
-    return mapping.to_official(params, TABLE)
 
 
 def upsampler_config(metadata: Mapping[str, Any], **overrides: Any) -> UpsamplerConfig:

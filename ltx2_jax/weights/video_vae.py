@@ -4,15 +4,13 @@ Source: `ltx_core/model/video_vae/model_configurator.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.video_vae import Block, VideoVAE, VideoVAEConfig
-from ltx2_jax.weights import mapping
+from ltx2_jax.weights.mapping import inside
 
 CONV_CLASS = "CausalVideoAutoencoder"  # any other class has a decoder of another kind
 
@@ -28,19 +26,15 @@ def _weights(modules: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _inside(ours: str, official: str, rows: Mapping[str, str]) -> dict[str, str]:
-    return {f"{ours}.{path}": f"{official}.{name}" for path, name in rows.items()}
-
-
 def _timestep_mlp(official: str) -> dict[str, str]:
     rows = _weights({"linear_1": "linear_1", "linear_2": "linear_2"})
-    return _inside("timestep_mlp", f"{official}.timestep_embedder", rows)
+    return inside("timestep_mlp", f"{official}.timestep_embedder", rows)
 
 
 _CONV = _weights({"conv": "conv"})
 _RESIDUAL = {
-    **_inside("conv1", "conv1", _CONV),
-    **_inside("conv2", "conv2", _CONV),
+    **inside("conv1", "conv1", _CONV),
+    **inside("conv2", "conv2", _CONV),
     **_weights({"shortcut": "conv_shortcut"}),
     "shortcut_norm.scale": "norm3.weight",
     "shortcut_norm.bias": "norm3.bias",
@@ -50,14 +44,14 @@ _RESIDUAL = {
 }
 _BLOCK = {
     **_RESIDUAL,
-    **_inside("layers.{}", "res_blocks.{}", _RESIDUAL),
+    **inside("layers.{}", "res_blocks.{}", _RESIDUAL),
     **_timestep_mlp("time_embedder"),
     **_CONV,  # a strided convolution
-    **_inside("conv", "conv", _CONV),  # that of a space-to-depth or depth-to-space
+    **inside("conv", "conv", _CONV),  # that of a space-to-depth or depth-to-space
     **_weights({"qkv": "to_qkv", "out": "proj"}),
     "norm_scale": "norm.gamma",
 }
-_ENDS = _inside("conv_in", "conv_in", _CONV) | _inside("conv_out", "conv_out", _CONV)
+_ENDS = inside("conv_in", "conv_in", _CONV) | inside("conv_out", "conv_out", _CONV)
 _LAST = {
     **_timestep_mlp("last_time_embedder"),
     "timestep_scale": "timestep_scale_multiplier",
@@ -68,8 +62,8 @@ STATISTICS = {
     "std": "per_channel_statistics.std-of-means",
 }
 TABLE = {
-    **_inside("encoder", "encoder", _ENDS | _inside("blocks.{}", "down_blocks.{}", _BLOCK)),
-    **_inside("decoder", "decoder", _ENDS | _LAST | _inside("blocks.{}", "up_blocks.{}", _BLOCK)),
+    **inside("encoder", "encoder", _ENDS | inside("blocks.{}", "down_blocks.{}", _BLOCK)),
+    **inside("decoder", "decoder", _ENDS | _LAST | inside("blocks.{}", "up_blocks.{}", _BLOCK)),
     **{f"statistics.{ours}": name for ours, name in STATISTICS.items()},
 }
 
@@ -77,29 +71,6 @@ TABLE = {
 def create(cfg: VideoVAEConfig) -> VideoVAE:
     """The VAE of a config, with weights that mean nothing."""
     return VideoVAE(cfg, rngs=nnx.Rngs(0))
-
-
-def from_official(tensors: Mapping[str, np.ndarray], cfg: VideoVAEConfig) -> dict[str, Any]:
-    """Official tensors, `vae.` removed, -> the parameter tree of `VideoVAE(cfg)`, numpy arrays.
-
-    Left out: a half that `cfg` does not have, and statistics that nothing reads.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    halves = {"encoder": cfg.encoder_blocks, "decoder": cfg.decoder_blocks}
-    unread = tuple(f"{name}." for name, blocks in halves.items() if blocks is None)
-    read = {
-        name: value
-        for name, value in tensors.items()
-        if not name.startswith((*unread, "per_channel_statistics.")) or name in STATISTICS.values()
-    }
-    return mapping.from_official(read, partial(create, cfg), TABLE, component="video VAE")
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The parameter tree -> official tensors without `vae.`; the inverse of `from_official`."""
-    return mapping.to_official(params, TABLE)
 
 
 # ---- config --------------------------------------------------------------------------------------

@@ -4,18 +4,12 @@ Source: `ltx_core/model/audio_vae/model_configurator.py` (config keys, defaults,
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.vocoder import ExtensionConfig, GeneratorConfig, Vocoder, VocoderConfig
-from ltx2_jax.weights import mapping
-
-# Nothing reads the inverse transform, here or upstream: only log-mels are made.
-UNREAD = ("mel_stft.stft_fn.inverse_basis",)
 
 # Ours -> official, within a generator.
 _CONVS = {
@@ -52,9 +46,9 @@ def _generator(ours: str, official: str) -> dict[str, str]:
     }
 
 
-def _table(extended: bool) -> dict[str, str]:
+def table(config: VocoderConfig) -> dict[str, str]:
     """With bandwidth extension the first generator's names gain a prefix of their own."""
-    if not extended:
+    if config.extension is None:
         return _generator("generator.", "")
     first = _generator("generator.", "vocoder.")
     return first | _generator("extension.generator.", "bwe_generator.") | _EXTENSION
@@ -73,22 +67,6 @@ class _OneKey:
 def create(config: VocoderConfig) -> Vocoder:
     """The module for its shapes; its weights are to be replaced."""
     return Vocoder(config, rngs=_OneKey())
-
-
-def from_official(tensors: Mapping[str, np.ndarray], config: VocoderConfig) -> dict[str, Any]:
-    """Official tensors, without the (first) prefix `vocoder.` -> our parameter tree.
-
-    Raises:
-      UserError: missing, unknown or misshapen tensors, all of them listed.
-    """
-    read = {name: value for name, value in tensors.items() if name not in UNREAD}
-    table = _table(config.extension is not None)
-    return mapping.from_official(read, partial(create, config), table, component="vocoder")
-
-
-def to_official(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """Our parameter tree -> official tensors, without prefix; the inverse of `from_official`."""
-    return mapping.to_official(params, _table("extension" in params))
 
 
 def vocoder_config(metadata: Mapping[str, Any]) -> VocoderConfig:

@@ -1,0 +1,357 @@
+"""Official tensors from files onto devices: stacked, sharded, and in the dtype that is wanted.
+
+Whatever the sharding of a parameter, its tensors are read by rows, shared out among all devices: so
+every byte is read by one host, in long runs, and the devices exchange what they have and turn it
+into our layout. A host holds two pieces of at most `PIECE_BYTES` of its own rows at a time. On CPU
+devices, whose memory is the host's, a stack is one piece, read into the memory of the array.
+"""
+
+import collections
+import functools
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from tqdm import tqdm
+
+from ltx2_jax.weights.mapping import SAME, Parameter, in_short, insert
+from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
+
+PIECE_BYTES = 2**29  # of a stack, that a host reads and hands over at a time
+READ_BYTES = 2**22  # of a system call: what it brings is checked while it is in the cache
+WHOLE_BYTES = 2**18  # smaller tensors are read whole by every host
+
+# Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
+_NOT_FINITE = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+_LIMITS = {DTYPES[name]: limit for name, limit in _NOT_FINITE.items()}
+FLOAT8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
+
+
+class Source(NamedTuple):
+    """One tensor in one file."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def stored(self) -> Stored:
+        return self.file.tensors[self.name]
+
+
+def place(
+    wanted: Sequence[Parameter],
+    tensors: Mapping[str, Source],
+    scales: Mapping[str, Source] | None = None,
+    *,
+    dtype: Any = None,
+    progress: str | None = None,
+) -> dict[Any, Any]:
+    """Our parameter tree of jax arrays; `Release.parameters` has found that the tensors fit.
+
+    Args:
+      wanted: what to load; a leaf's sharding says where to, without one the default device.
+      tensors: official name -> where it is.
+      scales: official name of a float8 tensor -> where its scale is: a number, or one for each row.
+      dtype: of the result, or a function of a parameter that gives it; None keeps what is stored,
+        and makes bfloat16 of float8.
+      progress: what to call the work in a progress bar; None shows none.
+
+    Raises:
+      UserError: a file that ends early or cannot be read any more.
+
+    Warns:
+      UserWarning: tensors that hold NaN or infinity, all of them named.
+    """
+    loader = _Loader(tensors, scales or {}, dtype)
+    total = sum(tensors[n].stored.nbytes for p in wanted for n in p.names if n in tensors)
+    bar = tqdm(desc=progress, total=total, unit="B", unit_scale=True, disable=progress is None)
+    tree: dict[Any, Any] = {}
+    with bar, ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        for piece, array in loader.run(wanted, pool):
+            bar.update(piece.nbytes)
+            if piece.last:
+                insert(tree, piece.parameter.path, array)
+    if loader.not_finite:
+        names = ", ".join(in_short(sorted(loader.not_finite)))
+        warnings.warn(f"NaN or infinity in {names}", stacklevel=2)
+    return tree
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether no number is infinite or NaN; faster than numpy, which converts short floats."""
+    limit = _LIMITS.get(values.dtype)
+    if limit is None or values.size == 0:
+        return True
+    patterns = values.reshape(-1).view(f"u{values.dtype.itemsize}")
+    return int(np.max(patterns << 1)) < limit << 1  # the shift takes the sign away
+
+
+# ------------------------------------------------------------------------------ one piece at a time
+
+
+@dataclass
+class _Piece:
+    """Some layers of a parameter, all of one dtype, on their way."""
+
+    parameter: Parameter
+    first: int
+    layers: int
+    dtype: np.dtype | None  # None: the file lacks it, and it is zero
+    sharding: Any = None  # of the official tensors, [layers, *official] or [*official]
+    buffers: dict[Any, np.ndarray] = field(default_factory=dict)  # by index into that array
+    reads: list[Future] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.parameter.names[self.first : self.first + self.layers]
+
+    @property
+    def last(self) -> bool:
+        return self.first + self.layers == len(self.parameter.names)
+
+    @property
+    def whole(self) -> bool:
+        return self.layers == len(self.parameter.names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        official = self.parameter.official_shape
+        return (self.layers, *official) if self.parameter.stacked else official
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Loader:
+    def __init__(self, tensors: Mapping[str, Source], scales: Mapping[str, Source], dtype: Any):
+        self.tensors, self.scales, self.dtype = tensors, scales, dtype
+        self.not_finite: set[str] = set()
+
+    def run(
+        self, wanted: Sequence[Parameter], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Piece, jax.Array]]:
+        """Every piece, and what its parameter is so far."""
+        pieces = (piece for parameter in wanted for piece in self._pieces(parameter))
+        started: collections.deque[_Piece] = collections.deque()
+        array: jax.Array | None = None
+        for piece in pieces:
+            self._start(piece, pool)
+            started.append(piece)
+            # While this one is read, the one before goes to the devices.
+            if len(started) == 2:
+                array = self._finish(started[0], array)
+                yield started.popleft(), array
+        for piece in started:
+            array = self._finish(piece, array)
+            yield piece, array
+
+    def _pieces(self, parameter: Parameter) -> Iterator[_Piece]:
+        """Runs of layers that share a dtype, of a size that a host can hold twice."""
+        kinds = [
+            _kind(self.tensors[name].stored) if name in self.tensors else None
+            for name in parameter.names
+        ]
+        first = 0
+        while first < len(kinds):
+            piece = _Piece(parameter, first, 1, kinds[first])
+            piece.sharding = _by_rows(parameter, piece.nbytes)
+            most = len(kinds)
+            if _platform(piece.sharding) != "cpu":
+                most = max(1, PIECE_BYTES // max(1, _local_bytes(piece)))
+            while (end := first + piece.layers) < len(kinds) and piece.layers < most:
+                if kinds[end] != piece.dtype:
+                    break
+                piece.layers += 1
+            yield piece
+            first += piece.layers
+
+    def _start(self, piece: _Piece, pool: ThreadPoolExecutor) -> None:
+        """Makes room for this host's rows of the piece and has them read."""
+        if piece.dtype is None:
+            return
+        stacked = piece.parameter.stacked
+        for index in piece.sharding.addressable_devices_indices_map(piece.shape).values():
+            if str(index) in piece.buffers:  # that of another device, too
+                continue
+            bounds = [s.indices(n)[:2] for s, n in zip(index, piece.shape, strict=True)]
+            buffer = np.empty([stop - start for start, stop in bounds], piece.dtype)
+            piece.buffers[str(index)] = buffer
+            row = bounds[stacked][0] if len(bounds) > stacked else 0
+            for name, out in zip(piece.names, buffer if stacked else [buffer], strict=True):
+                piece.reads += [
+                    pool.submit(self._read, name, row + start, part) for start, part in _parts(out)
+                ]
+
+    def _read(self, name: str, row: int, out: np.ndarray) -> None:
+        file, stored_name = self.tensors[name]
+        rows = slice(row, row + len(out)) if out.ndim else slice(None)
+        if file.tensors[stored_name].dtype == out.dtype:
+            file.read(stored_name, rows, out)
+        else:
+            out[...] = file.read(stored_name, rows)
+        if not finite(out):
+            self.not_finite.add(name)
+
+    def _finish(self, piece: _Piece, before: jax.Array | None) -> jax.Array:
+        """The parameter with this piece in it, on its devices if that was the last."""
+        for read in piece.reads:
+            read.result()
+        parameter = piece.parameter
+        # Programs are shared by all parameters of one shape.
+        kind = replace(parameter, path=(), names=(), leaf=_shape_of(parameter.leaf))
+        home, dtype = _home(parameter), self._result_dtype(parameter)
+        if (piece.first == 0 and not piece.whole) or piece.dtype is None:
+            before = _zeros(kind.leaf.shape, dtype, _automatic(home))
+        if piece.dtype is not None:
+            raw = jax.make_array_from_callback(
+                piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
+            )
+            before = self._converted(piece, raw, before, kind, dtype, _automatic(home))
+        piece.buffers.clear()
+        before.block_until_ready()  # or buffers of several pieces would wait for their transfer
+        return _typed(before, home) if piece.last else before
+
+    def _converted(
+        self, piece: _Piece, raw: jax.Array, before: Any, kind: Parameter, dtype: Any, home: Any
+    ) -> jax.Array:
+        scale = None
+        if any(name in self.scales for name in piece.names):
+            each = [self._scale(name) for name in piece.names]
+            scale = np.stack(np.broadcast_arrays(*each)) if kind.stacked else each[0]
+        as_it_is = scale is None and kind.layout == SAME and raw.dtype == dtype
+        if piece.whole:
+            if as_it_is and raw.sharding.is_equivalent_to(home, raw.ndim):
+                return raw
+            return _convert(kind, dtype, home)(raw, scale)
+        return _insert(kind, dtype, home)(before, raw, scale, piece.first)
+
+    def _scale(self, name: str) -> np.ndarray:
+        """float32 [1] or [rows]."""
+        if name not in self.scales:
+            return np.ones(1, np.float32)
+        file, stored_name = self.scales[name]
+        return file.read(stored_name).astype(np.float32).reshape(-1)
+
+    def _result_dtype(self, parameter: Parameter) -> np.dtype:
+        wanted = self.dtype(parameter) if inspect.isfunction(self.dtype) else self.dtype
+        if wanted is not None:
+            return np.dtype(wanted)
+        kinds = {_kind(self.tensors[n].stored) for n in parameter.names if n in self.tensors}
+        kinds = {np.dtype(jnp.bfloat16) if kind in FLOAT8 else kind for kind in kinds}
+        return np.dtype(jnp.result_type(*kinds)) if kinds else np.dtype("float32")
+
+
+def _kind(stored: Stored) -> np.dtype:
+    """The dtype in memory: jax has no float64 unless it is asked to."""
+    return np.dtype("float32") if stored.dtype == np.float64 else stored.dtype
+
+
+def _parts(out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Row number and view of parts of `READ_BYTES`."""
+    if out.ndim == 0:
+        yield 0, out
+        return
+    rows = max(1, READ_BYTES // max(1, out[:1].nbytes))
+    for start in range(0, len(out), rows):
+        yield start, out[start : start + rows]
+
+
+# ----------------------------------------------------------------------------------- on the devices
+#
+# All of it under a mesh of Auto axes: XLA's partitioner splits transposes and reshapes of sharded
+# arrays by itself. The result is given its explicit sharding without being touched.
+
+
+def _home(parameter: Parameter) -> Any:
+    sharding = getattr(parameter.leaf, "sharding", None)
+    return SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+
+
+def _automatic(sharding: Any) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    mesh = sharding.mesh
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    return NamedSharding(automatic, sharding.spec)
+
+
+def _by_rows(parameter: Parameter, nbytes: int) -> Any:
+    """A sharding of the official tensors that splits their rows over as many devices as divide."""
+    home = _automatic(_home(parameter))
+    if not isinstance(home, NamedSharding):
+        return home
+    axes: tuple[str, ...] = ()
+    if nbytes > WHOLE_BYTES:
+        names, sizes = home.mesh.axis_names, home.mesh.shape
+        rows = parameter.official_shape[0]
+        choices = [names[i:j] for i in range(len(names)) for j in range(i, len(names) + 1)]
+        counts = {c: math.prod(sizes[name] for name in c) for c in choices}
+        axes = max((c for c in choices if rows % counts[c] == 0), key=counts.get)
+    return NamedSharding(home.mesh, PartitionSpec(*[None] * parameter.stacked, axes or None))
+
+
+def _local_bytes(piece: _Piece) -> int:
+    """What this host reads of a piece."""
+    indices = piece.sharding.addressable_devices_indices_map(piece.shape).values()
+    shard = (
+        math.prod(piece.sharding.shard_shape(piece.shape))
+        * np.dtype(piece.dtype or np.uint8).itemsize
+    )
+    return len({str(index) for index in indices}) * shard
+
+
+def _platform(sharding: Any) -> str:
+    return next(iter(sharding.device_set)).platform
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _typed(array: jax.Array, home: Any) -> jax.Array:
+    """The same buffers under the sharding `home`, which may be explicit."""
+    if array.sharding == home:
+        return array
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, home, shards)
+
+
+@functools.cache
+def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, home: Any) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=home)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, home: Any) -> jax.Array:
+    return _zeros_program(tuple(shape), dtype, home)()
+
+
+def _ours(kind: Parameter, raw: jax.Array, scale: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    if scale is not None:
+        # [layers, 1 or rows] or [1 or rows], beside [layers, rows, ...] or [rows, ...]
+        scale = scale.reshape(*scale.shape, *[1] * (raw.ndim - scale.ndim))
+        raw = raw.astype(jnp.float32) * scale
+    return kind.to_ours(raw).astype(dtype)
+
+
+@functools.cache
+def _convert(kind: Parameter, dtype: np.dtype, home: Any) -> Any:
+    return jax.jit(lambda raw, scale: _ours(kind, raw, scale, dtype), out_shardings=home)
+
+
+@functools.cache
+def _insert(kind: Parameter, dtype: np.dtype, home: Any) -> Any:
+    def insert_layers(total: jax.Array, raw: jax.Array, scale: Any, first: jax.Array) -> jax.Array:
+        new = _ours(kind, raw, scale, dtype)
+        return jax.lax.dynamic_update_slice_in_dim(total, new, first, axis=0)
+
+    return jax.jit(insert_layers, out_shardings=home, donate_argnums=0)

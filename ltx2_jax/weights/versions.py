@@ -1,0 +1,49 @@
+"""`model_version` in released metadata, and the generation of models that it means."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+GENERATIONS = {(2, 0): "2.0", (2, 3): "2.3", (2, 5): "2.5"}
+# Before (2, 4) a version is of the generation below it; from then on upstream takes all for 2.5.
+_NEW_TEXT_ENCODER = (2, 4)
+
+
+def numbers(version: Any) -> tuple[int, int, int]:
+    """The leading numbers of a version: "2.4-rc2" -> (2, 4, 0); none at all is (0, 0, 0)."""
+    found: list[int] = []
+    for part in str(version or "").replace("-", ".").split("."):
+        if not part.isdigit():
+            break
+        found.append(int(part))
+    return tuple((*found, 0, 0, 0)[:3])
+
+
+def generation(version: Any) -> str:
+    """The generation whose latents and features a version has: "2.3.rc1" -> "2.3"; "" of none.
+
+    Warns (UserWarning) where the version is of no known generation and the closest one is taken.
+    """
+    found = numbers(version)[:2]
+    if found == (0, 0):
+        return ""
+    if found in GENERATIONS:
+        return GENERATIONS[found]
+    older = [known for known in GENERATIONS if known <= found]
+    closest = (2, 5) if found >= _NEW_TEXT_ENCODER else max(older, default=(2, 0))
+    warnings.warn(
+        f"model_version={version} is unknown; taken for LTX-2 {GENERATIONS[closest]}, the closest "
+        "that is known",
+        stacklevel=2,
+    )
+    return GENERATIONS[closest]
+
+
+def generation_of_config(transformer: Mapping[str, Any]) -> str:
+    """The generation that the `transformer` section of a config describes."""
+    if not transformer.get("caption_proj_before_connector", False):
+        return "2.0"
+    newest = not transformer.get("ff_bias", True) or transformer.get(
+        "use_keyframes_abs_pos_embedding", False
+    )
+    return "2.5" if newest else "2.3"

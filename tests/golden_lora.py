@@ -1,0 +1,32 @@
+"""Golden cases of LoRA files fused into the transformer."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+from golden_case import Case, file_of, release_of
+from golden_transformer import forward, streams
+
+from ltx2_jax.weights import mapping, transformer
+from ltx2_jax.weights.lora import fuse, read_lora
+
+# Both rules of rounding, official and ours, are one to us: ours is the more exact, and the case
+# that rounds to bfloat16 on the way is meant for a loose comparison.
+KINDS = ("fused_float32", "fused_bfloat16_official")
+
+
+def run_lora(case: Case) -> dict[str, jax.Array]:
+    kind = case.name.partition("/")[2]
+    assert kind in KINDS, f"unknown LoRA case {kind!r}"
+    release = release_of(file_of(case.folder, "transformer"))
+    cfg, params = release.load("transformer", dtype="float32", param_dtype="float32")
+    lora = read_lora(case.folder / case.args["file"])
+    params, _ = fuse(params, [(lora, case.args["strength"])], cfg)
+    model = mapping.build(partial(transformer.create, cfg), params)
+    v, a = forward(*nnx.split(model), *streams(case.inputs()), None)
+    # The first weight that such files adapt.
+    example = params["blocks"]["video_self"]["to_q"]["weight"][0]
+    return {"v_velocity": v, "a_velocity": a, "fused_example": example}
+
+
+RUNNERS = {"lora": run_lora}
