@@ -5,14 +5,17 @@ atomically under `<workdir>/checkpoints/<step>`. It restores onto any mesh.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from ltx2_jax import training
 from ltx2_jax.config import Config, from_json, to_json
 from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import abstract_state
 
 FOLDER = "checkpoints"
 
@@ -104,5 +107,71 @@ class Checkpoints:
         try:
             return self._checkpointer.load(step, abstract)
         except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.folder / str(step)} does not hold {what}: {reason}") from error
+            raise UserError(
+                f"{self.folder / str(step)} does not hold {what}: {_first_line(error)}"
+            ) from error
+
+
+def weights_of_run(
+    workdir: str | Path, mesh: jax.sharding.Mesh, *, step: int | None = None, average: bool = True
+) -> tuple[Config, dict[str, Any], int]:
+    """Config, weights on `mesh` and step of a training run: averaged weights if it averaged.
+
+    Args:
+      workdir: of the run.
+      mesh: where the weights go.
+      step: of the checkpoint; the newest when None.
+      average: False takes the last weights even if there are averaged ones.
+
+    Raises:
+      UserError: no workdir, no checkpoint there, or none of `step`.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        if step is None or not (checkpoints.folder / str(step)).is_dir():
+            raise UserError(f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there")
+        config = checkpoints.config(step)
+        name = "ema" if average and config.optim.ema_decay is not None else "params"
+        create = partial(training.init_params, config=config)
+        abstract = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
+        return config, checkpoints.restore_part(step, {name: abstract})[name], step
+
+
+# ---------------------------------------------------------------------------------- weights by name
+
+
+def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
+    """Writes arrays by name into a folder that does not exist; an OSError is the disk's."""
+    ocp.save(folder.resolve(), arrays)
+
+
+def describe_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype of what `save_arrays` wrote.
+
+    Raises:
+      UserError: no such folder, or another one.
+    """
+    try:
+        stored = ocp.metadata(folder.resolve()).metadata
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise UserError(f"{folder}: is no checkpoint of arrays ({_first_line(error)})") from None
+
+
+def load_arrays(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Arrays with the dtypes and shardings of `abstract`, which names all or some of them.
+
+    Raises:
+      UserError: the folder holds others, or cannot be read.
+    """
+    names = describe_arrays(folder)
+    wanted = {name: abstract.get(name, ocp.PLACEHOLDER) for name in names}
+    try:
+        arrays = ocp.load(folder.resolve(), wanted)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error
+    return {name: arrays[name] for name in abstract}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

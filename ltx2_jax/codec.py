@@ -34,7 +34,8 @@ from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.video_codec import AUTOMATIC, DiffusionVideoCodec, VideoCodec
 from ltx2_jax.weights import diffusion_decoder as decoder_weights
 from ltx2_jax.weights import hub
-from ltx2_jax.weights.release import Release, open_release
+from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.tensor_files import read_metadata
 
 REFERENCE = "ltx2_jax.released_codec.1"  # the number changes with the file's layout

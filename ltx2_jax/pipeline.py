@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ltx2_jax import training
 from ltx2_jax.caption_encoder import caption_features, load_caption_encoder
-from ltx2_jax.checkpoint import Checkpoints
+from ltx2_jax.checkpoint import weights_of_run
 from ltx2_jax.checks import check_mesh
 from ltx2_jax.clips import decode_clip, write_clip
 from ltx2_jax.codec import load_codec
@@ -34,10 +34,9 @@ from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
-from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.transformer import Modality
-from ltx2_jax.sharding import abstract_state, make_mesh, pin
+from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
 
@@ -90,17 +89,7 @@ class Pipeline:
           UserError: no workdir, no checkpoint there, or none of `step`.
         """
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        with Checkpoints(workdir) as checkpoints:
-            step = checkpoints.latest_step if step is None else step
-            if step is None or not (checkpoints.folder / str(step)).is_dir():
-                raise UserError(
-                    f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there"
-                )
-            config = checkpoints.config(step)
-            name = "params" if config.optim.ema_decay is None else "ema"
-            create = partial(training.init_params, config=config)
-            abstract = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
-            params = checkpoints.restore_part(step, {name: abstract})[name]
+        config, params, _ = weights_of_run(workdir, mesh, step=step)
         return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh, text_cache)
 
     @classmethod

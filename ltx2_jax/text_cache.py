@@ -31,7 +31,8 @@ from ltx2_jax.text_encoder import LENGTH, TextEncoder, write_reference
 from ltx2_jax.tokenizer import FILES, check_text
 from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
-from ltx2_jax.weights.release import Release, open_release
+from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.release import Release
 
 VERSION = 1  # of a file's layout
 

@@ -36,7 +36,7 @@ from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import gemma as gemma_weights
 from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
-from ltx2_jax.weights.release import open_release
+from ltx2_jax.weights.opening import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
 REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout

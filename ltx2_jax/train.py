@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,9 @@ from ltx2_jax.files import replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
+from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.sync import sync_report
+from ltx2_jax.weights import initial
 
 EPILOG = """\
 example:
@@ -49,6 +50,7 @@ def main(config: Config) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
     checks.check_batch(config, mesh)
     checks.check_text(config)
+    initial.check(config)
     if config.data.path is None:
         checks.check_synthetic(config, mesh)
     else:
@@ -80,10 +82,14 @@ def main(config: Config) -> None:
         key = jax.random.key(config.seed)
         abstract = abstract_state(create, key, mesh=mesh)
         describe(config, records, abstract, mesh, start)
-        # Resume order: 1. the newest checkpoint of this workdir; 2. fresh weights.
+        # Resume order: 1. the newest checkpoint of this workdir; 2. given weights; 3. fresh ones.
         if start:
             state = checkpoints.restore(start, abstract)
             seek(examples, checkpoints.data_position(start))
+        elif config.init_from is not None:
+            params = initial.load(config, mesh)
+            around = partial(training.state_of, config=config)
+            state = jax.jit(around, donate_argnums=0)(params)
         else:
             state = jax.jit(create)(key)
         train_step = training.make_train_step(config, codec.video.strides)
@@ -203,24 +209,6 @@ def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> training.Bat
 
 
 # -------------------------------------------------------------------------------------------- loop
-
-
-class StopSignals:
-    """While in context, SIGINT and SIGTERM set `requested`; a second SIGINT interrupts at once."""
-
-    def __enter__(self) -> "StopSignals":
-        self.requested = False
-        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _stop(self, number: int, _frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def step_timer(config: Config, records: Records) -> StepTimer:

@@ -59,7 +59,11 @@ def init_params(key: Array, config: Config) -> dict[str, Any]:
 
 def init_state(key: Array, config: Config) -> State:
     """Fresh parameters, moments, EMA copy and step 0; run it under jit, or eval_shape."""
-    params = init_params(key, config)
+    return state_of(init_params(key, config), config)
+
+
+def state_of(params: dict[str, Any], config: Config) -> State:
+    """The state of step 0 around given parameters."""
     state = {
         "params": params,
         "opt": optimizer(config).init(params),

@@ -23,7 +23,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.generation import Decoding
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights.release import open_release
+from ltx2_jax.weights.opening import open_release
 
 GOLDEN = Path(__file__).parent / "golden"
 GEMMA_3, GEMMA_4 = GOLDEN / "v2.0" / "gemma", GOLDEN / "v2.5" / "gemma"

@@ -19,7 +19,7 @@ from ltx2_jax.models.gemma import GEMMA_3_12B, Gemma
 from ltx2_jax.models.text_features import FEATURES_2_3, TextFeatures
 from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text_encoder import TextEncoder, TextModel
-from ltx2_jax.weights.release import open_release
+from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.text import check_text_encoder
 
 GOLDEN = Path(__file__).parent / "golden"

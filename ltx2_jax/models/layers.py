@@ -52,7 +52,7 @@ class Linear(nnx.Module):
         self.axes = axes
         self.weight = parameter(rngs, (n_out, n_in), axes[::-1], std=std)
         self.bias = parameter(rngs, (n_out,), (axes[1] or "fsdp",)) if bias else None
-        self.adapter: nnx.Module | None = None  # of `models.lora`
+        self.adapter = nnx.data(None)  # or one of `models.lora`
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""

@@ -41,7 +41,7 @@ def attach(model: nnx.Module, adapters: Mapping[Any, Any]) -> None:
       ValueError: an adapter where the model has no `Linear`, or one that does not fit it.
     """
     for path, linear in _linears(model):
-        linear.adapter = None
+        linear.adapter = nnx.data(None)
         adapter: Any = adapters
         for part in path:
             adapter = adapter.get(part, {}) if isinstance(adapter, Mapping) else {}
@@ -53,7 +53,7 @@ def attach(model: nnx.Module, adapters: Mapping[Any, Any]) -> None:
                 f"adapter of {'.'.join(map(str, path))}: {adapter['a'].shape} and "
                 f"{adapter['b'].shape} do not fit [{n_out}, {n_in}]"
             )
-        linear.adapter = LowRank(adapter["a"], adapter["b"], linear.axes)
+        linear.adapter = nnx.data(LowRank(adapter["a"], adapter["b"], linear.axes))
 
 
 def _linears(model: nnx.Module) -> list[tuple[tuple[Any, ...], Linear]]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
 from ltx2_jax.models.transformer import PRESETS, TransformerConfig
-from ltx2_jax.sharding import pin, sharding_of
+from ltx2_jax.sharding import sharding_of
 from ltx2_jax.weights import mapping, transformer, versions
 from ltx2_jax.weights.mapping import Parameter, in_short
 from ltx2_jax.weights.tensor_files import TensorFile, layout, write_rows
@@ -164,9 +164,9 @@ def _modules() -> dict[str, str]:
     return names
 
 
-def _matrices(cfg: TransformerConfig, where: Any = None) -> list[Parameter]:
+def _matrices(cfg: TransformerConfig) -> list[Parameter]:
     """The weights of linear maps."""
-    found = mapping.parameters(functools.partial(transformer.create, cfg), transformer.TABLE, where)
+    found = mapping.parameters(functools.partial(transformer.create, cfg), transformer.TABLE)
     return [p for p in found if p.path[-1] == "weight" and len(p.inner_shape) == 2]
 
 
@@ -237,32 +237,29 @@ def check(lora: Lora, config: TransformerConfig, generation: str = "") -> None:
         )
 
 
-def _stacks(
-    loras: Sequence[tuple[Lora, float]], config: TransformerConfig, where: Any = None
-) -> dict[Parameter, tuple[np.ndarray, np.ndarray]]:
-    """Parameter -> a [L, r, in] and b [L, out, r] of all LoRAs, strengths and scales in b, float32.
+def _stacked(
+    parameter: Parameter, loras: Sequence[tuple[Lora, float]]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """a [L, r, in] and b [L, out, r] of all LoRAs, strengths and scales in b, float32; or None.
 
-    Without the layer axis for parameters that are not stacked. Layers that have less rank than
+    Without the layer axis for a parameter that is not stacked. Layers that have less rank than
     others, or none, end with zeros.
     """
-    stacks = {}
-    for parameter in _matrices(config, where):
-        rows, columns = parameter.official_shape
-        layers = []
-        for name in parameter.names:
-            module = name.removesuffix(".weight")
-            found = [(lora.targets[module], s) for lora, s in loras if module in lora.targets]
-            a = [t.a.astype(np.float32) for t, _ in found] or [np.zeros((0, columns), np.float32)]
-            b = [t.b.astype(np.float32) * np.float32(s * t.scale) for t, s in found]
-            b = b or [np.zeros((rows, 0), np.float32)]
-            layers.append((np.concatenate(a), np.concatenate(b, axis=1)))
-        rank = max(a.shape[0] for a, _ in layers)
-        if rank == 0:
-            continue
-        a = np.stack([np.pad(a, ((0, rank - a.shape[0]), (0, 0))) for a, _ in layers])
-        b = np.stack([np.pad(b, ((0, 0), (0, rank - b.shape[1]))) for _, b in layers])
-        stacks[parameter] = (a, b) if parameter.stacked else (a[0], b[0])
-    return stacks
+    modules = [name.removesuffix(".weight") for name in parameter.names]
+    if not any(module in lora.targets for module in modules for lora, _ in loras):
+        return None
+    rows, columns = parameter.official_shape
+    layers = []
+    for module in modules:
+        found = [(lora.targets[module], s) for lora, s in loras if module in lora.targets]
+        a = [t.a.astype(np.float32) for t, _ in found] or [np.zeros((0, columns), np.float32)]
+        b = [t.b.astype(np.float32) * np.float32(s * t.scale) for t, s in found]
+        b = b or [np.zeros((rows, 0), np.float32)]
+        layers.append((np.concatenate(a), np.concatenate(b, axis=1)))
+    rank = max(a.shape[0] for a, _ in layers)
+    a = np.stack([np.pad(a, ((0, rank - a.shape[0]), (0, 0))) for a, _ in layers])
+    b = np.stack([np.pad(b, ((0, 0), (0, rank - b.shape[1]))) for _, b in layers])
+    return (a, b) if parameter.stacked else (a[0], b[0])
 
 
 # ------------------------------------------------------------------------------------------ fusing
@@ -292,15 +289,29 @@ def fuse(
     Raises:
       UserError: a LoRA that does not fit; see `check`.
     """
+    leaves = mapping.leaves(params)
+    stream = [(p, leaves[p.path]) for p in _matrices(config)]
+    originals = {}
+    for parameter, fused in fuse_stream(stream, loras, config):
+        before = leaves[parameter.path]
+        if fused is not before:
+            originals[parameter.path] = _on_host(before) if offload else before
+            leaves[parameter.path] = fused
+    return mapping.nested(leaves), originals
+
+
+def fuse_stream(
+    stream: Iterable[tuple[Parameter, jax.Array]],
+    loras: Sequence[tuple[Lora, float]],
+    config: TransformerConfig,
+) -> Iterator[tuple[Parameter, jax.Array]]:
+    """`fuse`, one parameter at a time; those that no LoRA adapts come as they are."""
     for lora, _ in loras:
         check(lora, config)
-    fused = mapping.leaves(params)
-    originals = {}
-    for parameter, (a, b) in _stacks(loras, config).items():
-        weight = fused[parameter.path]
-        fused[parameter.path] = _fuse(parameter.stacked)(weight, a, b)
-        originals[parameter.path] = _on_host(weight) if offload else weight
-    return mapping.nested(fused), originals
+    for parameter, weight in stream:
+        if (pair := _stacked(parameter, loras)) is not None:
+            weight = _fuse(parameter.stacked)(weight, *pair)
+        yield parameter, weight
 
 
 def unfuse(params: Mapping[Any, Any], originals: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -314,8 +325,8 @@ def unfuse(params: Mapping[Any, Any], originals: Mapping[Any, Any]) -> dict[Any,
 def _fuse(stacked: bool) -> Any:
     def one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         where = jax.typeof(weight).sharding
-        spec = None if where.mesh.empty else where.spec
-        delta = jnp.einsum("or,ri->oi", b, a, precision="highest", out_sharding=spec)
+        where = None if where.mesh.empty else where
+        delta = jnp.einsum("or,ri->oi", b, a, precision="highest", out_sharding=where)
         return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
     def layers(*stacks: jax.Array) -> jax.Array:
@@ -354,8 +365,8 @@ def adapters(
         check(lora, config)
     home = sharding_of(where) if isinstance(where, jax.sharding.Mesh) else where
     tree: dict[Any, Any] = {}
-    for parameter, pair in _stacks(loras, config).items():
-        for name, value in zip("ab", pair, strict=True):
+    for parameter in _matrices(config):
+        for name, value in zip("ab", _stacked(parameter, loras) or (), strict=False):
             value = jax.device_put(value.astype(dtype), home)
             mapping.insert(tree, (*parameter.path[:-1], name), value)
     return tree
@@ -430,7 +441,7 @@ def extract(
     before, after = mapping.leaves(base), mapping.leaves(tuned)
     targets, missed, total = {}, 0.0, 0.0
     found = _matrices(config)
-    for parameter in tqdm(found, desc="extracting", disable=not progress):
+    for parameter in tqdm(found, desc="extracting", disable=None if progress else True):
         old, new = before[parameter.path], after[parameter.path]
         for i, name in enumerate(parameter.names):
             pair = (old[i], new[i]) if parameter.stacked else (old, new)
@@ -448,7 +459,6 @@ def _decompose(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """a [r, in], b [out, r], the squared norm that b @ a misses of new - old, and that of all."""
     delta = new.astype(jnp.float32) - old.astype(jnp.float32)
-    delta = pin(delta, None, None)
     rank = min(rank, *delta.shape)
     with jax.default_matmul_precision("highest"):
         width = min(rank + 8, *delta.shape)

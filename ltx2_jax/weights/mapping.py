@@ -152,6 +152,11 @@ def leaves(tree: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
     return {tuple(entry.key for entry in path): leaf for path, leaf in found}
 
 
+def tree(found: Iterable[tuple[Parameter, Any]]) -> dict[Any, Any]:
+    """Parameters and their values -> the nested dict of the values."""
+    return nested({parameter.path: value for parameter, value in found})
+
+
 def nested(values: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
     """The inverse of `leaves`."""
     tree: dict[Any, Any] = {}

@@ -80,6 +80,14 @@ def _features(section: Mapping[str, Any], shapes: Shapes, **overrides: Any) -> T
     return text.text_features_config(section, width=width, num_layers=layers, **overrides)
 
 
+def _connectors(section: Mapping[str, Any], shapes: Shapes, **overrides: Any) -> Any:
+    """Released ones have 128 registers whatever the config says; a model trained here may not."""
+    registers = shapes.get("video_embeddings_connector.learnable_registers", (None,))[0]
+    if registers is not None:
+        overrides = {"registers": registers} | overrides
+    return text.connector_configs(section, **overrides)
+
+
 NETWORKS: dict[str, Network] = {
     "transformer": Network(
         "transformer",
@@ -90,7 +98,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "connectors": Network(
         "transformer",
-        _ignoring_shapes(text.connector_configs),
+        _connectors,
         text.create_connectors,
         _of_table(text.create_connectors, text.CONNECTORS),
         unread=_QUANTIZATION,

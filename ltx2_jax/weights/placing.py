@@ -23,12 +23,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
-from ltx2_jax.weights.mapping import SAME, Parameter, in_short, insert
+from ltx2_jax.weights.mapping import SAME, Parameter, in_short
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 
 PIECE_BYTES = 2**29  # of a stack, that a host reads and hands over at a time
 READ_BYTES = 2**22  # of a system call: what it brings is checked while it is in the cache
-WHOLE_BYTES = 2**18  # smaller tensors are read whole by every host
+WHOLE_BYTES = 2**16  # smaller tensors are read whole by every host
 
 # Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
 _NOT_FINITE = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -47,15 +47,15 @@ class Source(NamedTuple):
         return self.file.tensors[self.name]
 
 
-def place(
+def stream(
     wanted: Sequence[Parameter],
     tensors: Mapping[str, Source],
     scales: Mapping[str, Source] | None = None,
     *,
     dtype: Any = None,
     progress: str | None = None,
-) -> dict[Any, Any]:
-    """Our parameter tree of jax arrays; `Release.parameters` has found that the tensors fit.
+) -> Iterator[tuple[Parameter, jax.Array]]:
+    """Our parameters as jax arrays, one by one; `Release.parameters` has found that all fit.
 
     Args:
       wanted: what to load; a leaf's sharding says where to, without one the default device.
@@ -73,17 +73,23 @@ def place(
     """
     loader = _Loader(tensors, scales or {}, dtype)
     total = sum(tensors[n].stored.nbytes for p in wanted for n in p.names if n in tensors)
-    bar = tqdm(desc=progress, total=total, unit="B", unit_scale=True, disable=progress is None)
-    tree: dict[Any, Any] = {}
+    bar = tqdm(
+        desc=progress, total=total, unit="B", unit_scale=True, disable=None if progress else True
+    )
     with bar, ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         for piece, array in loader.run(wanted, pool):
             bar.update(piece.nbytes)
             if piece.last:
-                insert(tree, piece.parameter.path, array)
+                yield piece.parameter, array
     if loader.not_finite:
         names = ", ".join(in_short(sorted(loader.not_finite)))
         warnings.warn(f"NaN or infinity in {names}", stacklevel=2)
-    return tree
+
+
+def dtype_for(parameter: Parameter, dtype: Any) -> np.dtype | None:
+    """What a `dtype` of `stream` says of one parameter."""
+    dtype = dtype(parameter) if inspect.isfunction(dtype) else dtype
+    return None if dtype is None else np.dtype(dtype)
 
 
 def finite(values: np.ndarray) -> bool:
@@ -164,7 +170,12 @@ class _Loader:
         first = 0
         while first < len(kinds):
             piece = _Piece(parameter, first, 1, kinds[first])
-            piece.sharding = _by_rows(parameter, piece.nbytes)
+            piece.sharding = by_rows(
+                automatic(_home(parameter)),
+                parameter.official_shape,
+                piece.nbytes,
+                stacked=parameter.stacked,
+            )
             most = len(kinds)
             if _platform(piece.sharding) != "cpu":
                 most = max(1, PIECE_BYTES // max(1, _local_bytes(piece)))
@@ -208,18 +219,18 @@ class _Loader:
             read.result()
         parameter = piece.parameter
         # Programs are shared by all parameters of one shape.
-        kind = replace(parameter, path=(), names=(), leaf=_shape_of(parameter.leaf))
+        kind = replace(parameter, path=(), names=(), leaf=shape_of(parameter.leaf))
         home, dtype = _home(parameter), self._result_dtype(parameter)
         if (piece.first == 0 and not piece.whole) or piece.dtype is None:
-            before = _zeros(kind.leaf.shape, dtype, _automatic(home))
+            before = _zeros(kind.leaf.shape, dtype, automatic(home))
         if piece.dtype is not None:
             raw = jax.make_array_from_callback(
                 piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
             )
-            before = self._converted(piece, raw, before, kind, dtype, _automatic(home))
+            before = self._converted(piece, raw, before, kind, dtype, automatic(home))
         piece.buffers.clear()
         before.block_until_ready()  # or buffers of several pieces would wait for their transfer
-        return _typed(before, home) if piece.last else before
+        return typed(before, home) if piece.last else before
 
     def _converted(
         self, piece: _Piece, raw: jax.Array, before: Any, kind: Parameter, dtype: Any, home: Any
@@ -243,9 +254,8 @@ class _Loader:
         return file.read(stored_name).astype(np.float32).reshape(-1)
 
     def _result_dtype(self, parameter: Parameter) -> np.dtype:
-        wanted = self.dtype(parameter) if inspect.isfunction(self.dtype) else self.dtype
-        if wanted is not None:
-            return np.dtype(wanted)
+        if (wanted := dtype_for(parameter, self.dtype)) is not None:
+            return wanted
         kinds = {_kind(self.tensors[n].stored) for n in parameter.names if n in self.tensors}
         kinds = {np.dtype(jnp.bfloat16) if kind in FLOAT8 else kind for kind in kinds}
         return np.dtype(jnp.result_type(*kinds)) if kinds else np.dtype("float32")
@@ -277,7 +287,8 @@ def _home(parameter: Parameter) -> Any:
     return SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
 
 
-def _automatic(sharding: Any) -> Any:
+def automatic(sharding: Any) -> Any:
+    """The same sharding under a mesh of Auto axes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     mesh = sharding.mesh
@@ -285,19 +296,21 @@ def _automatic(sharding: Any) -> Any:
     return NamedSharding(automatic, sharding.spec)
 
 
-def _by_rows(parameter: Parameter, nbytes: int) -> Any:
-    """A sharding of the official tensors that splits their rows over as many devices as divide."""
-    home = _automatic(_home(parameter))
+def by_rows(home: Any, shape: Sequence[int], nbytes: int, *, stacked: bool) -> Any:
+    """A sharding of an official tensor of `shape` by rows, over as many devices as divide them.
+
+    With a layer axis in front if it is stacked. `home` is where it lies, by an automatic mesh;
+    `nbytes` decides whether it is worth it.
+    """
     if not isinstance(home, NamedSharding):
         return home
     axes: tuple[str, ...] = ()
     if nbytes > WHOLE_BYTES:
         names, sizes = home.mesh.axis_names, home.mesh.shape
-        rows = parameter.official_shape[0]
         choices = [names[i:j] for i in range(len(names)) for j in range(i, len(names) + 1)]
         counts = {c: math.prod(sizes[name] for name in c) for c in choices}
-        axes = max((c for c in choices if rows % counts[c] == 0), key=counts.get)
-    return NamedSharding(home.mesh, PartitionSpec(*[None] * parameter.stacked, axes or None))
+        axes = max((c for c in choices if shape[0] % counts[c] == 0), key=counts.get)
+    return NamedSharding(home.mesh, PartitionSpec(*[None] * stacked, axes or None))
 
 
 def _local_bytes(piece: _Piece) -> int:
@@ -314,11 +327,12 @@ def _platform(sharding: Any) -> str:
     return next(iter(sharding.device_set)).platform
 
 
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Without the sharding, so that equal shapes share a program."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _typed(array: jax.Array, home: Any) -> jax.Array:
+def typed(array: jax.Array, home: Any) -> jax.Array:
     """The same buffers under the sharding `home`, which may be explicit."""
     if array.sharding == home:
         return array

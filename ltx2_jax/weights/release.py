@@ -1,7 +1,7 @@
 """Released files, in whatever layout: which networks they hold, and loading them.
 
-    release = open_release("ltx-2-19b-dev.safetensors")
-    config, params = release.load("transformer", make_mesh(model=4))
+    with open_release("ltx-2-19b-dev.safetensors") as release:
+        config, params = release.load("transformer", make_mesh(model=4))
 
 The single-file layout has all networks under prefixes, the split pack of 2.5 one or two in a file;
 a fine-tune may be the transformer alone, without prefix and metadata. The `config` JSON in a file's
@@ -10,20 +10,19 @@ Source: `ltx_core/model/*/model_configurator.py` (prefixes), `ltx_core/loader` (
 """
 
 import json
-import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.weights import gemma, hub, mapping, placing, text, transformer, versions
+from ltx2_jax.weights import gemma, mapping, placing, text, transformer, versions
 from ltx2_jax.weights.networks import BESIDE_TEXT, NETWORKS
 from ltx2_jax.weights.placing import FLOAT8, Source
 from ltx2_jax.weights.tensor_files import DTYPES, TensorFile
@@ -65,7 +64,7 @@ class Held:
 
 
 class Release:
-    """Open files of a release; `open_release` makes one. Use as a context manager, or `close` it.
+    """Open files of a release, which `opening.open_release` gives; close it, or use it in a `with`.
 
     Attributes:
       files: all of them.
@@ -73,17 +72,23 @@ class Release:
       beside: tensors that belong to no network, by their full names: see `BESIDE_TEXT`.
     """
 
-    def __init__(self, files: Sequence[TensorFile], gemma_config: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        files: Sequence[TensorFile],
+        name: str,
+        gemma_config: Mapping[str, Any] | None = None,
+    ):
         """
         Args:
           files: open ones.
+          name: of all of them, for messages.
           gemma_config: the language model's, where the files do not have it.
 
         Raises:
           UserError: metadata that is not JSON, a tensor that is in two files or belongs to nothing
             known, no network at all.
         """
-        self.files = list(files)
+        self.files, self.name = list(files), name
         self.networks: dict[str, Held] = {}
         self.beside: dict[str, Source] = {}
         self._gemma_config = gemma_config
@@ -96,11 +101,6 @@ class Release:
             _take_scales(held)
 
     # ---- what is there ---------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The files, for messages."""
-        return ", ".join(str(file.path) for file in self.files)
 
     def metadata(self, network: str) -> dict[str, Any]:
         """Metadata of the file that describes a network: its JSON parsed, the rest text."""
@@ -160,6 +160,13 @@ class Release:
         # Once is enough.
         self._metadata[held.file.path].setdefault("config", {})["transformer"] = section
         return section
+
+    def describe_by(self, base: "Release") -> None:
+        """Takes the config of the transformer from `base` if these files have none."""
+        held = self.networks.get("transformer")
+        if held is not None and "config" not in self._metadata[held.file.path]:
+            section = base.section("transformer")
+            self._metadata[held.file.path]["config"] = {"transformer": section}
 
     def config(self, network: str, **overrides: Any) -> Any:
         """Our config of a network; `overrides` are our own fields (dtype, remat, ...).
@@ -225,15 +232,22 @@ class Release:
         """
         config = config or self.config(network, **overrides)
         wanted = self.parameters(network, config, where)
+        label = network if progress else None
+        return config, mapping.tree(self.stream(network, wanted, param_dtype, progress=label))
+
+    def stream(
+        self,
+        network: str,
+        wanted: Sequence[mapping.Parameter],
+        param_dtype: Any = None,
+        *,
+        progress: str | None = None,
+    ) -> Iterator[tuple[mapping.Parameter, jax.Array]]:
+        """What `load` gives, one parameter at a time: `wanted` is what `parameters` gave."""
         held = self.networks[network]
-        tree = placing.place(
-            wanted,
-            held.tensors,
-            held.scales,
-            dtype=param_dtype,
-            progress=network if progress else None,
+        return placing.stream(
+            wanted, held.tensors, held.scales, dtype=param_dtype, progress=progress
         )
-        return config, tree
 
     def module(self, network: str, where: Any = None, **settings: Any) -> nnx.Module:
         """The network with its weights; `settings` and errors are those of `load`."""
@@ -259,6 +273,8 @@ class Release:
         return self.networks[network]
 
     def _sort(self, file: TensorFile) -> None:
+        if looks_like_lora(file.tensors):
+            raise UserError(f"{file.path}: is a LoRA file, not a model")
         unknown = []
         bare = _bare_network(file)
         for name in file.tensors:
@@ -291,39 +307,10 @@ class Release:
         part[name] = source
 
 
-def open_release(*sources: str | os.PathLike) -> Release:
-    """Opens released files.
-
-    Args:
-      sources: files; folders, for all files in them (a Hugging Face folder with config.json for its
-        language model); or names on the Hugging Face Hub, as `hub.fetch` takes them.
-
-    Raises:
-      UserError: a source that is missing or not what it should be; see `Release`.
-    """
-    paths: list[Path] = []
-    gemma_config = None
-    for source in sources:
-        path = hub.fetch(source)
-        if not path.is_dir():
-            paths.append(path)
-        elif (path / "config.json").is_file():
-            gemma_config = gemma.read_json(path / "config.json")
-            paths += gemma.weight_files(path)
-        else:
-            found = sorted(p for p in path.rglob("*.safetensors") if not p.name.startswith("."))
-            if not found:
-                raise UserError(f"{path}: has no safetensors files")
-            paths += found
-    files: list[TensorFile] = []
-    try:
-        for path in paths:
-            files.append(TensorFile(path))
-        return Release(files, gemma_config)
-    except UserError:
-        for file in files:
-            file.close()
-        raise
+def looks_like_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of an adapter, of any kind."""
+    kinds = r"lora_(A|B|up|down)\b|\blora\.(up|down)\.|hada_w|lokr_w|dora_scale"
+    return any(re.search(kinds, name) for name in names)
 
 
 def parsed_metadata(file: TensorFile) -> dict[str, Any]:
@@ -391,8 +378,6 @@ def _take_scales(held: Held) -> None:
 def _what_else(file: TensorFile) -> str:
     """What a file without a known network is, for an error."""
     names = list(file.tensors)
-    if any(re.search(r"lora_(A|B|up|down)|\.lora\.", name) for name in names):
-        return "is a LoRA file, not a model (convert takes it as --lora)"
     if any(
         name.startswith(("time_embed.", "proj_in.", "transformer.time_embed.")) for name in names
     ):

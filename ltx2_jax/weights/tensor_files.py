@@ -26,22 +26,23 @@ from ltx2_jax.files import reason
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
+# In the order of the format's own list, by which writers sort.
 DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
+    "BOOL": np.dtype("bool"),
+    "U8": np.dtype("uint8"),
+    "I8": np.dtype("int8"),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I16": np.dtype("int16"),
+    "U16": np.dtype("uint16"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype("int64"),
     "I32": np.dtype("int32"),
-    "I16": np.dtype("int16"),
-    "I8": np.dtype("int8"),
-    "U64": np.dtype("uint64"),
     "U32": np.dtype("uint32"),
-    "U16": np.dtype("uint16"),
-    "U8": np.dtype("uint8"),
-    "BOOL": np.dtype("bool"),
+    "F32": np.dtype("float32"),
+    "F64": np.dtype("float64"),
+    "I64": np.dtype("int64"),
+    "U64": np.dtype("uint64"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -226,12 +227,13 @@ def layout(
 ) -> Layout:
     """The layout of a file with `tensors`, name -> (dtype, shape).
 
-    Wide dtypes first, then by name, as the `safetensors` package does it: every tensor starts at a
-    multiple of the size of its numbers, which some readers need.
+    Wide dtypes first, then by name, exactly as the `safetensors` package does it: every tensor
+    starts at a multiple of the size of its numbers, which some readers need.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     at, places = 0, {}
-    for name in sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name)):
+    order = list(DTYPES.values())
+    for name in sorted(tensors, key=lambda n: (-order.index(np.dtype(tensors[n][0])), n)):
         dtype, shape = tensors[name]
         stored = Stored(np.dtype(dtype), tuple(shape), at)
         places[name] = stored

@@ -21,23 +21,17 @@ from ltx2_jax.models.gemma_layers import GemmaConfig
 from ltx2_jax.models.text_features import TextFeatures, TextFeaturesConfig
 from ltx2_jax.weights import mapping, versions
 from ltx2_jax.weights.mapping import Parameter, inside
-from ltx2_jax.weights.transformer import ATTENTION, FEED_FORWARD
+from ltx2_jax.weights.transformer import ATTENTION, CAPTIONS_BEFORE, FEED_FORWARD
 
 # ---- config --------------------------------------------------------------------------------------
-
-# None of these keys: V1 (2.0). All of them with these values: V2 (2.3, 2.5).
-V2_KEYS = {
-    "caption_proj_before_connector": True,
-    "caption_projection_first_linear": False,
-    "caption_proj_input_norm": False,
-    "caption_projection_second_linear": False,
-}
 
 
 def text_features_config(
     transformer: Mapping[str, Any], *, width: int, num_layers: int, **overrides: Any
 ) -> TextFeaturesConfig:
     """The `transformer` section of a released config -> `TextFeaturesConfig`.
+
+    None of `CAPTIONS_BEFORE`: V1 (2.0). All of it: V2 (2.3, 2.5).
 
     Args:
       transformer: the section.
@@ -49,10 +43,10 @@ def text_features_config(
       UserError: the section asks for features that are neither V1 nor V2.
     """
     fields: dict[str, Any] = {"width": width, "num_states": num_layers + 1, "video_dim": width}
-    given = {key: transformer[key] for key in V2_KEYS if key in transformer}
+    given = {key: transformer[key] for key in CAPTIONS_BEFORE if key in transformer}
     if not given:
         return TextFeaturesConfig(**(fields | overrides))
-    missing = [key for key in V2_KEYS if key not in given]
+    missing = [key for key in CAPTIONS_BEFORE if key not in given]
     if missing:
         raise UserError(
             f"unsupported text features: the config has {', '.join(given)} but not "
@@ -60,7 +54,7 @@ def text_features_config(
         )
     wrong = [
         f"{key}={given[key]!r} (only {value!r} is implemented)"
-        for key, value in V2_KEYS.items()
+        for key, value in CAPTIONS_BEFORE.items()
         if given[key] != value
     ]
     if wrong:
@@ -86,7 +80,7 @@ def guessed_section(shapes: Mapping[str, tuple[int, ...]], width: int) -> dict[s
     for stream, prefix in (("video", ""), ("audio", "audio_")):
         shape = shapes.get(f"{stream}_aggregate_embed.weight")
         if shape is not None:
-            section |= V2_KEYS
+            section |= CAPTIONS_BEFORE
             section |= {f"{prefix}num_attention_heads": 1, f"{prefix}attention_head_dim": shape[0]}
     return section
 
@@ -131,6 +125,25 @@ def connector_configs(
         ConnectorConfig(**(shared | video | overrides)),
         ConnectorConfig(**(shared | audio | overrides)),
     )
+
+
+def section_of(video: ConnectorConfig, audio: ConnectorConfig) -> dict[str, Any]:
+    """The part of the `transformer` section that describes connectors."""
+    sizes = {
+        f"{prefix}connector_{key}": getattr(cfg, field)
+        for prefix, cfg in (("", video), ("audio_", audio))
+        for key, field in (
+            ("num_layers", "num_layers"),
+            ("num_attention_heads", "num_heads"),
+            ("attention_head_dim", "head_dim"),
+        )
+    }
+    return sizes | {
+        "connector_num_learnable_registers": video.registers,
+        "connector_positional_embedding_max_pos": [video.max_pos],
+        "connector_apply_gated_attention": video.gated_attention,
+        "connector_ff_bias": video.ff_bias,
+    }
 
 
 # ---- which text encoder fits ---------------------------------------------------------------------

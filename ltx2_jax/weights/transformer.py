@@ -120,6 +120,14 @@ CONFIG_FIELDS = {
     "use_keyframes_abs_pos_embedding": ("keyframe_embedding", False),
 }
 
+# Captions are projected before the connectors, not inside (2.3, 2.5): all of these, or none.
+CAPTIONS_BEFORE = {
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
+    "caption_proj_input_norm": False,
+    "caption_projection_second_linear": False,
+}
+
 # Any other value of these means a network that this code does not compute.
 ASSERTED = {
     "dropout": 0.0,
@@ -169,6 +177,25 @@ def transformer_config(metadata: Mapping[str, Any], **overrides: Any) -> Transfo
     return TransformerConfig(**(fields | overrides))
 
 
+def section_of(cfg: TransformerConfig) -> dict[str, Any]:
+    """The `transformer` section that describes a config, the inverse of `transformer_config`.
+
+    Raises:
+      UserError: a network that the official code does not have.
+    """
+    if not cfg.audio_video_attention:
+        raise UserError("no official transformer is without audio_video_attention")
+    if cfg.ff_mult != 4:
+        raise UserError(f"ff_mult={cfg.ff_mult}: official transformers have 4")
+    section: dict[str, Any] = {"_class_name": "AVTransformer3DModel"} | ASSERTED
+    for key, (ours, _) in CONFIG_FIELDS.items():
+        value = getattr(cfg, ours)
+        section[key] = list(value) if isinstance(value, tuple) else value
+    if cfg.caption_channels is None:
+        return section | CAPTIONS_BEFORE
+    return section | {"caption_channels": cfg.caption_channels}
+
+
 # What every released file says; the rest of a guessed section follows from names and shapes.
 _RELEASED = {
     "frequencies_precision": "float64",
@@ -181,9 +208,6 @@ _CONNECTORS_2_3 = {
     "connector_attention_head_dim": 128,
     "audio_connector_attention_head_dim": 64,
     "connector_apply_gated_attention": True,
-    "caption_projection_first_linear": False,
-    "caption_proj_input_norm": False,
-    "caption_projection_second_linear": False,
 }
 
 
@@ -229,5 +253,5 @@ def guessed_section(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
     caption = shapes.get("caption_projection.linear_1.weight")
     if caption is None:
-        return section | _CONNECTORS_2_3 | {"caption_proj_before_connector": True}
+        return section | _CONNECTORS_2_3 | CAPTIONS_BEFORE
     return section | {"caption_channels": caption[1]}

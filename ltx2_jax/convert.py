@@ -1,0 +1,238 @@
+"""Weights between layouts, LoRA files in and out of them: python -m ltx2_jax.convert --help."""
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ltx2_jax import checkpoint
+from ltx2_jax.arguments import count
+from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.weights import export, hub, report
+from ltx2_jax.weights import lora as loras
+from ltx2_jax.weights.folder import WeightsFolder
+from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.release import Release, looks_like_lora
+from ltx2_jax.weights.tensor_files import TensorFile
+
+DESCRIPTION = """\
+Convert weights between the official layout and ours, merge and extract LoRA files, look into files.
+
+SRC is an official file, several of them (a split pack), a folder of files, a name on the Hugging
+Face Hub, a folder of weights that this command wrote, the workdir of a training run, or a LoRA
+file. DST ending in .safetensors becomes an official file; any other DST becomes a folder of weights
+in our layout, which restores onto any mesh. DST appears whole or not at all, and is never replaced.
+"""
+
+EXAMPLE = """\
+example:
+  python -m ltx2_jax.convert ltx-2-19b-dev.safetensors weights/ltx-2-19b
+  python -m ltx2_jax.convert workdir/mine mine.safetensors --base ltx-2-19b-dev.safetensors \\
+      --dtype bfloat16
+  python -m ltx2_jax.convert ltx-2-19b-dev.safetensors merged.safetensors \\
+      --lora style.safetensors 0.8
+  python -m ltx2_jax.convert mine.safetensors mine-lora.safetensors \\
+      --extract-lora ltx-2-19b-dev.safetensors --rank 64
+  python -m ltx2_jax.convert kohya-lora.safetensors official-lora.safetensors
+  python -m ltx2_jax.convert --inspect ltx-2-19b-dev.safetensors style.safetensors
+"""
+
+
+def main(args: argparse.Namespace) -> None:
+    """Looks into files, or reads SRC and writes DST."""
+    if args.inspect:
+        for i, path in enumerate(args.paths):
+            print("\n" * (i > 0) + inspect(path))
+        return
+    if len(args.paths) < 2:
+        raise UserError("SRC and DST are needed (or --inspect)")
+    *sources, dst = args.paths
+    if Path(dst).exists():
+        raise UserError(f"{dst}: exists already")
+    if args.extract_lora:
+        extract_lora(sources, dst, args)
+    elif _is_lora(sources[0]):
+        _refuse(args, "lora", "base", "step")
+        if Path(dst).suffix != ".safetensors":
+            raise UserError(f"{dst}: a LoRA file ends in .safetensors")
+        loras.write_lora(dst, loras.read_lora(sources[0]), dtype=args.dtype or "bfloat16")
+    elif _is_workdir(sources[0]):
+        convert_run(sources[0], dst, args)
+    else:
+        _refuse(args, "step")
+        convert_release(sources, dst, args)
+    print(f"wrote {dst}")
+
+
+def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
+    """Released files, or a folder of weights, to either layout."""
+    official = Path(dst).suffix == ".safetensors"
+    with contextlib.ExitStack() as stack:
+        release = stack.enter_context(open_release(*sources))
+        raw: set[str] = set()
+        if official and not isinstance(release, WeightsFolder):
+            # What is not touched is copied byte by byte; LoRA files touch the transformer alone.
+            raw = set(release.networks) - ({"transformer"} if args.lora else set())
+        base = stack.enter_context(open_release(args.base)) if args.base else None
+        if base is not None:
+            release.describe_by(base)
+        out = export.of_release(release, param_dtype=args.dtype, raw=raw)
+        if args.lora:
+            _merge(out, release, args.lora)
+        _write(out if base is None else out.over(base), dst, official)
+
+
+def convert_run(workdir: str, dst: str, args: argparse.Namespace) -> None:
+    """The weights of a training run, with all other networks from --base."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config, params, step = checkpoint.weights_of_run(workdir, mesh, step=args.step)
+    print(f"{workdir}: weights of step {step}")
+    if args.lora:
+        raise UserError("--lora: convert the run first, then merge into the file")
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(open_release(args.base)) if args.base else None
+        out = export.of_run(config, params, base=base, param_dtype=args.dtype)
+        _write(out, dst, Path(dst).suffix == ".safetensors")
+
+
+def extract_lora(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
+    """The difference between two transformers as a LoRA file."""
+    if Path(dst).suffix != ".safetensors":
+        raise UserError(f"{dst}: a LoRA file ends in .safetensors")
+    base = args.extract_lora
+    with open_release(*sources) as tuned, open_release(base) as before:
+        config, other = tuned.config("transformer"), before.config("transformer")
+        if config != other:
+            raise UserError(f"{base}: is another transformer than {tuned.name}")
+        _, old = before.load("transformer", progress=True)
+        _, new = tuned.load("transformer", progress=True)
+        found, missed = loras.extract(old, new, config, args.rank, progress=True)
+        if not found.targets:
+            raise UserError(f"{base} and {tuned.name} have the same matrices")
+        version = {"model_version": tuned.version()} if tuned.version() else {}
+        found = loras.Lora(found.targets, version)
+        loras.write_lora(dst, found, dtype=args.dtype or "bfloat16")
+    print(f"{len(found.targets)} matrices; the squared difference that is left: {missed:.2%}")
+
+
+def inspect(path: str) -> str:
+    """What is in a file, folder or workdir, in lines."""
+    if _is_lora(path):
+        return report.of_lora(loras.read_lora(path))
+    if _is_workdir(path):
+        with checkpoint.Checkpoints(path) as checkpoints:
+            step = checkpoints.latest_step
+            if step is None:
+                raise UserError(f"{path}: no checkpoint there")
+            model = checkpoints.config(step).model
+        return f"{path}\n  training run, step {step}\n  {report.describe('transformer', model)}"
+    with open_release(path) as release:
+        return report.of_release(release)
+
+
+def _merge(out: export.Export, release: Release, given: Sequence[Sequence[str]]) -> None:
+    """Puts LoRA files into the transformer on its way."""
+    config = release.config("transformer")
+    pairs = []
+    for path, *strength in given:
+        lora = loras.read_lora(path)
+        loras.check(lora, config, release.generation("transformer"))
+        pairs.append((lora, _strength(strength)))
+    stream = out.streams["transformer"]
+    out.streams["transformer"] = lambda: loras.fuse_stream(stream(), pairs, config)
+    merged = [{"file": Path(path).name, "strength": _strength(rest)} for path, *rest in given]
+    out.metadata["merged_loras"] = json.dumps(merged)
+
+
+def _strength(given: Sequence[str]) -> float:
+    try:
+        (value,) = given or ("1",)
+        value = float(value)
+    except ValueError:
+        raise UserError(f"--lora: {' '.join(given)!r} is not one number, the strength") from None
+    if not np.isfinite(value):
+        raise UserError(f"--lora: strength {value} is not finite")
+    return value
+
+
+def _write(out: export.Export, dst: str, official: bool) -> None:
+    if official:
+        out.write(dst, progress=True)
+    else:
+        out.save(dst)
+
+
+def _is_lora(path: str) -> bool:
+    path = hub.fetch(path)
+    if not path.is_file():
+        return False
+    with TensorFile(path) as file:
+        return looks_like_lora(file.tensors)
+
+
+def _is_workdir(path: str) -> bool:
+    return (Path(path) / checkpoint.FOLDER).is_dir()
+
+
+def _refuse(args: argparse.Namespace, *flags: str) -> None:
+    for flag in flags:
+        if getattr(args, flag):
+            raise UserError(f"--{flag}: not for {args.paths[0]}")
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    args = _parser().parse_args(argv)
+    if not args.extract_lora:
+        # Conversion is work of the host; a single accelerator may not hold the weights.
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.simplefilter("always", UserWarning)
+            main(args)
+    except UserError as error:
+        print(f"convert: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"convert: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ltx2_jax.convert",
+        usage="%(prog)s SRC ... DST [options]\n       %(prog)s --inspect PATH ...",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="what to convert, and to what")
+    add("--inspect", action="store_true", help="print what is in every path, and write nothing")
+    add("--dtype", choices=("bfloat16", "float32"), help="of transformer and connectors, or a LoRA")
+    add("--base", metavar="FILE", help="a release to take from what SRC lacks (VAEs, vocoder, ...)")
+    add("--step", type=count, metavar="N", help="of a run: the checkpoint (default: the newest)")
+    add("--lora", nargs="+", action="append", default=[], metavar=("FILE", "STRENGTH"),
+        help="merge a LoRA file into the transformer (strength 1); may be given again")  # fmt: skip
+    add("--extract-lora", metavar="FILE", help="write the difference from FILE as a LoRA file")
+    add("--rank", type=count, default=64, metavar="N", help="of --extract-lora (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
