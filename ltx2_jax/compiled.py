@@ -162,7 +162,7 @@ def _only_moves(module: Module, instruction: Instruction) -> bool:
 def describe(facts: dict[str, Any]) -> str:
     """`program_facts` as lines."""
     lines = [
-        f"  FLOPs          {facts['flops'] / 1e12:,.2f} T per device, "
+        f"  as compiled    {facts['flops'] / 1e12:,.2f} TFLOP per device, "
         f"{facts['kernel_flops'] / 1e12:,.2f} T of them in kernels{_in_layers(facts)}",
         f"  HBM traffic    {facts['hbm_read_bytes'] / 2**30:,.1f} GiB read, "
         f"{facts['hbm_written_bytes'] / 2**30:,.1f} written per device",

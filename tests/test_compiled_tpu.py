@@ -163,6 +163,20 @@ def test_hbm_traffic_of_a_product_is_its_operands_and_its_result():
     assert facts["hbm_written_bytes"] == 2 * rows * 256
 
 
+@pytest.mark.parametrize("sizes", [(16, 1, 4), (32, 1, 2), (8, 2, 4)])
+def test_weights_are_gathered_by_gathers_however_the_mesh_lies_on_the_torus(sizes):
+    """Left to itself the compiler reduces zeros instead if data x sequence is no order of rings."""
+    mesh = make_mesh(*sizes, devices=tpu_devices("v5p:4x4x4"))
+    compiled = compile_for(
+        mesh, lambda w: jax.sharding.reshard(w, P()) * 2, array(mesh, (4096, 4096), FSDP)
+    )
+    facts = program_facts(compiled, mesh)
+    assert facts["collective_counts"] == {"all-gather": 1}
+    (row,) = facts["collectives"]
+    assert row["axes"] == ["data", "sequence"]
+    assert row["group"] == sizes[0] * sizes[2]
+
+
 def test_a_program_too_large_for_the_chip_is_told_in_numbers():
     mesh = make_mesh(4, 1, 1, devices=tpu_devices("v5e:2x2"))
     facts = compile_for(mesh, partial(jnp.add, 1.0), array(mesh, (2**17, 2**17)))
