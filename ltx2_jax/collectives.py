@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ltx2_jax.execution import Step, steps
+from ltx2_jax.execution import Step, in_layer_loop, steps
 from ltx2_jax.hlo import Computation, Instruction, Module
 from ltx2_jax.traffic import COLLECTIVES, counted_collectives, finished, share_of
 
@@ -167,12 +167,12 @@ def _mesh_groups(axes: str, device_ids: str | None, grouped: str) -> Groups:
 def table(found: Sequence[Collective], layers: int | None = None) -> list[dict]:
     """Collectives of one kind, dtype, axes and place as one row each, most bytes first.
 
-    "bytes" are of all executions together. "in_layers": inside a loop of `layers` rounds.
+    "bytes" are of all executions together. "in_layers": inside a loop over the layers.
     """
     rows: dict[tuple, dict] = {}
     for c in found:
-        in_layers = layers is not None and layers in c.trips
-        key = (c.kind, c.dtype, c.axes, c.group, in_layers, c.asynchronous)
+        inside = in_layer_loop(c.trips, layers)
+        key = (c.kind, c.dtype, c.axes, c.group, inside, c.asynchronous)
         names = ("kind", "dtype", "axes", "group", "in_layers", "asynchronous")
         row = rows.setdefault(key, {**dict(zip(names, key, strict=True)), "times": 0, "bytes": 0})
         row["times"] += c.times

@@ -7,6 +7,7 @@ every loop counted as often as it runs. `execution.py`, `traffic.py`, `collectiv
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ltx2_jax.execution import (
     Step,
     flops,
     head_width,
+    in_layer_loop,
     is_kernel,
     loops,
     steps,
@@ -39,7 +41,7 @@ def program_facts(
 ) -> dict[str, Any]:
     """Facts of one execution on one device of `mesh`; everything in it is JSON.
 
-    `layers` is the number of rounds that tells the loop over the layers from others; `model_flops`
+    `layers` is the number of rounds that tells a loop over the layers from others; `model_flops`
     what the model needs for the step on all devices together, for the MFU. `chip` is that of the
     mesh's devices unless given; a CPU has none, and its facts no "roofline".
     """
@@ -76,8 +78,8 @@ def module_facts(module: Module, layers: int | None = None) -> dict[str, Any]:
         totals["flops"] += work
         totals["hbm_read_bytes"] += step.times * read
         totals["hbm_written_bytes"] += step.times * written
-        totals["host_traffic_bytes"] += step.times * host_bytes(computation, instruction)
-        in_layers = layers is not None and layers in step.trips
+        totals["host_traffic_bytes"] += step.times * host_bytes(module, computation, instruction)
+        in_layers = in_layer_loop(step.trips, layers)
         if in_layers:
             totals["flops_in_layers"] += work
             totals["hbm_bytes_in_layers"] += step.times * (read + written)
@@ -101,7 +103,7 @@ def _count_kernel(
     in_layers: bool,
 ) -> None:
     """Adds a kernel's runs to those of the same name, head width and place."""
-    name = step.instruction.name.rstrip("0123456789").rstrip(".")
+    name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", step.instruction.name)
     width = head_width(step.computation, step.instruction)
     row = kernels.setdefault(
         (name, width, in_layers),
@@ -135,8 +137,9 @@ def _note_copy(
     size = sum(shape.padded_bytes for shape in result if shape.space == HBM)
     if source is None or source.opcode != "parameter" or size < LARGE:
         return
-    name = source.op_name or source.name
-    kind = "layout" if result[0].dtype == source.shapes[0].dtype else f"to {result[0].dtype}"
+    name, before = source.op_name or source.name, source.shapes[0]
+    kind = "layout" if result[0].layout != before.layout else "copy"
+    kind = kind if result[0].dtype == before.dtype else f"to {result[0].dtype}"
     row = copies.setdefault(f"{name} {kind}", {"parameter": name, "kind": kind, "bytes": 0})
     row["bytes"] += size
 
@@ -226,8 +229,12 @@ def _copy_lines(copies: list[dict[str, Any]], most: int = 3) -> list[str]:
 
 def _roofline_line(rates: str, times: dict[str, Any]) -> str:
     mfu = f", {times['mfu']:.1%} MFU" if "mfu" in times else ""
-    parts = ", ".join(f"{name} {_seconds(times[name])}" for name in ("compute", "hbm", "waited"))
-    return f"  {rates:<14} {_seconds(times['step'])} a step{mfu}: {parts} for the interconnect"
+    names = ("busy", "compute", "hbm", "waited", "stalled")
+    busy, compute, hbm, waited, stalled = (_seconds(times[name]) for name in names)
+    return (
+        f"  {rates:<14} {_seconds(times['step'])} a step{mfu}: busy {busy} (FLOPs {compute}, "
+        f"HBM {hbm}), waits {waited} for links, {stalled} for copies"
+    )
 
 
 def _seconds(value: float) -> str:

@@ -88,6 +88,15 @@ def _run(
             yield from _run(module, called[0], times, trips, True)
 
 
+def in_layer_loop(trips: tuple[int, ...], layers: int | None) -> bool:
+    """Whether one of the loops of `trips` rounds is over the `layers` of a model.
+
+    XLA takes the first or the last round out of a loop where that lets copies run ahead; such a
+    round counts as outside.
+    """
+    return layers is not None and any(max(2, layers - 2) <= count <= layers for count in trips)
+
+
 def dearest(module: Module, branches: list[Computation]) -> Computation:
     """The branch of a conditional that is taken to run: the one with the most FLOPs."""
     return max(branches, key=lambda branch: computation_flops(module, branch))

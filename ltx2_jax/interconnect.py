@@ -71,7 +71,7 @@ def seconds(collective: Collective, network: Network, *, ideal: bool) -> float:
     rate = chip.link * (1.0 if ideal else EFFICIENCY)
     box = _box(collective, network)
     moved = _bytes_per_link(collective, box)
-    return moved / rate + (0.0 if ideal else HOP_SECONDS * box.hops)
+    return float(moved / rate + (0.0 if ideal else HOP_SECONDS * box.hops))
 
 
 def _bytes_per_link(collective: Collective, box: _Box) -> float:

@@ -32,12 +32,14 @@ HBM_EFFICIENCY = 0.87  # of the nominal bandwidth: a copy on v7x (tpu-recipes, m
 class Times:
     """Seconds of a program or a part of it.
 
-    `elapsed` is on the program's own clock, `waited` what of it the program waits for the
-    interconnect. The others are sums over instructions, however those overlap.
+    `elapsed` is on the program's own clock: `busy`, `waited` for the interconnect, and `stalled`
+    for copies, to VMEM or the host. The others are sums over instructions, however those overlap.
     """
 
     elapsed: float = 0.0
+    busy: float = 0.0
     waited: float = 0.0
+    stalled: float = 0.0
     compute: float = 0.0
     hbm: float = 0.0
     host: float = 0.0
@@ -58,7 +60,7 @@ def roofline(
 ) -> dict[str, Any]:
     """Times of one execution of a program, {"ideal": {...}, "practical": {...}}, in seconds.
 
-    "step" is the estimate; "bound" names what it is mostly made of: compute, hbm or waited. Given
+    "step" is the estimate, "bound" the largest of compute, hbm, waited and stalled. Given
     the FLOPs that the model needs for a step on all devices together, "mfu" is their share of what
     the devices could do in that time.
     """
@@ -67,7 +69,7 @@ def roofline(
         times = Clock(module, mesh, network, ideal=rates == "ideal").run(module.entry)
         facts = dataclasses.asdict(times)
         step = max(facts.pop("elapsed"), times.hbm)
-        bound = max(("compute", "hbm", "waited"), key=facts.get)
+        bound = max(("compute", "hbm", "waited", "stalled"), key=facts.get)
         result[rates] = {"step": step, "bound": bound, **facts}
         if model_flops is not None:
             peak = network.chip.device_flops * math.prod(mesh.values())
@@ -96,7 +98,10 @@ class _Now:
     def wait(self, until: float, links: bool) -> None:
         behind = max(0.0, until - self.times.elapsed)
         self.times.elapsed += behind
-        self.times.waited += behind if links else 0.0
+        if links:
+            self.times.waited += behind
+        else:
+            self.times.stalled += behind
 
     def occupy(self, task: _Task) -> float:
         """Starts a task on its clocks; returns when it ends."""
@@ -134,6 +139,7 @@ class Clock:
                 now.wait(now.occupy(task), task.links)
             else:
                 now.times.elapsed += task.seconds
+                now.times.busy += task.seconds
         for end in now.under_way.values():
             now.wait(*end)
         return now.times
@@ -151,7 +157,7 @@ class Clock:
         if instruction.opcode.endswith("-start") and called:
             sums = self.run(called[0])
             task = _Task(sums.elapsed, sums, self._clocks(called[0]), sums.interconnect > 0)
-            task.sums = dataclasses.replace(sums, elapsed=0.0, waited=0.0)
+            task.sums = dataclasses.replace(sums, elapsed=0.0, busy=0.0, waited=0.0, stalled=0.0)
             return task
         compute, hbm, host = self._legs(computation, instruction)
         sums = Times(compute=compute, hbm=hbm, host=host)
@@ -186,7 +192,7 @@ class Clock:
         bandwidth = chip.device_hbm_bandwidth * (1.0 if self.ideal else HBM_EFFICIENCY)
         work = flops(self.module, computation, instruction)
         moved = sum(hbm_bytes(self.module, computation, instruction))
-        host = host_bytes(computation, instruction)
+        host = host_bytes(self.module, computation, instruction)
         return work / chip.device_flops / fraction, moved / bandwidth, host / chip.host_bandwidth
 
 

@@ -49,7 +49,8 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
                 "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
             ) from None
         raise UserError(
-            f"--topology={topology}: refused by the TPU compiler ({text:.200}); {_valid()}"
+            f"--topology={topology}: refused by the TPU compiler ({text:.200}); "
+            f"{_valid(name.split(':')[0])}"
         ) from None
 
 
@@ -58,12 +59,16 @@ def _request(topology: str) -> tuple[str, dict[str, Any]]:
     found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})", topology)
     generation = found and _ALIASES.get(found[1], found[1])
     if generation not in SLICES:
-        raise UserError(f"--topology={topology}: no such slice; {_valid()}")
+        part = topology.split(":")[0].split("-")[0]
+        known = _ALIASES.get(part, part)
+        raise UserError(f"--topology={topology}: no such slice; {_valid(known)}")
     chip = chips.CHIPS[SLICES[generation][0]]
     shape = tuple(int(size) for size in found[2].split("x"))
     if len(shape) != chip.torus:
         flat = "two" if chip.torus == 2 else "three"
-        raise UserError(f"--topology={topology}: {generation} slices have {flat} sizes; {_valid()}")
+        raise UserError(
+            f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
+        )
     # Left alone, libtpu takes every slice for a mesh without closed rings.
     options: dict[str, Any] = {"wrap": (*chips.wraps(chip, shape), False)[:3]}
     if generation == "v4":  # a chip's two cores as one device, as in jax on a v4
@@ -73,10 +78,13 @@ def _request(topology: str) -> tuple[str, dict[str, Any]]:
     return f"{generation}:{found[2]}", options
 
 
-def _valid() -> str:
+def _valid(generation: str | None = None) -> str:
     """The names that are accepted, for an error message."""
-    sizes = (f"{name}:{{{', '.join(sizes)}}}" for name, (_, sizes) in SLICES.items())
-    return f"slices are named GENERATION:SHAPE in chips, such as v5p:2x2x1: {'; '.join(sizes)}"
+    if generation in SLICES:
+        _, sizes = SLICES[generation]
+        return f"slices are {', '.join(f'{generation}:{size}' for size in sizes)}"
+    some = (f"{name}:{sizes[i]}" for name, (_, sizes) in SLICES.items() for i in (1, 4))
+    return f"slices are named GENERATION:SHAPE, in chips: {', '.join(some)}"
 
 
 def describe_counts(counts: dict[str, int]) -> str:

@@ -44,33 +44,32 @@ _MOVES = ("MoveToDevice", "MoveToHost")
 
 
 def hbm_bytes(
-    module: Module, computation: Computation, instruction: Instruction
+    module: Module, computation: Computation, instruction: Instruction, space: int = HBM
 ) -> tuple[float, float]:
-    """Bytes (read, written) of HBM by one run of an instruction."""
-    opcode, operands = instruction.opcode, computation.operands(instruction)
-    if _is_free(instruction) or (opcode.endswith("-start") and module.called(instruction)):
+    """Bytes (read, written) of HBM, or of another memory space, by one run of an instruction."""
+    operands = computation.operands(instruction)
+    opcode = instruction.opcode.removesuffix("-start")
+    if _is_free(instruction) or (opcode != instruction.opcode and module.called(instruction)):
         return 0.0, 0.0
     if opcode == "fusion":
-        return _fusion(module, instruction, operands)
+        return _fusion(module, instruction, operands, space)
     results = finished(computation, instruction).shapes
     if opcode == "custom-call":
-        return _custom_call(instruction, operands)
-    if opcode.removesuffix("-start") in _SLICES:
-        read = sum(shape.padded_bytes for shape in results) if _in_hbm(operands[0]) else 0
-        return float(read), _in_space(results)
+        return _custom_call(instruction, operands, space)
+    if opcode in _SLICES:
+        read = sum(s.padded_bytes for s in results) if _lies_in(operands[0], space) else 0
+        return float(read), _in_space(results, space)
     if opcode == "dynamic-update-slice":
         update = operands[1].shapes[0].padded_bytes
-        return _in_space(operands[1].shapes), float(update if _in_hbm(operands[0]) else 0)
-    return sum(_in_space(operand.shapes) for operand in operands), _in_space(results)
+        written = update if _lies_in(operands[0], space) else 0
+        return _in_space(operands[1].shapes, space), float(written)
+    read = sum(_in_space(operand.shapes, space) for operand in operands)
+    return read, _in_space(results, space)
 
 
-def host_bytes(computation: Computation, instruction: Instruction) -> float:
+def host_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
     """Bytes that one run of an instruction moves between the chip and its host's memory."""
-    if _is_free(instruction):
-        return 0.0
-    operands = computation.operands(instruction)
-    results = finished(computation, instruction).shapes
-    return sum(_in_space(x.shapes, HOST) for x in operands) + _in_space(results, HOST)
+    return sum(hbm_bytes(module, computation, instruction, HOST))
 
 
 def finished(computation: Computation, start: Instruction) -> Instruction:
@@ -127,38 +126,43 @@ def _is_free(instruction: Instruction) -> bool:
     return instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update"))
 
 
-def _in_space(shapes: Iterable[Shape], space: int = HBM) -> float:
+def _in_space(shapes: Iterable[Shape], space: int) -> float:
     return float(sum(shape.padded_bytes for shape in shapes if shape.space == space))
 
 
-def _in_hbm(instruction: Instruction) -> bool:
-    return any(shape.space == HBM for shape in instruction.shapes)
+def _lies_in(instruction: Instruction, space: int) -> bool:
+    return any(shape.space == space for shape in instruction.shapes)
 
 
-def _custom_call(instruction: Instruction, operands: list[Instruction]) -> tuple[float, float]:
-    read, written = sum(_in_space(x.shapes) for x in operands), _in_space(instruction.shapes)
+def _custom_call(
+    instruction: Instruction, operands: list[Instruction], space: int
+) -> tuple[float, float]:
+    read = sum(_in_space(x.shapes, space) for x in operands)
+    written = _in_space(instruction.shapes, space)
     estimate = instruction.config.get("custom_call_config", {}).get("cost_estimate", {})
-    return max(read, float(estimate.get("bytes_accessed", 0)) - written), written
+    if space == HBM:
+        read = max(read, float(estimate.get("bytes_accessed", 0)) - written)
+    return read, written
 
 
 # ---------------------------------------------------------------------------------------- fusions
 
 
 def _fusion(
-    module: Module, fusion: Instruction, operands: list[Instruction]
+    module: Module, fusion: Instruction, operands: list[Instruction], space: int
 ) -> tuple[float, float]:
     inner = module.called(fusion)[0]
     read = written = 0.0
     for operand, parameter in zip(operands, inner.parameters, strict=True):
-        whole = _in_space(operand.shapes)
+        whole = _in_space(operand.shapes, space)
         read += _read(module, inner, parameter.name, whole) if whole else 0.0
     for shape, size in zip(fusion.shapes, _written(module, inner), strict=True):
-        written += size if shape.space == HBM else 0.0
+        written += size if shape.space == space else 0.0
     for computation, collective in counted_collectives(module, fusion):
         sent = computation.operands(collective)
-        read += sum(_in_space(x.shapes) for x in sent if x.opcode == "parameter")
+        read += sum(_in_space(x.shapes, space) for x in sent if x.opcode == "parameter")
         kept = share_of(computation, collective) or collective
-        written += _in_space(fusion.shapes if kept.is_root else kept.shapes)
+        written += _in_space(fusion.shapes if kept.is_root else kept.shapes, space)
     return read, written
 
 
@@ -198,7 +202,8 @@ def _written(module: Module, computation: Computation) -> list[float]:
             sizes.append(float(computation.operands(value)[1].shapes[0].padded_bytes))
         elif value.opcode == "fusion":
             inner = _written(module, module.called(value)[0])
-            sizes += inner if len(inner) == len(leaf.shapes) else [_in_space(leaf.shapes)]
+            whole = [float(shape.padded_bytes) for shape in leaf.shapes]
+            sizes += inner if len(inner) == len(whole) else whole
         elif value.opcode == "parameter" or value.opcode in COLLECTIVES or _is_free(value):
             sizes += [0.0] * len(leaf.shapes)
         elif any(share_of(computation, i) is value for i in computation.instructions):

@@ -106,6 +106,35 @@ def test_a_step_on_v7x_moves_data_beside_its_products():
     assert 0 < times["waited"] <= times["interconnect"]
 
 
+def test_what_is_offloaded_crosses_to_the_host_and_back_once():
+    mesh = make_mesh(4, 1, 1, devices=tpu_devices("v5p:2x2x1"))
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def block(x, w):
+        x = jax.ad_checkpoint.checkpoint_name(x, "block input")
+        return jnp.tanh(x @ w), None
+
+    def loss(ws, x):
+        body = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return jnp.sum(jax.lax.scan(body, x, ws)[0].astype(jnp.float32))
+
+    shapes = ((LAYERS, WIDTH, WIDTH), ()), ((4 * TOKENS, WIDTH), ("data", None))
+    arguments = [array(mesh, shape, *spec) for shape, spec in shapes]
+    facts = program_facts(compile_for(mesh, jax.grad(loss), *arguments), mesh, layers=LAYERS)
+    kept = LAYERS * TOKENS * WIDTH * 2
+    assert facts["host_traffic_bytes"] == 2 * kept
+    # Forward, forward again, and the gradients of both sides; the input's first is not needed. A
+    # round stands outside of each loop, so that the copies run ahead.
+    product = 2 * TOKENS * WIDTH**2
+    assert facts["flops"] == pytest.approx(4 * LAYERS * product, rel=1 / LAYERS)
+    assert facts["flops"] * (LAYERS - 2) / LAYERS < facts["flops_in_layers"] <= facts["flops"]
+
+
 def double(x_ref, y_ref):
     y_ref[...] = x_ref[...] * 2
 

@@ -48,6 +48,17 @@ def test_an_asynchronous_collective_hides_behind_what_runs_before_it_is_awaited(
     assert exposed["step"] == pytest.approx(COMPUTE + GATHER)
 
 
+def test_a_copy_to_the_host_is_as_slow_as_its_bus():
+    there = f"{WIDE[:-1]}:S(5)}}"
+    start = f"%h = ({there}, {WIDE}, u32[]) copy-start(%a)"
+    times = ideal(start, f"%d = {WIDE} {DOT}", f"%e = {there} copy-done(%h)")
+    bus = 2 * 4096**2 / CHIP.host_bandwidth
+    assert times["host"] == times["step"] == pytest.approx(bus)
+    assert times["stalled"] == pytest.approx(bus - COMPUTE)
+    assert (times["busy"], times["waited"]) == (pytest.approx(COMPUTE), 0)
+    assert times["bound"] == "stalled"
+
+
 def test_two_collectives_on_an_axis_go_one_after_the_other():
     times = ideal(
         f"%g = ({SHARD}, {WHOLE}) all-gather-start(%s), {GROUPS}",

@@ -50,11 +50,18 @@ def test_a_slice_is_asked_for_as_it_is_wired(requests, name, asked, options):
     assert requests == [{"platform": "tpu", "topology_name": asked, **options}]
 
 
-@pytest.mark.parametrize("name", ["v9:1x1", "v5p-8", "v5p", "v6e:2", "v6e:2x4\n", "", "v5p:axb"])
-def test_an_unknown_slice_lists_the_valid_ones(requests, name):
-    with pytest.raises(UserError, match=r"no such slice; .*v5p:\{2x2x1, .*tpu7x:") as raised:
+@pytest.mark.parametrize("name", ["v9:1x1", "", "tpu", "6e:2x4"])
+def test_an_unknown_generation_shows_slices_of_every_one(requests, name):
+    with pytest.raises(UserError, match=r"no such slice; .*v5p:2x2x2.*v6e:4x8.*tpu7x:") as raised:
         topology.tpu_devices(name)
     assert str(raised.value).startswith(f"--topology={name}: ")
+    assert not requests
+
+
+@pytest.mark.parametrize("name", ["v5p-8", "v5p", "v5p:4", "v5p:2x2x1\n", "v5p:axbxc"])
+def test_a_wrong_shape_lists_the_slices_of_its_generation(requests, name):
+    with pytest.raises(UserError, match=r"no such slice; slices are v5p:2x2x1, .*v5p:16x16x24$"):
+        topology.tpu_devices(name)
     assert not requests
 
 
@@ -69,7 +76,10 @@ def test_a_slice_has_as_many_sizes_as_its_network_dimensions(requests):
     ("raised", "message"),
     [
         ("JAX TPU support not installed; cannot generate", "pip install 'ltx2-jax"),
-        ("INVALID_ARGUMENT: not divisible by the given", "--topology=v5p:3x3x3: refused .*2x2x1"),
+        (
+            "INVALID_ARGUMENT: not divisible by the given",
+            "--topology=v5p:3x3x3: refused .*v5p:2x2x1, ",
+        ),
     ],
 )
 def test_a_refusal_is_one_line(monkeypatch, raised, message):
