@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ltx2_jax.execution import Step, in_layer_loop, steps
 from ltx2_jax.hlo import Computation, Instruction, Module
 from ltx2_jax.traffic import COLLECTIVES, counted_collectives, finished, share_of
 
+OP_NAMES = 4  # that a row of the table keeps
 Groups = list[list[int]]
 # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 _NAMED_GROUPS = r", replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{(.*?)\}"
@@ -164,21 +166,30 @@ def _mesh_groups(axes: str, device_ids: str | None, grouped: str) -> Groups:
     return places.reshape(-1, int(np.prod([shape[axis] for axis in chosen]))).tolist()
 
 
-def table(found: Sequence[Collective], layers: int | None = None) -> list[dict]:
+def table(found: Sequence[Collective], layers: int | None = None) -> list[dict[str, Any]]:
     """Collectives of one kind, dtype, axes and place as one row each, most bytes first.
 
-    "bytes" are of all executions together. "in_layers": inside a loop over the layers.
+    "bytes" are of all executions together; "in_layers" inside a loop over the layers; "depth" the
+    number of loops around; "op_names" where in the traced function the first few come from.
     """
-    rows: dict[tuple, dict] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for c in found:
-        inside = in_layer_loop(c.trips, layers)
-        key = (c.kind, c.dtype, c.axes, c.group, inside, c.asynchronous)
-        names = ("kind", "dtype", "axes", "group", "in_layers", "asynchronous")
-        row = rows.setdefault(key, {**dict(zip(names, key, strict=True)), "times": 0, "bytes": 0})
+        key = {
+            "kind": c.kind,
+            "dtype": c.dtype,
+            "axes": list(c.axes),
+            "group": c.group,
+            "depth": len(c.trips),
+            "in_layers": in_layer_loop(c.trips, layers),
+            "asynchronous": c.asynchronous,
+        }
+        start = {**key, "times": 0, "bytes": 0, "op_names": []}
+        row = rows.setdefault(str(key), start)
         row["times"] += c.times
         row["bytes"] += c.times * c.bytes
-    ordered = sorted(rows.values(), key=lambda row: -row["bytes"])
-    return [row | {"axes": list(row["axes"])} for row in ordered]
+        if c.op_name and c.op_name not in row["op_names"] and len(row["op_names"]) < OP_NAMES:
+            row["op_names"].append(c.op_name)
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, int]:

@@ -141,6 +141,8 @@ def _resolve(computation: Computation, side: Instruction, inputs: list[Instructi
 def _start(module: Module, computation: Computation, loop: Instruction, index: int) -> int | None:
     """Where counter number `index` of a loop starts; None too if a round does not add 1 to it."""
     body = module.computations[loop.attribute("body").lstrip("%")]
+    if body.root.opcode != "tuple":
+        return None
     step = body.source(body.operands(body.root)[index], ("bitcast", "copy"))
     if step.opcode == "fusion":
         inner = module.called(step)[0]

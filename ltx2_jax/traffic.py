@@ -156,7 +156,10 @@ def _fusion(
     for operand, parameter in zip(operands, inner.parameters, strict=True):
         whole = _in_space(operand.shapes, space)
         read += _read(module, inner, parameter.name, whole) if whole else 0.0
-    for shape, size in zip(fusion.shapes, _written(module, inner), strict=True):
+    sizes = _written(module, inner)
+    if len(sizes) != len(fusion.shapes):
+        sizes = [float(shape.padded_bytes) for shape in fusion.shapes]
+    for shape, size in zip(fusion.shapes, sizes, strict=True):
         written += size if shape.space == space else 0.0
     for computation, collective in counted_collectives(module, fusion):
         sent = computation.operands(collective)

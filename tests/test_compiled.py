@@ -160,7 +160,7 @@ def test_every_collective_is_found_with_its_axes_and_bytes(
     (row,) = facts["collectives"]
     assert (row["kind"], row["axes"], row["dtype"]) == (kind, axes, "f32")
     assert (row["times"], row["bytes"], row["group"]) == (1, size, 2 ** len(axes))
-    assert not row["asynchronous"]
+    assert (row["asynchronous"], row["depth"], row["in_layers"]) == (False, 0, False)
 
 
 def layers(x, ws):
@@ -189,7 +189,8 @@ def test_collectives_of_a_loop_run_every_round(mesh):
     rows = {(row["kind"], *row["axes"]): row for row in facts["collectives"]}
     assert set(rows) == {("all-gather", "data", "sequence"), ("all-reduce", "model")}
     gathers, reduces = rows.values()
-    assert all(row["in_layers"] for row in rows.values())
+    assert all(row["in_layers"] and row["depth"] == 1 for row in rows.values())
+    assert all("while/body" in name for row in rows.values() for name in row["op_names"])
     assert (gathers["times"], gathers["bytes"]) == (12, 12 * 16 * 32 * 4)
     assert (reduces["times"], reduces["bytes"]) == (6, 6 * 4 * 16 * 4)
     # Half of the rows, half of the features; replicated over sequence.
