@@ -109,53 +109,62 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     """Rounds of a `while` in `computation`, or None.
 
     The CPU compiler writes the count down. The TPU's does not: there it comes from a condition
-    `counter < constant`, a counter that starts at a constant, and a body that adds 1 to it.
+    `counter < constant`, a counter that starts at a constant, and a body that adds one to it.
     """
     known = loop.config.get("known_trip_count")
     if known:
         return int(known["n"])
     condition = module.computations[loop.attribute("condition").lstrip("%")]
-    test = condition.source(condition.root, _SAME)
+    test, inputs = condition.source(condition.root, _SAME), []
     if test.opcode == "fusion":  # the comparison alone, its operands passed in
-        condition, inputs = module.called(test)[0], condition.operands(test)
+        inputs = condition.operands(test)
+        condition = module.called(test)[0]
         test = condition.root
-    else:
-        inputs = []
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         return None
-    sides = [_resolve(condition, side, inputs) for side in condition.operands(test)]
-    limit, index = _constant(sides[1]), sides[0].attribute("index")
-    if limit is None or index is None:
+    counter, limit = (_outside(side, inputs) for side in condition.operands(test))
+    end, index = _constant(limit), counter.attribute("index")
+    if end is None or index is None:
         return None
-    start = _start(module, computation, loop, int(index))
-    return None if start is None else max(0, limit - start)
-
-
-def _resolve(computation: Computation, side: Instruction, inputs: list[Instruction]) -> Instruction:
-    """An operand of the comparison, seen from outside the fusion that compares."""
-    if side.opcode == "parameter" and inputs:
-        return inputs[int(side.literal)]
-    return side
-
-
-def _start(module: Module, computation: Computation, loop: Instruction, index: int) -> int | None:
-    """Where counter number `index` of a loop starts; None too if a round does not add 1 to it."""
-    body = module.computations[loop.attribute("body").lstrip("%")]
-    if body.root.opcode != "tuple":
+    start, step = _start(computation, loop, int(index)), _step(module, loop, int(index))
+    if start is None or not step or step < 0:
         return None
-    step = body.source(body.operands(body.root)[index], ("bitcast", "copy"))
-    if step.opcode == "fusion":
-        inner = module.called(step)[0]
-        added = inner.operands(inner.root) if inner.root.opcode == "add" else []
-        constants = [_constant(x) for x in added] + [_constant(x) for x in body.operands(step)]
-    else:
-        constants = [_constant(x) for x in body.operands(step)] if step.opcode == "add" else []
-    if 1 not in constants:
-        return None
+    return max(0, -(-(end - start) // step))
+
+
+def _outside(operand: Instruction, inputs: list[Instruction]) -> Instruction:
+    """An operand in a fused computation, as the instruction that the fusion is given for it."""
+    return inputs[int(operand.literal)] if operand.opcode == "parameter" and inputs else operand
+
+
+def _start(computation: Computation, loop: Instruction, index: int) -> int | None:
+    """The constant at which counter number `index` of a loop starts."""
     values = computation.source(computation.operands(loop)[0], ("copy", "bitcast"))
     if values.opcode != "tuple":
         return None
     return _constant(computation.source(computation.operands(values)[index], ("copy", "bitcast")))
+
+
+def _step(module: Module, loop: Instruction, index: int) -> int | None:
+    """The constant that a round adds to counter number `index`, in one addition or several."""
+    body = module.computations[loop.attribute("body").lstrip("%")]
+    if body.root.opcode != "tuple":
+        return None
+    value, step = body.operands(body.root)[index], 0
+    while True:
+        value = body.source(value, ("copy", "bitcast"))
+        if value.opcode == "get-tuple-element":
+            return step if int(value.attribute("index")) == index else None
+        sides = body.operands(value)
+        if value.opcode == "fusion":
+            inner = module.called(value)[0]
+            sides = [_outside(side, sides) for side in inner.operands(inner.root)]
+            value = inner.root
+        constants = [side for side in sides if _constant(side) is not None]
+        if value.opcode != "add" or len(sides) != 2 or len(constants) != 1:
+            return None
+        step += _constant(constants[0])
+        value = sides[1 - sides.index(constants[0])]
 
 
 def _constant(instruction: Instruction) -> int | None:

@@ -206,6 +206,19 @@ def test_weights_are_gathered_by_gathers_however_the_mesh_lies_on_the_torus(size
     assert row["group"] == sizes[0] * sizes[2]
 
 
+def test_a_product_that_is_scattered_as_it_is_made_counts_every_round():
+    """The compiler turns it into a loop of products and permutes, two of each in a round."""
+    mesh = make_mesh(8, 1, 1, devices=tpu_devices("v5p:2x2x2"))
+
+    def function(x, y):
+        return jnp.einsum("td,tf->df", x, y, out_sharding=P("data", None))
+
+    x = array(mesh, (8192, 4096), "data", None)
+    facts = program_facts(compile_for(mesh, function, x, x), mesh)
+    assert facts["flops"] == 2 * 8192 * 4096**2 / 8
+    assert all(loop["trips"] for loop in facts["loops"])
+
+
 def test_a_program_too_large_for_the_chip_is_told_in_numbers():
     mesh = make_mesh(4, 1, 1, devices=tpu_devices("v5e:2x2"))
     facts = compile_for(mesh, partial(jnp.add, 1.0), array(mesh, (2**17, 2**17)))

@@ -112,6 +112,26 @@ def test_rounds_of_a_loop_come_from_its_condition():
     assert runs["loop"] == (1, ())
 
 
+@pytest.mark.parametrize(
+    ("step", "rounds"),
+    [
+        ("%next = s32[] add(%i, %two)\n  %two = s32[] constant(2)", 3),  # unrolled by the compiler
+        ("%half = s32[] add(%one, %i)\n  %next = s32[] add(%half, %one)", 3),
+        ("%c = s32[] copy(%i)\n  %next = s32[] fusion(%c), kind=kLoop, calls=%increment", 5),
+        ("%next = s32[] multiply(%i, %one)", None),
+    ],
+)
+def test_a_round_may_count_in_larger_steps(step, rounds):
+    text = PROGRAM.replace("LIMIT", "5").replace("START", "0")
+    text = text.replace("%next = s32[] add(%i, %one)", step)
+    text = text.replace(
+        "%body (",
+        "%increment (n: s32[]) -> s32[] {\n  %n = s32[] parameter(0)\n  %u = s32[] constant(1)\n"
+        "  ROOT %m = s32[] add(%n, %u)\n}\n\n%body (",
+    )
+    assert loops(hlo.parse(text))[0].trips == rounds
+
+
 def test_a_loop_of_unknown_length_is_said_and_counts_once():
     text = PROGRAM.replace("LIMIT", "5").replace("constant(START)", "copy(%seed)")
     text = text.replace("  %zero", "  %seed = s32[] parameter(1)\n  %zero")
