@@ -15,10 +15,10 @@ from flax import nnx
 
 from ltx2_jax.arguments import count
 from ltx2_jax.audio_codec import AudioCodec
+from ltx2_jax.chips import peak_flops
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
 from ltx2_jax.errors import UserError
-from ltx2_jax.flops import peak_flops
 from ltx2_jax.models.audio_vae import AUDIO_VAE
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3

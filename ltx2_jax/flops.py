@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the transformer from its config alone, and the peaks of chips.
+"""Parameters and FLOPs of the transformer from its config alone.
 
 Conventions: a multiply-accumulate is 2 FLOPs; attention is dense (bidirectional, nothing halved);
 matrix products only, so norms, rotary embeddings, softmax, GELU, modulation and gating are left out
@@ -11,43 +11,6 @@ from ltx2_jax.models.transformer import TransformerConfig
 
 TIMESTEP_CHANNELS = 256  # sinusoid features entering the timestep MLPs
 TRAIN_PASSES = 3  # a backward pass costs two forward passes: gradients of inputs and of weights
-
-# Dense bf16 peak of one chip in FLOP/s.
-PEAK_FLOPS = {
-    "v4": 275e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v6e": 918e12,
-    "v7x": 2307e12,
-    "a100": 312e12,
-    "h100": 989e12,
-    "h200": 989e12,
-    "b200": 2250e12,
-}
-# Substring of a lower-cased `device_kind` -> chip, first match wins: jax calls a v5e "TPU v5 lite"
-# or "TPU v5e", a v5p "TPU v5" or "TPU v5p", a v6e "TPU v6 lite" or "TPU v6e", a v7x "TPU7x".
-_CHIP_OF_KIND = (
-    ("v5 lite", "v5e"),
-    ("v5e", "v5e"),
-    ("v5", "v5p"),
-    ("v6", "v6e"),
-    ("7x", "v7x"),
-    *((chip, chip) for chip in ("v4", "a100", "h100", "h200", "b200")),
-)
-# v4 and v5p fuse a chip's two cores into one jax device; on v7x each core is a device of its own.
-DEVICES_PER_CHIP = {"v7x": 2}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak of one jax device in FLOP/s, or None for a kind not listed, such as a CPU.
-
-    `device_kind` is `jax.devices()[0].device_kind`; multiply by the number of jax devices.
-    """
-    kind = device_kind.lower()
-    for substring, chip in _CHIP_OF_KIND:
-        if substring in kind:
-            return PEAK_FLOPS[chip] / DEVICES_PER_CHIP.get(chip, 1)
-    return None
 
 
 # ------------------------------------------------------------------------------------ parameters

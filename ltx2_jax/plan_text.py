@@ -15,6 +15,14 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax import text_flops
+from ltx2_jax.compiled import describe as describe_program
+from ltx2_jax.compiled import program_facts
+from ltx2_jax.memory import (
+    compile_or_overflow,
+    describe_memory,
+    describe_overflow,
+    memory_facts,
+)
 from ltx2_jax.models.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -24,7 +32,7 @@ from ltx2_jax.models.connectors import (
     Connectors,
 )
 from ltx2_jax.models.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
-from ltx2_jax.models.gemma_layers import GemmaConfig, repeating
+from ltx2_jax.models.gemma_layers import GemmaConfig
 from ltx2_jax.models.text_features import (
     FEATURES_2_0,
     FEATURES_2_3,
@@ -33,13 +41,7 @@ from ltx2_jax.models.text_features import (
 )
 from ltx2_jax.sharding import abstract_state, make_mesh, replicated, sharding_of
 from ltx2_jax.text_encoder import LENGTH, TextModel
-from ltx2_jax.topology import (
-    collectives,
-    describe_counts,
-    describe_memory,
-    memory_facts,
-    tpu_devices,
-)
+from ltx2_jax.topology import describe_counts, tpu_devices
 
 WHOLE = 2**24  # bytes above which a weight that no chip shares with another is worth a line
 
@@ -75,22 +77,26 @@ def plan_text(
     rows = -(-batch // mesh.shape["data"]) * mesh.shape["data"]
     graphdef, params = _abstract(config, mesh)
     started = time.perf_counter()
-    compiled = _lower(graphdef, params, rows, length, mesh).compile()
+    compiled = compile_or_overflow(_lower(graphdef, params, rows, length, mesh))
     seconds = time.perf_counter() - started
-    return {
+    flops = rows * forward_flops(config, length)
+    facts = {
         "program": f"encode {batch} prompt{'s'[: batch > 1]} of {length} tokens",
         "topology": topology,
-        "chips": len(devices),
+        "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "rows": rows,
         "split": {name: size for name, size in mesh.shape.items() if size > 1},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "whole_on_every_chip": replicated(params, WHOLE) if len(devices) > 1 else [],
+        "flops_of_batch": flops,
+    }
+    if isinstance(compiled, dict):
+        return facts | compiled
+    return {
+        **facts,
         **memory_facts(compiled, devices[0].device_kind),
-        "flops_of_batch": rows * forward_flops(config, length),
-        "flops_of_loop_bodies": rows * forward_flops(_loop_bodies(config), length),
-        "compiled_flops_of_loop_bodies": compiled.cost_analysis().get("flops", 0) * len(devices),
-        "collectives": collectives(compiled.as_text()),
+        **program_facts(compiled, mesh, model_flops=flops),
         "compile_seconds": round(seconds, 1),
     }
 
@@ -125,16 +131,16 @@ def forward_flops(config: TextConfig, tokens: int) -> float:
 
 def describe(facts: dict[str, Any]) -> str:
     """The facts as lines for a person."""
+    if "message" in facts:
+        return describe_overflow(facts)
     return (
-        f"{facts['program']} on {facts['topology']} ({facts['chips']} x {facts['device_kind']})\n"
+        f"{facts['program']} on {facts['topology']} ({facts['devices']} x {facts['device_kind']})\n"
         f"  split          {facts['rows']} rows over {describe_counts(facts['split'])}\n"
         f"  parameters     {facts['parameters'] / 1e6:,.0f} M; whole on every chip: "
         f"{', '.join(facts['whole_on_every_chip']) or 'none'}\n"
         + describe_memory(facts, "contexts")
-        + f"  FLOPs          {facts['flops_of_batch'] / 1e12:,.1f} T; each loop's body once "
-        f"{facts['flops_of_loop_bodies'] / 1e12:,.1f} T, as compiled "
-        f"{facts['compiled_flops_of_loop_bodies'] / 1e12:,.1f} T\n"
-        f"  collectives    {describe_counts(facts['collectives'])} (each loop's body once)\n"
+        + f"  FLOPs          {facts['flops_of_batch'] / 1e12:,.1f} T for the batch\n"
+        f"{describe_program(facts)}\n"
         f"  compiled in    {facts['compile_seconds']:.0f} s"
     )
 
@@ -181,17 +187,6 @@ def _lower(
 @partial(jax.jit, static_argnames="graphdef")
 def _encode(params: Any, tokens: Array, mask: Array, *, graphdef: Any) -> tuple[Array | None, ...]:
     return nnx.merge(graphdef, params)(tokens, mask)
-
-
-def _loop_bodies(config: TextConfig) -> TextConfig:
-    """The encoder whose FLOPs are those of every loop's body run once: what the compiler counts."""
-    layers = tuple(kind for pattern, _ in repeating(config.gemma.layers) for kind in pattern)
-    return TextConfig(
-        dataclasses.replace(config.gemma, layers=layers),
-        dataclasses.replace(config.features, num_states=len(layers) + 1),
-        dataclasses.replace(config.video, num_layers=1),
-        dataclasses.replace(config.audio, num_layers=1),
-    )
 
 
 def _connector_flops(cfg: ConnectorConfig, tokens: int) -> float:

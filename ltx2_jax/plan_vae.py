@@ -6,17 +6,19 @@ The program is that of `VideoCodec`, which all chips run on one tile of a clip.
 import time
 from typing import Any
 
+from ltx2_jax.compiled import describe as describe_program
+from ltx2_jax.compiled import program_facts
 from ltx2_jax.conv_flops import video_vae_flops
 from ltx2_jax.errors import UserError
+from ltx2_jax.memory import (
+    compile_or_overflow,
+    describe_memory,
+    describe_overflow,
+    memory_facts,
+)
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
-from ltx2_jax.topology import (
-    collectives,
-    describe_counts,
-    describe_memory,
-    memory_facts,
-    tpu_devices,
-)
+from ltx2_jax.topology import describe_counts, tpu_devices
 from ltx2_jax.video_codec import VideoCodec
 
 VAES = {"2.0": VIDEO_VAE_2_0, "2.3": VIDEO_VAE_2_3, "2.5": VIDEO_VAE_2_3}
@@ -36,38 +38,45 @@ def plan_vae(
         raise UserError(f"--frames={frames} is not {config.strides[0]} k + 1")
     codec = VideoCodec(config, dict, devices=devices)
     started = time.perf_counter()
-    lowered = codec.lower(half, (1, *size, 3))
-    compiled = lowered.compile()
+    compiled = compile_or_overflow(codec.lower(half, (1, *size, 3)))
     seconds = time.perf_counter() - started
     tile = codec.largest_tile((1, *size, 3))
-    return {
+    mesh, tile_flops = codec.mesh_of(tile), video_vae_flops(config, *tile)[half]
+    facts = {
         "program": f"{half} {frames} frames of {width}x{height}",
         "half": half,
         "topology": topology,
-        "chips": len(devices),
+        "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "tile": list(tile),
-        "split": {name: size for name, size in codec.mesh_of(tile).shape.items() if size > 1},
+        "split": {name: size for name, size in mesh.shape.items() if size > 1},
         "parameters": codec.num_parameters,
-        **memory_facts(compiled, devices[0].device_kind),
         "flops_of_clip": video_vae_flops(config, *size)[half],
-        "flops_of_tile": video_vae_flops(config, *tile)[half],
-        "collectives": collectives(compiled.as_text()),
+        "flops_of_tile": tile_flops,
+    }
+    if isinstance(compiled, dict):
+        return facts | compiled
+    return {
+        **facts,
+        **memory_facts(compiled, devices[0].device_kind),
+        **program_facts(compiled, mesh, model_flops=tile_flops),
         "compile_seconds": round(seconds, 1),
     }
 
 
 def describe(facts: dict[str, Any]) -> str:
     """The facts as lines for a person."""
+    if "message" in facts:
+        return describe_overflow(facts)
     frames, height, width = facts["tile"]
     return (
-        f"{facts['program']} on {facts['topology']} ({facts['chips']} x {facts['device_kind']})\n"
+        f"{facts['program']} on {facts['topology']} ({facts['devices']} x {facts['device_kind']})\n"
         f"  largest tile   {frames} frames of {width}x{height}, split over "
         f"{describe_counts(facts['split'])}\n"
         f"  parameters     {facts['parameters'] / 1e6:,.0f} M in both halves\n"
         + describe_memory(facts, "pixels" if facts["half"] == "decode" else "latents")
         + f"  FLOPs          {facts['flops_of_clip'] / 1e12:,.1f} T for the clip; a tile "
         f"{facts['flops_of_tile'] / 1e12:,.1f} T\n"
-        f"  collectives    {describe_counts(facts['collectives'])} (each loop's body once)\n"
+        f"  the largest tile\n{describe_program(facts)}\n"
         f"  compiled in    {facts['compile_seconds']:.0f} s"
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ltx2_jax.errors import UserError
@@ -57,8 +58,16 @@ def make_mesh(
             f"mesh (data={data}, model={model}, sequence={sequence}) does not divide the "
             f"{count} devices: data * model * sequence must be {count} (data=-1 takes the rest)"
         )
-    sizes = (data, model, sequence)
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Explicit,) * 3, devices=devices)
+    sizes, types = (data, model, sequence), (AxisType.Explicit,) * 3
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
+    except NotImplementedError:
+        # No whole dimensions of the torus multiply to an axis, as for 32 x 1 x 2 on 4x4x4 chips.
+        # Data and sequence, over which weights are gathered, are laid out as one: in another order
+        # of the devices the TPU compiler gathers by all-reduces, which move twice the bytes.
+        fsdp = create_device_mesh((data * sequence, model), devices, allow_split_physical_axes=True)
+        grid = fsdp.reshape(data, sequence, model).swapaxes(1, 2)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(data: int, model: int, sequence: int) -> jax.sharding.AbstractMesh:

@@ -3,7 +3,6 @@
 The TPU compiler is part of libtpu and runs without a TPU: install the `tpu` extra.
 """
 
-import collections
 import os
 import re
 from collections.abc import Sequence
@@ -11,13 +10,21 @@ from typing import Any
 
 import jax
 
+from ltx2_jax import chips
 from ltx2_jax.errors import UserError
 
-EXAMPLES = "v4:2x2x1, v5e:2x4, v5p:2x2x1, v5p:4x4x4, v6e:2x4, v6e:16x16, tpu7x:2x2x1"
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# High-bandwidth memory of one jax device in GiB, by a part of its lower-cased `device_kind`; first
-# match wins. A jax device is a chip; on v7x, and in the compiler's slices of v4, one of two cores.
-_HBM_GIB = (("v5 lite", 16), ("v5", 95), ("v6", 32), ("7x", 96), ("v4", 16))
+# Slices of each generation that exist, in chips; the compiler takes any whole number of hosts of
+# 2x2 chips. Its name of a generation, ours in `chips.py`, the sizes.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+SLICES = {
+    "v4": ("v4", _CUBES),
+    "v5e": ("v5e", _FLAT),
+    "v5p": ("v5p", (*_CUBES, "8x16x16", "16x16x16", "16x16x24")),
+    "v6e": ("v6e", _FLAT),
+    "tpu7x": ("v7x", ("1x1x1", *_CUBES, "8x16x16", "16x16x16")),
+}
+_ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
@@ -32,8 +39,9 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
+    name, options = _request(topology)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # whatever libtpu raises, and a missing one an ordinary RuntimeError
         text = " ".join(str(error).split())
         if "not installed" in text:
@@ -41,54 +49,44 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
                 "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
             ) from None
         raise UserError(
-            f"--topology={topology}: not a slice that the compiler knows ({text:.100}); "
-            f"slices look like {EXAMPLES}"
+            f"--topology={topology}: refused by the TPU compiler ({text:.200}); "
+            f"{_valid(name.split(':')[0])}"
         ) from None
 
 
-def hbm_bytes(device_kind: str) -> int | None:
-    """High-bandwidth memory of one jax device, or None for a kind that is not listed."""
-    kind = device_kind.lower()
-    return next((gib * 2**30 for part, gib in _HBM_GIB if part in kind), None)
+def _request(topology: str) -> tuple[str, dict[str, Any]]:
+    """A slice's name as libtpu wants it, and what libtpu does not guess right from the name."""
+    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})", topology)
+    generation = found and _ALIASES.get(found[1], found[1])
+    if generation not in SLICES:
+        part = topology.split(":")[0].split("-")[0]
+        known = _ALIASES.get(part, part)
+        raise UserError(f"--topology={topology}: no such slice; {_valid(known)}")
+    chip = chips.CHIPS[SLICES[generation][0]]
+    shape = tuple(int(size) for size in found[2].split("x"))
+    if len(shape) != chip.torus:
+        flat = "two" if chip.torus == 2 else "three"
+        raise UserError(
+            f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
+        )
+    # Left alone, libtpu takes every slice for a mesh without closed rings.
+    options: dict[str, Any] = {"wrap": (*chips.wraps(chip, shape), False)[:3]}
+    if generation == "v4":  # a chip's two cores as one device, as in jax on a v4
+        options["chip_config_name"] = "megacore"
+    if max(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return f"{generation}:{found[2]}", options
 
 
-def memory_facts(compiled: jax.stages.Compiled, device_kind: str) -> dict[str, Any]:
-    """Bytes per device of a compiled program, and whether they fit."""
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    hbm = hbm_bytes(device_kind)
-    return {
-        "weight_bytes_per_chip": memory.argument_size_in_bytes,
-        "output_bytes_per_chip": memory.output_size_in_bytes,
-        "temporary_bytes_per_chip": memory.temp_size_in_bytes,
-        "peak_bytes_per_chip": peak,
-        "hbm_bytes_per_chip": hbm,
-        "fits": hbm is None or peak <= hbm,
-    }
-
-
-def collectives(program: str) -> dict[str, int]:
-    """Number of collective operations of each kind in a compiled program's text.
-
-    Those in the body of a loop count once.
-    """
-    found = re.findall(rf"({'|'.join(COLLECTIVES)})(?:-start)?\(", program)
-    return dict(collections.Counter(found))
-
-
-def describe_memory(facts: dict[str, Any], output: str) -> str:
-    """Two lines about `memory_facts`, for a person; `output` is what the program makes."""
-    gib = {name: (facts[name] or 0) / 2**30 for name in facts if name.endswith("_bytes_per_chip")}
-    hbm, peak = gib["hbm_bytes_per_chip"], gib["peak_bytes_per_chip"]
-    verdict = "fits" if facts["fits"] else f"does not fit: {peak - hbm:.2f} GiB too much"
-    return (
-        f"  per chip       weights {gib['weight_bytes_per_chip']:.2f}, {output} "
-        f"{gib['output_bytes_per_chip']:.2f}, temporaries "
-        f"{gib['temporary_bytes_per_chip']:.2f} GiB\n"
-        f"  peak per chip  {peak:.2f} of {hbm:.0f} GiB: {verdict}\n"
-    )
+def _valid(generation: str | None = None) -> str:
+    """The names that are accepted, for an error message."""
+    if generation in SLICES:
+        _, sizes = SLICES[generation]
+        return f"slices are {', '.join(f'{generation}:{size}' for size in sizes)}"
+    some = (f"{name}:{sizes[i]}" for name, (_, sizes) in SLICES.items() for i in (1, 4))
+    return f"slices are named GENERATION:SHAPE, in chips: {', '.join(some)}"
 
 
 def describe_counts(counts: dict[str, int]) -> str:
     """{"rows": 2, "columns": 4} -> "2 rows, 4 columns"."""
-    return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checks, flops, training
+from ltx2_jax import checks, chips, flops, training
 from ltx2_jax import config as config_lib
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.codec import load_codec
@@ -215,7 +215,7 @@ def step_timer(config: Config, records: Records) -> StepTimer:
     """Tokens and FLOPs of one global batch, for throughput and MFU."""
     fields, rows = records.schema.fields, config.data.batch_size
     video, audio = int(np.prod(fields["video"].shape[:3])), fields["audio"].shape[0]
-    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),
         flops_per_step=rows * flops.train_flops(config.model, video, audio, config.text.length),

@@ -94,26 +94,3 @@ def test_a_model_without_exchange_has_none_of_its_cost():
     assert not any("audio-to-video" in name for name in flops.forward_flops(silent, 64, 8))
     gates = flops.forward_flops(silent, 64, 8)["attention gates"]
     assert gates == 3 * 2 * 2 * 2 * (64 * TINY.width + 8 * TINY.audio_width)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU v6e", 918e12),
-        ("TPU7x", 2307e12 / 2),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA B200", 2250e12),
-        ("cpu", None),
-        ("NVIDIA GeForce RTX 5090", None),
-    ],
-)
-def test_peak_is_known_by_device_kind(kind, peak):
-    assert flops.peak_flops(kind) == peak

@@ -1,0 +1,134 @@
+"""The accelerators we run on: what one chip can do, and what share of it programs sustain.
+
+Peaks are the vendors'. A jax device is a chip, except on v7x, where it is one of the chip's two
+cores (v4 and v5p fuse theirs); `device_*` are of a jax device.
+
+Sustained fractions of the bf16 peak: `gemm` of large dense matrix products is an assumption; the
+attention kernels at head width 128 and 64 are records for 16k tokens, unmasked, forward, or marked
+as assumed where no record was found:
+
+    v5p, v6e, h100    autotuning records shipped with tokamax (openxla/tokamax)
+    v7x               128: MaxDiffusion's fixed-m ring kernel (pull request 452), of which the 256
+                      wide matrix unit allows 2/3; 64: tokamax
+    v4, v5e           assumed like their nearest relative, v5p
+    h200              as h100, the same compute
+    b200              cuDNN and FlashAttention-4 (Dao-AILab/flash-attention, pull request 2605)
+    a100              the FlashAttention-2 paper (arXiv 2307.08691)
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip. FLOP/s are dense bf16; bytes/s are in one direction, of all links together."""
+
+    name: str
+    flops: float  # per second
+    hbm_bytes: float  # what a program can have: TPU compilers keep up to 1.25 GiB for themselves
+    hbm_bandwidth: float
+    interconnect: float
+    torus: int  # dimensions of the network of chips; 0 is a switch
+    matrix_unit: int | None  # side of the systolic array
+    gemm: float
+    attention_128: float
+    attention_64: float
+    host_bandwidth: float  # bytes/s of one jax device to the memory of its host, one direction
+    devices: int = 1  # jax devices
+
+    @property
+    def device_flops(self) -> float:
+        return self.flops / self.devices
+
+    @property
+    def device_hbm_bytes(self) -> float:
+        return self.hbm_bytes / self.devices
+
+    @property
+    def device_hbm_bandwidth(self) -> float:
+        return self.hbm_bandwidth / self.devices
+
+    @property
+    def link(self) -> float:
+        """Bytes/s of one link to a neighbour, one direction; of all links to a switch."""
+        return self.interconnect / (2 * self.torus or 1)
+
+    def attention(self, head_width: int) -> float:
+        """Sustained fraction of the peak of an attention kernel."""
+        return self.attention_128 if head_width >= 128 else self.attention_64
+
+
+def _tpu(name: str, tflops: float, gib: float, *rates: float, **more: int) -> Chip:
+    hbm, interconnect, torus, side, attention_128, attention_64, host = rates
+    return Chip(name, tflops * 1e12, gib * GIB, hbm * 1e9, interconnect * 1e9, torus, side,
+                0.80, attention_128, attention_64, host * 1e9, **more)  # fmt: skip
+
+
+def _gpu(name: str, tflops: float, gib: float, *rates: float) -> Chip:
+    hbm, nvlink, attention_128, attention_64 = rates
+    return Chip(name, tflops * 1e12, gib * GIB, hbm * 1e9, nvlink * 1e9, 0, None,
+                0.72, attention_128, attention_64, 64e9)  # fmt: skip
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # TFLOP/s, GiB for a program, HBM GB/s, links GB/s, torus, MXU, attention 128, 64, host
+        _tpu("v4", 275, 30.75, 1228, 300, 3, 128, 0.80, 0.42, 16),
+        _tpu("v5e", 197, 15.75, 819, 200, 2, 128, 0.80, 0.42, 16),
+        _tpu("v5p", 459, 95.74, 2765, 600, 3, 128, 0.89, 0.46, 16),
+        _tpu("v6e", 918, 31.25, 1638, 400, 2, 256, 0.36, 0.19, 32),
+        _tpu("v7x", 2307, 189.5, 7380, 600, 3, 256, 0.60, 0.17, 32, devices=2),
+        # bf16 TFLOP/s, GiB, HBM GB/s, NVLink GB/s, attention 128, 64
+        _gpu("a100-40gb", 312, 40, 1555, 300, 0.71, 0.60),
+        _gpu("a100", 312, 80, 2039, 300, 0.71, 0.60),
+        _gpu("h100", 989, 79.6, 3350, 450, 0.70, 0.57),
+        _gpu("h200", 989, 140.4, 4800, 450, 0.70, 0.57),
+        _gpu("b200", 2250, 179, 8000, 900, 0.57, 0.46),
+    )
+}
+# Parts of a lower-cased `device_kind`, first match wins: jax calls a v5e "TPU v5 lite" or "TPU
+# v5e", a v5p "TPU v5" or "TPU v5p", a v6e "TPU v6 lite" or "TPU v6e", a v7x "TPU7x".
+_KINDS = (
+    (("v5 lite",), "v5e"),
+    (("v5e",), "v5e"),
+    (("v5",), "v5p"),
+    (("v6",), "v6e"),
+    (("7x",), "v7x"),
+    (("a100", "40gb"), "a100-40gb"),
+    *(((name,), name) for name in ("v4", "a100", "h100", "h200", "b200")),
+)
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of `jax.devices()[0].device_kind`, or None for one not listed, such as a CPU."""
+    kind = device_kind.lower()
+    return next((CHIPS[name] for parts, name in _KINDS if all(p in kind for p in parts)), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 peak of one jax device in FLOP/s, or None for a kind that is not listed.
+
+    Multiply by the number of jax devices.
+    """
+    chip = of_kind(device_kind)
+    return None if chip is None else chip.device_flops
+
+
+def hbm_bytes(device_kind: str) -> int | None:
+    """High-bandwidth memory of one jax device, or None for a kind that is not listed."""
+    chip = of_kind(device_kind)
+    return None if chip is None else round(chip.device_hbm_bytes)
+
+
+def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether the ends of each dimension of a slice of this shape, in chips, are connected.
+
+    Slices of three-dimensional pods close if they are made of whole 4x4x4 cubes; those of
+    two-dimensional ones along a dimension of the whole pod, 16 chips.
+    """
+    if chip.torus == 3:
+        return (all(size % 4 == 0 for size in shape),) * len(shape)
+    return tuple(size == 16 for size in shape)
