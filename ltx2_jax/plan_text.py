@@ -15,9 +15,9 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax import text_flops
-from ltx2_jax.compiled import describe as describe_program
-from ltx2_jax.compiled import program_facts
-from ltx2_jax.memory import (
+from ltx2_jax.accounting.compiled import describe as describe_program
+from ltx2_jax.accounting.compiled import program_facts
+from ltx2_jax.accounting.memory import (
     compile_or_overflow,
     describe_memory,
     describe_overflow,

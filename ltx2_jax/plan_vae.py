@@ -6,16 +6,16 @@ The program is that of `VideoCodec`, which all chips run on one tile of a clip.
 import time
 from typing import Any
 
-from ltx2_jax.compiled import describe as describe_program
-from ltx2_jax.compiled import program_facts
-from ltx2_jax.conv_flops import video_vae_flops
-from ltx2_jax.errors import UserError
-from ltx2_jax.memory import (
+from ltx2_jax.accounting.compiled import describe as describe_program
+from ltx2_jax.accounting.compiled import program_facts
+from ltx2_jax.accounting.memory import (
     compile_or_overflow,
     describe_memory,
     describe_overflow,
     memory_facts,
 )
+from ltx2_jax.conv_flops import video_vae_flops
+from ltx2_jax.errors import UserError
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
 from ltx2_jax.topology import describe_counts, tpu_devices

@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax import flops, hlo
+from ltx2_jax import flops
+from ltx2_jax.accounting import hlo
+from ltx2_jax.accounting.compiled import describe, module_facts, program_facts
 from ltx2_jax.chips import CHIPS
-from ltx2_jax.compiled import describe, module_facts, program_facts
 from ltx2_jax.models.transformer import LTX2_19B, LTX2Transformer, Modality
 from ltx2_jax.sharding import make_mesh
 

@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax.compiled import program_facts
-from ltx2_jax.memory import compile_or_overflow
+from ltx2_jax.accounting.compiled import program_facts
+from ltx2_jax.accounting.memory import compile_or_overflow
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.topology import tpu_devices
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import chips, roofline
-from ltx2_jax.chips import Chip
-from ltx2_jax.collectives import by_kind, collectives, table
-from ltx2_jax.execution import (
+from ltx2_jax import chips
+from ltx2_jax.accounting import roofline
+from ltx2_jax.accounting.collectives import by_kind, collectives, table
+from ltx2_jax.accounting.execution import (
     Step,
     flops,
     head_width,
@@ -24,9 +24,10 @@ from ltx2_jax.execution import (
     loops,
     steps,
 )
-from ltx2_jax.hlo import HBM, Computation, Instruction, Module, parse
-from ltx2_jax.interconnect import Network
-from ltx2_jax.traffic import finished, hbm_bytes, host_bytes
+from ltx2_jax.accounting.hlo import HBM, Computation, Instruction, Module, parse
+from ltx2_jax.accounting.interconnect import Network
+from ltx2_jax.accounting.traffic import finished, hbm_bytes, host_bytes
+from ltx2_jax.chips import Chip
 
 LARGE = 2**24  # bytes of a copied weight that is worth a line
 
