@@ -20,7 +20,9 @@ _HOMES = {
     "encode_clip": "clips",
     "load_codec": "codec",
     "make_mesh": "sharding",
+    "open_release": "weights.opening",
     "read_clip": "data.media",
+    "read_lora": "weights.lora",
     "write_clip": "clips",
 }
 

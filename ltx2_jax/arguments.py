@@ -1,6 +1,8 @@
 """Types of command-line arguments that several commands take."""
 
 import argparse
+import contextlib
+import math
 
 
 def count(text: str) -> int:
@@ -8,3 +10,11 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0, for the `type` of an argument."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")

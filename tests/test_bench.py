@@ -1,10 +1,15 @@
 """bench measures what a pipeline runs; nothing about its times is claimed."""
 
+import dataclasses
+import re
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_codec
 
 from ltx2_jax import bench
+from ltx2_jax.benchmarks import codec
 from ltx2_jax.models.audio_vae import AudioVAEConfig
 from ltx2_jax.weights.audio_vae import audio_vae_config
 from ltx2_jax.weights.video_vae import video_vae_config
@@ -16,8 +21,8 @@ SMALL = ["codec", "--frames=9", "--height=32", "--width=64", "--calls=1"]
 def test_bench_codec_prints_a_line_for_each_network_and_direction(monkeypatch, capsys):
     tiny = video_vae_config(tiny_codec.VAE), vocoder_config(tiny_codec.VOCODER)
     audio: AudioVAEConfig = audio_vae_config(tiny_codec.AUDIO_VAE)
-    monkeypatch.setattr(bench, "VAES", {"2.3": tiny})
-    monkeypatch.setattr(bench, "AUDIO_VAE", audio)
+    monkeypatch.setattr(codec, "VAES", {"2.3": tiny})
+    monkeypatch.setattr(codec, "AUDIO_VAE", audio)
     assert bench.cli(SMALL) == 0
     title, head, *lines = capsys.readouterr().out.splitlines()
     assert title.startswith("codec of 2.3: 9 frames of 64x32 at 24 fps on 8 cpu")
@@ -46,6 +51,40 @@ def test_random_weights_keep_activations_finite():
     from ltx2_jax.weights import mapping, video_vae
 
     create = partial(video_vae.create, video_vae_config(tiny_codec.VAE))
-    weights = bench.random_weights(create)
+    weights = codec.random_weights(create)
     out = mapping.build(create, weights).encode(jnp.zeros((1, 1, 32, 32, 3)))
     assert np.isfinite(np.asarray(out)).all()
+
+
+def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypatch, capsys):
+    from ltx2_jax.benchmarks import weights
+    from ltx2_jax.models.transformer import LTX2_3_22B
+
+    small = dataclasses.replace(
+        LTX2_3_22B, num_heads=8, head_dim=16, audio_num_heads=8, audio_head_dim=8,
+        context_dim=128, audio_context_dim=64,
+    )  # fmt: skip
+    monkeypatch.setattr(weights, "PRESETS", {"2.3": small})
+    assert bench.cli(["weights", "--gigabytes=0.005", f"--folder={tmp_path}", "--calls=1"]) == 0
+    title, head, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"0\.01 GB, the transformer of 2\.3 with \d blocks, on 8 cpu", title)
+    assert head.split() == ["seconds", "GB/s", "of", "reading"]
+    names = [line[:32].strip() for line in lines]
+    assert names == ["written", "read into memory", "loaded as stored", "loaded as float32"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_synthetic_file_has_about_the_size_that_was_asked_for():
+    from ltx2_jax.benchmarks.weights import sized
+    from ltx2_jax.flops import total_parameters
+    from ltx2_jax.models.transformer import LTX2_19B
+
+    assert sized(LTX2_19B, 37.75).num_layers == 48
+    assert abs(2 * total_parameters(sized(LTX2_19B, 6.0)) / 1e9 - 6) < 0.4
+    assert sized(LTX2_19B, 0.1).num_layers == 1
+
+
+def test_a_size_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.cli(["weights", "--gigabytes=-1"])
+    assert "'-1' is not a number above 0" in capsys.readouterr().err

@@ -198,6 +198,7 @@ def of_run(
     else:
         initial.check_same(config, base)
         metadata = {}
+    metadata[initial.TEXT_GENERATION] = config.text.generation
     registers = configs["connectors"][0].registers
     if registers != 128:
         warnings.warn(

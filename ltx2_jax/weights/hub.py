@@ -8,7 +8,7 @@ from typing import Any
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
 
-_NAME = re.compile(r"(hf://)?([\w.-]+/[\w.-]+)((?:/[\w. -]+)*)/?")
+_NAME = re.compile(r"(hf://)?(\w[\w.-]*/\w[\w.-]*)((?:/[\w. -]+)*)/?")
 # What a folder of weights needs besides them: configs and tokenizers.
 _FOLDER = ("*.safetensors", "*.json", "*.model", "*.jinja")
 

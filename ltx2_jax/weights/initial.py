@@ -9,6 +9,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
 
+# In the metadata of what was trained here: whose text features it reads.
+TEXT_GENERATION = "text_generation"
 # Fields of ours that released configs do not have.
 FREE = ("dtype", "remat", "attention")
 
@@ -22,11 +24,12 @@ def check(config: Config) -> None:
         return
     with open_release(config.init_from) as release:
         check_same(config, release)
-        generation = release.generation("transformer")
+        metadata = release.metadata("transformer")
+        generation = metadata.get(TEXT_GENERATION) or release.generation("transformer")
         if config.text.generation != generation:
             raise UserError(
-                f"init_from={config.init_from} is LTX-2 {generation}, but text.generation="
-                f"{config.text.generation!r}: the text features of another encoder"
+                f"init_from={config.init_from} reads text features of {generation!r}, but "
+                f"text.generation={config.text.generation!r}"
             )
         for network in ("transformer", "connectors"):
             release.parameters(network, release.config(network))

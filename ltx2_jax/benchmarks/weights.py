@@ -1,13 +1,13 @@
-"""How fast official files are loaded; `python -m ltx2_jax.bench weights` prints it.
+"""How fast official files are loaded.
 
 A file in the official layout, of full width and few blocks, is written, and read again: from front
 to back into memory, which is the most that a loader can reach, and by the loader onto the devices.
 Before every reading the file is dropped from the page cache, so that it comes from the disk.
 """
 
+import argparse
 import dataclasses
 import json
-import math
 import os
 import tempfile
 import time
@@ -19,6 +19,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from ltx2_jax.arguments import count, positive
 from ltx2_jax.models.transformer import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping, transformer
@@ -28,33 +29,33 @@ from ltx2_jax.weights.writing import writing
 PREFIX = "model.diffusion_model."
 
 
-def bench_weights(generation: str, gigabytes: float, calls: int, folder: str | None) -> None:
-    """Prints a line per way of reading: GB/s of the best of `calls`, and its share of the first."""
-    config = sized(PRESETS[generation], gigabytes)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        path = Path(place) / "synthetic.safetensors"
+def run(args: argparse.Namespace) -> None:
+    """Prints a line per way of reading: GB/s of the best call, and its share of plain reading."""
+    config = sized(PRESETS[args.generation], args.gigabytes)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "synthetic.safetensors"
         started = time.perf_counter()
         write_synthetic(path, config, progress=True)
         size, seconds = path.stat().st_size, time.perf_counter() - started
         print(
-            f"{size / 1e9:.2f} GB, the transformer of {generation} with {config.num_layers} blocks "
-            f"on {jax.device_count()} {jax.devices()[0].device_kind}\n"
-            f"{'':34}{'seconds':>9}{'GB/s':>8}{'of reading':>12}\n"
-            f"{'written':34}{seconds:9.2f}{size / 1e9 / seconds:8.2f}"
+            f"{size / 1e9:.2f} GB, the transformer of {args.generation} with {config.num_layers} "
+            f"blocks, on {jax.device_count()} {jax.devices()[0].device_kind}\n"
+            f"{'':32}{'seconds':>9}{'GB/s':>8}{'of reading':>12}\n"
+            f"{'written':32}{seconds:9.2f}{size / 1e9 / seconds:8.2f}"
         )
         ways: dict[str, Callable[[], None]] = {
             "read into memory": partial(read_into_memory, path),
-            "loaded, as stored": partial(load, path, None),
-            "loaded, float32 for training": partial(load, path, "float32"),
+            "loaded as stored": partial(load, path, None),
+            "loaded as float32": partial(load, path, "float32"),
         }
-        reading = math.inf
-        for name, way in ways.items():
-            seconds = min(timed(way, path) for _ in range(calls))
-            reading = min(reading, seconds)
-            print(
-                f"{name:34}{seconds:9.2f}{size / 1e9 / seconds:8.2f}{reading / seconds:12.0%}",
-                flush=True,
-            )
+        times = {name: [] for name in ways}
+        for _ in range(args.calls):  # in turn, so that a slow moment hits them all
+            for name, way in ways.items():
+                times[name].append(timed(way, path))
+        reading = min(times["read into memory"])
+        for name, seconds in ((name, min(found)) for name, found in times.items()):
+            rate = size / 1e9 / seconds
+            print(f"{name:32}{seconds:9.2f}{rate:8.2f}{reading / seconds:12.0%}")
 
 
 def sized(config: TransformerConfig, gigabytes: float) -> TransformerConfig:
@@ -115,3 +116,12 @@ def timed(way: Callable[[], None], path: Path) -> float:
     started = time.perf_counter()
     way()
     return time.perf_counter() - started
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `bench weights`."""
+    add = parser.add_argument
+    add("--generation", choices=tuple(PRESETS), default="2.3", help="(default: %(default)s)")
+    add("--gigabytes", type=positive, default=4.0, metavar="N", help="of the file (%(default)s)")
+    add("--folder", metavar="DIR", help="where the file goes (default: that of temporary files)")
+    add("--calls", type=count, default=3, metavar="N", help="of which the best counts (3)")

@@ -1,0 +1,1 @@
+"""What `python -m ltx2_jax.bench` measures."""
