@@ -56,7 +56,7 @@ def of_lora(lora: Lora) -> str:
         f"{INDENT}metadata: {', '.join(f'{k}={v}' for k, v in lora.metadata.items()) or 'none'}",
     ]
     lines += [
-        f"{INDENT}{kind:34}{_shape(lora, modules[0]):>12}  {_blocks(modules)}"
+        f"{INDENT}{kind:34}{_shape(lora, modules[0]):>12}  {_blocks(modules)}".rstrip()
         for kind, modules in sorted(kinds.items())
     ]
     return "\n".join(lines)
@@ -111,15 +111,20 @@ def _transformer(cfg: Any) -> str:
 
 
 def _connectors(configs: Any) -> str:
-    return "; ".join(
-        f"{stream} {cfg.num_layers} blocks of {cfg.num_heads} x {cfg.head_dim}, {cfg.registers} "
-        "registers"
-        for stream, cfg in zip(("video", "audio"), configs, strict=True)
+    video, audio = configs
+    blocks = sorted({video.num_layers, audio.num_layers})
+    return (
+        f"{' and '.join(map(str, blocks))} blocks, video {video.num_heads} x {video.head_dim}, "
+        f"audio {audio.num_heads} x {audio.head_dim}, {video.registers} registers"
     )
 
 
 def _upsampler(cfg: Any) -> str:
-    return "x ".join(f"{factor:g}" for factor in cfg.scale) + " in time, rows, columns"
+    return ", ".join(
+        f"{name} x{factor:g}"
+        for name, factor in zip(("frames", "rows", "columns"), cfg.scale, strict=True)
+        if factor != 1
+    )
 
 
 _DESCRIBE = {
