@@ -35,14 +35,11 @@ def attend(
     device = target()
     how = sequence_parallel.plan(q.shape[2], queries, keys, heads, device)
     q, k, v = pin(q, *how.q), pin(k, *how.k), pin(v, *how.k)
-    rows, columns = q.shape[1] // axis_size(queries), k.shape[1] // axis_size(keys)
+    # Of one device, after tokens were traded for heads.
+    rows = q.shape[1] // axis_size(queries) * how.group
+    columns = k.shape[1] // axis_size(keys) * how.group
     backend = attention_kernels.choose(
-        backend,
-        device,
-        logits=rows * columns * how.group**2,
-        width=q.shape[3],
-        dtype=q.dtype,
-        biased=bias is not None,
+        backend, device, rows, columns, q.shape[3], q.dtype, biased=bias is not None
     )
     if backend == "splash":
         return sequence_parallel.splash(q, k, v, how)

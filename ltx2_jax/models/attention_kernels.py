@@ -35,13 +35,14 @@ XLA_LOGITS_BYTES = 2**30
 def choose(
     wanted: str,
     target: tuple[str, str],  # platform and device kind
-    *,
-    logits: int,  # per head, of one device
+    queries: int,
+    keys: int,
     width: int,  # of a head
     dtype: jnp.dtype,
+    *,
     biased: bool,
 ) -> str:
-    """The backend of one attention, decided while tracing.
+    """The backend of what one device has of an attention, decided while tracing.
 
     Kernels take no bias: dense ones would cost them their speed, and none is left where registers
     fill the padding of the text. float32 stays with XLA, which is exact.
@@ -50,12 +51,15 @@ def choose(
         return "xla"
     if wanted != "auto":
         return wanted
-    if dtype != jnp.bfloat16 or logits < SMALL_LOGITS:
+    if dtype != jnp.bfloat16 or queries * keys < SMALL_LOGITS:
         return "xla"
     platform, kind = target
-    # cuDNN: head widths are multiples of 8, up to 128 before Hopper.
-    nvidia = "nvidia" in kind.lower() and width % 8 == 0 and width <= 128
-    return "splash" if platform == "tpu" else "cudnn" if nvidia else "xla"
+    if platform == "tpu":
+        return "splash"
+    # cuDNN wants head widths that are multiples of 8, up to 128 before Hopper, and jax refuses it
+    # odd lengths in training, such as the 501 audio tokens of 20 s.
+    even = queries % 2 == keys % 2 == width % 8 == 0
+    return "cudnn" if "nvidia" in kind.lower() and even and width <= 128 else "xla"
 
 
 # --------------------------------------------------------------------------------------------- XLA

@@ -156,7 +156,7 @@ def _splash_bwd(how, residuals, grad):
     inputs = [how.q, how.k, how.k, how.q, SHARDS, how.q]
     backward = partial(_splash_backward, how=how)
     outputs = (how.q, how.k, how.k)
-    return on_shards(backward, inputs, outputs, checked=False)(*residuals, grad)
+    return on_shards(backward, inputs, outputs, checked=False)(*residuals, pin(grad, *how.q))
 
 
 splash.defvjp(_splash_fwd, _splash_bwd)
@@ -165,6 +165,9 @@ splash.defvjp(_splash_fwd, _splash_bwd)
 SHARDS: Names = ("shards", None, None)
 
 
+# Under jit, these are one call each, dropped whole when a saved result makes it useless: jax 0.10
+# keeps a pallas_call in the program that it rematerialises, for XLA to find.
+@partial(jax.jit, static_argnames=("how", "residuals"))
 def _splash_forward(q, k, v, *, how, residuals):
     """[B, t, N, H] of this device -> as q, and log2-sum-exp2 [1, heads, tokens] as traded."""
     q = _scaled(q)
@@ -186,6 +189,7 @@ def _splash_forward(q, k, v, *, how, residuals):
     return (out, statistics[None]) if residuals else out
 
 
+@partial(jax.jit, static_argnames="how")
 def _splash_backward(q, k, v, out, statistics, grad, *, how):
     """Of the arrays of this device; gradients of q, k and v."""
     q = _scaled(q)
