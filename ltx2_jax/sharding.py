@@ -116,10 +116,9 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 def target() -> tuple[str, str]:
     """(platform, device kind) that the program being traced is compiled for.
 
-    That of the mesh in context, which may be a slice that is not here; else the default device's.
+    Those of the mesh in context, which may be a slice that is not here; else of this machine.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    device = device or jax.config.jax_default_device or jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.platform, device.device_kind
 
 

@@ -233,6 +233,21 @@ def test_large_logits_are_held_a_block_at_a_time(monkeypatch):
     assert (2, 2, 50, 40) not in shapes
 
 
+def test_blocks_of_queries_are_the_same_on_a_mesh(mesh_context, monkeypatch):
+    monkeypatch.setattr(kernels, "XLA_LOGITS_BYTES", 600)
+    bias = np.random.default_rng(1).normal(size=(2, 1, 16, 16)).astype(np.float32)
+    check_on_mesh(mesh_context(2, 2, 2), VIDEO, VIDEO, arrays(16, 16, 4), bias)
+
+
+def test_xla_attention_is_differentiable_forward():
+    *qkv, _ = arrays(8, 5, heads=2)
+    tangents = [np.ones_like(x) * x.mean() + x**2 for x in qkv]
+    run = partial(attend, queries=VIDEO, keys=AUDIO)
+    got, want = (jax.jvp(f, qkv, tangents) for f in (run, reference))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
+
+
 def gradient_program(cfg, audio_tokens=5):
     """Of a sum of the velocities, by the weights; its equations."""
     video, audio = inputs(cfg)
@@ -275,6 +290,34 @@ def test_no_attention_kernel_runs_again_in_the_backward_pass(monkeypatch, kernel
         context_dim=64, audio_context_dim=64,
     )  # fmt: skip
     assert kernel_calls(gradient_program(cfg, audio_tokens=4)) == calls
+
+
+def test_gradients_of_keys_that_devices_share_are_summed_with_cudnn(mesh_context, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    run = partial(attend, queries=VIDEO, keys=AUDIO, backend="cudnn")
+    with mesh_context(1, 2, 4):
+        names = [("batch", tokens, "heads", None) for tokens in (VIDEO, AUDIO, AUDIO, VIDEO)]
+        *qkv, grad = (
+            sharding.pin(x.astype(jnp.bfloat16), *n)
+            for x, n in zip(arrays(16, 6, 8, width=8), names, strict=True)
+        )
+        program = list(equations(jax.make_jaxpr(partial(with_gradients, run))(qkv, grad).jaxpr))
+    summed = [e for e in program if e.primitive.name.startswith("psum")]
+    shapes = [v.aval.shape for e in summed for v in e.outvars if "sequence" in str(e.params)]
+    assert shapes == [(2, 6, 4, 8)] * 2  # of k and of v
+
+
+def test_kernels_read_bfloat16():
+    pytest.importorskip("tokamax", reason="the kernels of tokamax are not installed")
+    cfg = dataclasses.replace(SMALL, attention="splash", dtype="bfloat16", remat="attention")
+    for equation in gradient_program(cfg):
+        if equation.primitive.name == "pallas_call":
+            read = [v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+            wide = [a for a in read if a.dtype != jnp.bfloat16]
+            # float32 are the statistics that the backward kernel reads: two numbers a row.
+            assert len(wide) == (2 if "dkv" in str(equation.params["name"]) else 0)
 
 
 def test_offloading_leaves_only_statistics_on_the_device():

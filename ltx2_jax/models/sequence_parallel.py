@@ -31,6 +31,9 @@ from ltx2_jax.models import attention_kernels as kernels
 from ltx2_jax.models.remat import ATTENTION, STATISTICS
 from ltx2_jax.sharding import Names, axis_size, mesh_axes, on_shards, pin
 
+# [shards, ...]: what each device keeps for its own backward pass, in whatever layout it has there.
+SHARDS: Names = ("shards", None, None)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -160,9 +163,6 @@ def _splash_bwd(how, residuals, grad):
 
 
 splash.defvjp(_splash_fwd, _splash_bwd)
-
-# [shards, ...]: what each device keeps for its own backward pass, in whatever layout it has there.
-SHARDS: Names = ("shards", None, None)
 
 
 # Under jit, these are one call each, dropped whole when a saved result makes it useless: jax 0.10
