@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from functools import partial
 
 import jax
@@ -196,11 +197,22 @@ def test_the_target_is_the_mesh_not_the_host():
     assert "pallas_call" in {e.primitive.name for e in equations(jaxpr)}
 
 
-def test_a_missing_kernel_library_is_named(monkeypatch):
-    import sys
+@pytest.mark.parametrize("width", [64, 128])
+def test_bfloat16_kernels_are_as_exact_as_their_inputs(width):
+    pytest.importorskip("tokamax", reason="the kernels of tokamax are not installed")
+    q, k, v, grad = (jnp.bfloat16(x) for x in arrays(256, 256, heads=1, batch=1, width=width))
+    run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
+    got = with_gradients(jax.jit(run), (q, k, v), grad)
+    exact = [x.astype(jnp.float32) for x in (q, k, v, grad)]
+    for x, y in zip(got, with_gradients(reference, exact[:3], exact[3]), strict=True):
+        error = np.linalg.norm(np.asarray(x, np.float32) - y) / np.linalg.norm(y)
+        assert error < 2**-8  # of one rounding: 2^-9 at most
 
+
+def test_a_missing_kernel_library_is_named(monkeypatch):
     path = "tokamax._src.ops.experimental.tpu.splash_attention"
     monkeypatch.setitem(sys.modules, path, None)
+    kernels._splash.cache_clear()
     q = jnp.zeros((1, 8, 2, 4))
     with pytest.raises(UserError, match=r"pip install 'ltx2-jax\[tpu\]'"):
         attend(q, q, q, queries=VIDEO, keys=VIDEO, backend="splash")

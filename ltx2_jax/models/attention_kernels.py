@@ -8,9 +8,10 @@ A kernel never holds the [Tq, Tk] logits in memory; XLA holds them, a block of q
 once they are large.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -30,6 +31,10 @@ SMALL_LOGITS = 2**16
 
 # Logits that XLA holds at once, in bytes per device; beyond, queries are taken in blocks.
 XLA_LOGITS_BYTES = 2**30
+# Partial sums of the gradient of q that splash leaves; beyond, heads are taken in turns.
+DQ_BYTES = 2**31
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def choose(
@@ -142,14 +147,14 @@ class Tuning:
 # of head width 128, forward: v5p 89 % of peak with 2048/2048/256, v6e 36 % with 2048/2048/512, v7x
 # 34 % with 4096/4096/256 (of the 67 % that 256-wide MXUs leave to this width). The compiler's
 # schedules agree with these rates, hardly change beyond 1024 x 2048, and are better with the
-# experimental scheduler on v6e and v7x only. Compile time grows with the block: 9 s for 2816 x 2816
-# forward on one core, 25 s for 4096 x 4096.
+# experimental scheduler on v6e and v7x only. Compile time grows with the block: on one core, with a
+# mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
 TUNING = (
     ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
     ("v5 lite", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
     ("v5", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
     ("v6", Tuning(Blocks(2048, 2816, 512), Blocks(2048, 2816, 512), scheduler=True)),
-    ("7x", Tuning(Blocks(2816, 2816, 256), Blocks(2048, 2816, 512), scheduler=True)),
+    ("7x", Tuning(Blocks(2048, 2816, 512), Blocks(2048, 2816, 512), scheduler=True)),
     ("", Tuning(Blocks(1024, 1024, 256), Blocks(1024, 1024, 256))),  # a chip we do not know
 )
 
@@ -179,7 +184,7 @@ def cut(queries: int, keys: int, most: Blocks) -> Blocks:
 
 
 def splash_forward(
-    q: Array,  # [N, Tq, H], scaled; the batch is folded into the heads
+    q: Array,  # [N, Tq, H]; the batch is folded into the heads
     k: Array,  # [N, Tk, H]
     v: Array,  # [N, Tk, H]
     target: tuple[str, str],
@@ -188,12 +193,12 @@ def splash_forward(
 ) -> tuple[Array, Array | None]:
     """Attention [N, Tq, H] and, if asked for, the log2-sum-exp2 of its logits, float32 [N, Tq].
 
-    Logits count in base 2 here: exp2 is what the hardware has.
+    Logits count in base 2: exp2 is what the hardware has.
     """
     kernel, queries, keys = _splash(), q.shape[1], k.shape[1]
     tuning = _tuning(target)
     blocks = cut(queries, keys, tuning.forward)
-    q, (k, v) = _fill(q, blocks.queries), (_fill(x, blocks.keys) for x in (k, v))
+    q, (k, v) = _fill(_base_2(q), blocks.queries), (_fill(x, blocks.keys) for x in (k, v))
     out = kernel._splash_attention_forward(
         _no_mask(kernel), q, k, v, _segments(kernel, q, k, keys), None,
         mask_value=MASKED, is_mqa=False, save_residuals=residuals, mask_function=None,
@@ -205,7 +210,7 @@ def splash_forward(
 
 
 def splash_backward(
-    q: Array,  # [N, Tq, H], scaled
+    q: Array,  # [N, Tq, H]
     k: Array,  # [N, Tk, H]
     v: Array,  # [N, Tk, H]
     logsumexp: Array,  # float32 [N, Tq], over all keys, also those of other devices
@@ -216,7 +221,7 @@ def splash_backward(
     """Gradients of q, k and v."""
     kernel, queries, keys = _splash(), q.shape[1], k.shape[1]
     blocks = cut(queries, keys, _tuning(target).backward)
-    q, grad = (_fill(x, blocks.queries) for x in (q, grad))
+    q, grad = (_fill(x, blocks.queries) for x in (_base_2(q), grad))
     # Rows of zeros: their gradient is 0 = p (0 - 0) with any finite p.
     logsumexp, delta = (_fill(x, blocks.queries) for x in (logsumexp, delta))
     k, v = (_fill(x, blocks.keys) for x in (k, v))
@@ -231,33 +236,50 @@ def splash_backward(
     # The kernel calls none of its grid parallel, so that a chip of two cores (v4, v5p) would leave
     # one idle. The dimension that vmap adds is parallel: each core takes half of the heads.
     cores = math.gcd(q.shape[0], 2)
-    # It writes the gradient of q once per block of keys, in float32, to be summed after it: so many
-    # heads in turn that this stays below DQ_BYTES.
+    # It writes the gradient of q once per block of keys, in float32, to be summed after it.
     heads, size = q.shape[0] // cores, 4 * q.size * (k.shape[1] // blocks.keys)
     turns = next((n for n in range(1, heads) if heads % n == 0 and size / n <= DQ_BYTES), heads)
     split = lambda x: x.reshape(turns, cores, -1, *x.shape[1:])  # noqa: E731
     arrays = tuple(split(x) for x in (q, k, v, logsumexp, grad, delta))
     grads = jax.lax.map(lambda xs: jax.vmap(run_some)(*xs), arrays)
     dq, dk, dv = (x.reshape(-1, *x.shape[3:]) for x in grads)
-    return dq[:, :queries], dk[:, :keys], dv[:, :keys]
+    # The kernel takes log2(e) q for q, and knows no scale.
+    dq, dk = _scaled(dq[:, :queries], q.shape[2] ** -0.5), _scaled(dk[:, :keys], math.log(2))
+    return dq, dk, dv[:, :keys]
 
 
-DQ_BYTES = 2**30
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+def _scaled(x: Array, factor: float) -> Array:
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
+def _base_2(q: Array) -> Array:
+    """Queries whose logits count in base 2, scaled."""
+    return _scaled(q, q.shape[2] ** -0.5 * math.log2(math.e))
+
+
+@cache
 def _splash() -> Any:
-    # Private names of an experimental module, hence the exact version in pyproject.toml. The reason
-    # to take it: its kernels were measured on every chip we name, and ours can be on none. Its own
-    # ring_attention_kernel is left out: it merges base-2 sums with base-e exponentials.
+    """tokamax's kernels, in an instance of their module that is ours.
+
+    Private names of an experimental module, hence the exact version in pyproject.toml. The reason
+    to take it: these kernels were measured on the chips that we name. Its ring_attention_kernel is
+    left out: it merges base-2 sums with base-e exponentials.
+    """
     try:
-        from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel
+        spec = importlib.util.find_spec(
+            "tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_kernel"
+        )
+        kernel = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernel)
     except ImportError:
         raise UserError(
             "attention on TPU takes the kernels of tokamax: pip install 'ltx2-jax[tpu]', or set "
             "attention='xla' in the model's config"
         ) from None
-    return splash_attention_kernel
+    # To count in base 2 it multiplies q by log2(e) in the dtype of q, which in bfloat16 is 1.4453,
+    # 0.2 % too much, and another rounding. `splash_forward` does it in float32 instead.
+    kernel.LOG2E = 1.0
+    return kernel
 
 
 def _config(kernel: Any, blocks: Blocks, target: tuple[str, str], scheduler: bool) -> Any:

@@ -170,7 +170,6 @@ splash.defvjp(_splash_fwd, _splash_bwd)
 @partial(jax.jit, static_argnames=("how", "residuals"))
 def _splash_forward(q, k, v, *, how, residuals):
     """[B, t, N, H] of this device -> as q, and log2-sum-exp2 [1, heads, tokens] as traded."""
-    q = _scaled(q)
     if how.group > 1:
         q, k, v = _to_heads((q, k, v), how)
     else:
@@ -192,7 +191,6 @@ def _splash_forward(q, k, v, *, how, residuals):
 @partial(jax.jit, static_argnames="how")
 def _splash_backward(q, k, v, out, statistics, grad, *, how):
     """Of the arrays of this device; gradients of q, k and v."""
-    q = _scaled(q)
     delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)  # [B, t, N]
     if how.group > 1:
         q, k, v, grad = _to_heads((q, k, v, grad), how)
@@ -212,11 +210,7 @@ def _splash_backward(q, k, v, out, statistics, grad, *, how):
         dq = jax.lax.psum(dq, how.axes)
     if how.shared:
         dk, dv = jax.lax.psum((dk, dv), how.shared)
-    return _scaled(dq), dk, dv
-
-
-def _scaled(q: Array) -> Array:
-    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return dq, dk, dv
 
 
 def _fold(x: Array) -> Array:
