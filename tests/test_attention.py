@@ -357,7 +357,7 @@ def collective_types(function, arguments):
     ]
 
 
-@pytest.mark.parametrize(("heads", "kinds"), [(8, {"all_to_all"}), (2, {"ppermute"})])
+@pytest.mark.parametrize(("heads", "kinds"), [(8, {"all_to_all"}), (2, {"ppermute", "all_gather"})])
 def test_what_is_sent_is_bfloat16(mesh_context, heads, kinds):
     pytest.importorskip("tokamax", reason="the kernels of tokamax are not installed")
     run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
