@@ -140,7 +140,7 @@ class Tuning:
     scheduler: bool = False  # the compiler's experimental scheduler
 
 
-# By a part of the lower-cased device kind; first match wins. All compile, forward with residuals and
+# By a part of the lower-cased device kind; first match wins. All compile, forward with residuals or
 # backward, within the scoped VMEM that a program gets without flags (16 MiB on v4, v5e and v5p, 32
 # MiB on v6e), where 2048 x 2048 does not on v5p. One row serves all shapes: a short side is one
 # block of its own length, and a head width of 64 fills the 128 lanes as 128 does. Published rates
