@@ -9,7 +9,7 @@ Mesh axis names appear in this file only. The rest of the package speaks of logi
     audio tokens, text tokens   (replicated)        few rows: moving them costs more
     weights, input feature      data x sequence     FSDP: gathered in the compute dtype when used
     heads, mlp features         model               tensor parallel
-    exchanged heads             model x sequence    self-attention trades tokens for heads (Ulysses)
+    shards                      all                 what each device leaves for its own backward
 
 The mesh is explicit (`jax.sharding.AxisType.Explicit`): shardings are part of array types, so a
 wrong one is an error at trace time, without devices, and optimizer moments inherit the sharding of
@@ -28,6 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ltx2_jax.errors import UserError
 
 MESH_AXES = ("data", "model", "sequence")
+Names = tuple[str | None, ...]  # logical names, one per dimension of an array
 PICTURE_AXES = ("clips", "rows", "columns")  # of the meshes for convolutional networks
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -37,8 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "text_tokens": (),
     "fsdp": ("data", "sequence"),
     "heads": ("model",),
-    "exchanged_heads": ("model", "sequence"),
     "mlp": ("model",),
+    "shards": MESH_AXES,
 }
 
 
@@ -109,10 +110,25 @@ def pin_picture(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(clips, None, rows, columns, None))
 
 
-def axis_size(name: str) -> int:
+def axis_size(name: str | None) -> int:
     """Number of shards of the logical axis `name` under the mesh in context (1 without one)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes(name, mesh))
+
+
+def mesh_axes(name: str | None) -> tuple[str, ...]:
+    """The mesh axes that shard the logical axis `name`, for collectives inside `on_shards`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else _axes(name, mesh)
+
+
+def target() -> tuple[str, str]:
+    """(platform, device kind) that the program being traced is compiled for.
+
+    Those of the mesh in context, which may be a slice that is not here; else of this machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.platform, device.device_kind
 
 
 def spec(*names: str | None) -> PartitionSpec | None:
@@ -145,6 +161,27 @@ def pin(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` resharded to the logical axes `names`, one a dimension; unchanged without a mesh."""
     target = spec(*names)
     return x if target is None else jax.sharding.reshard(x, target)
+
+
+def on_shards(
+    f: Callable[..., Any], inputs: Sequence[Names], outputs: Any, *, checked: bool = True
+) -> Callable[..., Any]:
+    """`f` of the shards that one device holds; collectives inside name `mesh_axes`.
+
+    `inputs` and `outputs` are logical names per dimension of each argument and result (a pytree of
+    tuples). Without a mesh it is `f` itself. `checked` proves that a result which is the same on
+    several devices by its names is so by its computation; kernels cannot be looked through.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    names = lambda tree: jax.tree.map(lambda n: spec(*n), tree, is_leaf=_is_names)  # noqa: E731
+    return jax.shard_map(
+        f, in_specs=names(tuple(inputs)), out_specs=names(outputs), check_vma=checked
+    )
+
+
+def _is_names(tree: Any) -> bool:
+    return isinstance(tree, tuple) and all(name is None or isinstance(name, str) for name in tree)
 
 
 def weight_spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec | None:

@@ -159,7 +159,7 @@ def test_spec_refuses_one_mesh_axis_used_twice(mesh_context):
     with mesh_context(2, 2, 2):
         assert sharding.spec("batch", "video_tokens", "heads") == P("data", "sequence", "model")
         with pytest.raises(ValueError, match="used twice"):
-            sharding.spec("video_tokens", "exchanged_heads")
+            sharding.spec("fsdp", "video_tokens")
         with pytest.raises(ValueError, match="unknown logical axis"):
             sharding.spec("chanels")
 

@@ -79,7 +79,7 @@ def test_remat_policies_do_not_change_gradients():
             return jnp.sum(nnx.merge(graphdef, p)(video, None)[0] ** 2)
 
         gradients[remat] = jax.jit(jax.grad(loss))(params)
-    for remat in ("block", "attention", "dots"):
+    for remat in REMAT_POLICIES:
         for x, y in zip(
             jax.tree.leaves(gradients["none"]), jax.tree.leaves(gradients[remat]), strict=True
         ):

@@ -8,9 +8,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from ltx2_jax.models.layers import Axes, Linear, parameter, rms_norm
+from ltx2_jax.models import attention_kernels, sequence_parallel
+from ltx2_jax.models.layers import Linear, parameter, rms_norm
+from ltx2_jax.models.remat import ATTENTION
 from ltx2_jax.models.rope import Rope, apply_rope
-from ltx2_jax.sharding import axis_size, pin, spec
+from ltx2_jax.sharding import axis_size, pin, target
 
 
 def attend(
@@ -22,35 +24,28 @@ def attend(
     queries: str,  # logical name of the Tq axis
     keys: str,  # logical name of the Tk axis
     heads: str | None = "heads",  # of the N axis
+    backend: str = "auto",  # or one of `attention_kernels.BACKENDS`, to debug it
 ) -> Array:  # [B, Tq, N, H]
     """softmax(q k^T / sqrt(H) + bias) v, softmax in float32.
 
-    How it is parallel follows from the two token axes:
-    - both sharded (video self-attention): tokens are exchanged for heads (all-to-all), each chip
-      attends over whole sequences of some heads, and back; keys are gathered instead when the
-      heads do not divide over model x sequence;
-    - only queries sharded (audio or text to video): no communication;
-    - only keys sharded (video to audio): softmax and weighted sum are merged across the shards,
-      which moves a few rows instead of the keys.
+    Which kernel computes it follows from the device that the program is compiled for and from what
+    one device has of it (`attention_kernels.choose`); how it is parallel, from the two token axes
+    (`sequence_parallel`). The result is saved by name for rematerialisation.
     """
-    both = axis_size(queries) > 1 and axis_size(keys) > 1
-    out = ("batch", queries, heads, None)
-    if both and q.shape[2] % axis_size("exchanged_heads") == 0:
-        whole = ("batch", None, "exchanged_heads", None)
-        q, k, v = (pin(x, *whole) for x in (q, k, v))
-        return pin(_softmax_attention(q, k, v, bias, whole), *out)
-    if both:
-        k, v = (pin(x, "batch", None, heads, None) for x in (k, v))
-    return _softmax_attention(q, k, v, bias, out)
-
-
-def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None, out: Axes) -> Array:
-    logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnqk,bknh->bqnh", weights, v, out_sharding=spec(*out))
+    device = target()
+    how = sequence_parallel.plan(q.shape[2], queries, keys, heads, device)
+    q, k, v = pin(q, *how.q), pin(k, *how.k), pin(v, *how.k)
+    # Of one device, after tokens were traded for heads.
+    rows = q.shape[1] // axis_size(queries) * how.group
+    columns = k.shape[1] // axis_size(keys) * how.group
+    backend = attention_kernels.choose(
+        backend, device, rows, columns, q.shape[3], q.dtype, biased=bias is not None
+    )
+    if backend == "splash":
+        return sequence_parallel.splash(q, k, v, how)
+    out = sequence_parallel.attend(q, k, v, bias, backend, how)
+    # cuDNN's output is saved together with its statistics: see REMAT_POLICIES.
+    return out if backend == "cudnn" else checkpoint_name(out, ATTENTION)
 
 
 class Attention(nnx.Module):
@@ -71,12 +66,13 @@ class Attention(nnx.Module):
         gated: bool,
         interleaved_rope: bool = False,
         axis: str | None = "heads",  # logical name of the heads; None: every shard has them all
+        backend: str = "auto",
         rngs: nnx.Rngs,
     ):
         inner = heads[0] * heads[1]
         self.heads, self.tokens, self.eps = heads[0], tokens, eps
         self.interleaved_rope = interleaved_rope
-        self.axis = axis
+        self.axis, self.backend = axis, backend
         self.to_q = Linear(query_dim, inner, axes=("fsdp", axis), rngs=rngs)
         self.to_k = Linear(context_dim, inner, axes=("fsdp", axis), rngs=rngs)
         self.to_v = Linear(context_dim, inner, axes=("fsdp", axis), rngs=rngs)
@@ -107,8 +103,9 @@ class Attention(nnx.Module):
             q = apply_rope(q, rope, interleaved=self.interleaved_rope)
             k = apply_rope(k, context_rope or rope, interleaved=self.interleaved_rope)
         queries, keys = self.tokens
-        out = attend(q, k, v, bias, queries=queries, keys=keys, heads=self.axis)
-        out = checkpoint_name(out, "attention")
+        out = attend(
+            q, k, v, bias, queries=queries, keys=keys, heads=self.axis, backend=self.backend
+        )
         if keep is not None:
             out = jnp.where(keep[:, None, None, None] > 0, out, v)
         if self.to_gate is not None:

@@ -25,8 +25,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from ltx2_jax.models.attention import Attention
+from ltx2_jax.models.attention_kernels import BACKENDS
 from ltx2_jax.models.layers import (
     AdaLayerNormSingle,
     FeedForward,
@@ -36,17 +38,9 @@ from ltx2_jax.models.layers import (
     parameter,
     rms_norm,
 )
+from ltx2_jax.models.remat import BLOCK_INPUT, REMAT_POLICIES
 from ltx2_jax.models.rope import Rope, rope_tables
 from ltx2_jax.sharding import pin
-
-# What the backward pass finds saved, by name. Block inputs are always saved (they are the carry of
-# the scan); "attention" also keeps attention outputs, so that no attention kernel runs twice.
-REMAT_POLICIES = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclass(frozen=True)
@@ -83,10 +77,12 @@ class TransformerConfig:
     rope_precision: str = "float64"
     dtype: str = "bfloat16"  # of activations; weights are cast to it where they are used
     remat: str = "attention"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # the backend, to debug one: see attention_kernels.py
 
     def __post_init__(self):
         choices = {
             "remat": tuple(REMAT_POLICIES),
+            "attention": BACKENDS,
             "rope_type": ("split", "interleaved"),
             "rope_precision": ("float64", "float32"),
             "dtype": ("bfloat16", "float32"),
@@ -221,6 +217,7 @@ class Block(nnx.Module):
             eps=cfg.norm_eps,
             gated=cfg.gated_attention,
             interleaved_rope=cfg.rope_type == "interleaved",
+            backend=cfg.attention,
             rngs=rngs,
         )
         self.eps = cfg.norm_eps
@@ -460,6 +457,7 @@ class LTX2Transformer(nnx.Module):
 
         def body(carry, layer):
             weights, layer_keep = layer
+            carry = checkpoint_name(carry, BLOCK_INPUT)
             return nnx.merge(graphdef, weights)(*carry, video, audio, layer_keep), None
 
         if self.cfg.remat != "none":

@@ -1,0 +1,46 @@
+"""What the backward pass of a block finds saved, and what it computes again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# Names of arrays that a policy may keep.
+ATTENTION = "attention"  # what attention returns
+STATISTICS = "attention_statistics"  # log-sum-exp of its logits, which a kernel's backward needs
+BLOCK_INPUT = "block_input"
+
+
+def _attention_saveable(saved: Callable[..., Any]) -> Callable[..., Any]:
+    """`saved`, and what cuDNN returns: its statistics cannot be named from outside."""
+
+    def policy(primitive, *args, **params):
+        if primitive.name.startswith("dot_product_attention_fwd"):
+            return True
+        return saved(primitive, *args, **params)
+
+    return policy
+
+
+# The inputs of every block are saved in any case: they are the carry of the scan. Then
+# - "attention" keeps what attention returns, so that no attention kernel runs twice: in all 4 rows
+#   of the width per block and video token (the input and three attentions), half a gigabyte per
+#   block for 14080 tokens in bfloat16, and a float32 per attention, head and token;
+# - "attention_offload" moves these rows to the host's memory until they are needed. The float32
+#   statistics stay, they are 1/64 of it, and so does all of cuDNN's, which has no names.
+REMAT_POLICIES = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "attention": _attention_saveable(
+        jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS)
+    ),
+    "attention_offload": _attention_saveable(
+        jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[STATISTICS],
+            names_which_can_be_offloaded=[ATTENTION, BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    ),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
