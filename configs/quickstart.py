@@ -29,7 +29,7 @@ from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
-from ltx2_jax.models.transformer import LTX2_3_22B
+from ltx2_jax.models.transformer_config import LTX2_3_22B
 
 
 def get_config(arg: str | None = None) -> Config:

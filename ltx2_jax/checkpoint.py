@@ -5,7 +5,6 @@ atomically under `<workdir>/checkpoints/<step>`. It restores onto any mesh.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from orbax.checkpoint import v1 as ocp
 from ltx2_jax import training
 from ltx2_jax.config import Config, from_json, to_json
 from ltx2_jax.errors import UserError
-from ltx2_jax.sharding import abstract_state
 
 FOLDER = "checkpoints"
 
@@ -113,7 +111,12 @@ class Checkpoints:
 
 
 def weights_of_run(
-    workdir: str | Path, mesh: jax.sharding.Mesh, *, step: int | None = None, average: bool = True
+    workdir: str | Path,
+    mesh: jax.sharding.Mesh,
+    *,
+    step: int | None = None,
+    average: bool = True,
+    for_sampling: bool = False,
 ) -> tuple[Config, dict[str, Any], int]:
     """Config, weights on `mesh` and step of a training run: averaged weights if it averaged.
 
@@ -122,6 +125,7 @@ def weights_of_run(
       mesh: where the weights go.
       step: of the checkpoint; the newest when None.
       average: False takes the last weights even if there are averaged ones.
+      for_sampling: on the mesh and in the dtypes in which a sampler keeps them, not a train state.
 
     Raises:
       UserError: no workdir, no checkpoint there, or none of `step`.
@@ -132,8 +136,7 @@ def weights_of_run(
             raise UserError(f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there")
         config = checkpoints.config(step)
         name = "ema" if average and config.optim.ema_decay is not None else "params"
-        create = partial(training.init_params, config=config)
-        abstract = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
+        abstract = training.abstract_params(config, mesh, for_sampling=for_sampling)
         return config, checkpoints.restore_part(step, {name: abstract})[name], step
 
 

@@ -27,7 +27,7 @@ from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.gemma import GEMMA_SMALL
 from ltx2_jax.models.gemma_layers import GemmaConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
-from ltx2_jax.models.transformer import TransformerConfig
+from ltx2_jax.models.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)

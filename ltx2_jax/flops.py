@@ -7,7 +7,7 @@ are the model's FLOPs: recomputation under rematerialisation is not counted, so 
 comparable across remat policies.
 """
 
-from ltx2_jax.models.transformer import TransformerConfig
+from ltx2_jax.models.transformer_config import TransformerConfig
 
 TIMESTEP_CHANNELS = 256  # sinusoid features entering the timestep MLPs
 TRAIN_PASSES = 3  # a backward pass costs two forward passes: gradients of inputs and of weights

@@ -33,9 +33,9 @@ from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
-from ltx2_jax.diffusion.sampler import Latents, denoise, guided, unguided
+from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
 from ltx2_jax.files import replacing
-from ltx2_jax.models.transformer import Modality
+from ltx2_jax.models.streams import Modality
 from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
@@ -89,7 +89,7 @@ class Pipeline:
           UserError: no workdir, no checkpoint there, or none of `step`.
         """
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        config, params, _ = weights_of_run(workdir, mesh, step=step)
+        config, params, _ = weights_of_run(workdir, mesh, step=step, for_sampling=True)
         return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh, text_cache)
 
     @classmethod
@@ -148,8 +148,9 @@ class Pipeline:
         text = caption_features(self.text_encoder, [*prompts, ""])
         if isinstance(self.text_encoder, TextCache):
             self.text_encoder.release()
-        # Batches of one size, the last padded, so that one compiled program serves all.
-        shards = self.mesh.shape["data"]
+        # Batches of one size, the last padded, so that one compiled program serves all. Guidance
+        # passes of a clip fill shards of the data axis as well as clips do.
+        shards = self.mesh.shape["data"] // math.gcd(self.mesh.shape["data"], _passes(sample))
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
         for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
             rows = np.arange(start, start + batch)
@@ -180,7 +181,7 @@ class Pipeline:
                 audio_bins=self.codec.audio.bins,
                 strides=self.codec.video.strides,
                 fps=self.size.fps,
-                guided=sample.video_guidance != 1 or sample.audio_guidance != 1,
+                guided=_passes(sample) > 1,
             ),
         )
 
@@ -191,6 +192,10 @@ class Pipeline:
         )
         rate = self.codec.audio.latents_per_second
         return shape, geometry.audio_latent_length(size.num_frames, size.fps, rate)
+
+
+def _passes(sample: SampleConfig) -> int:
+    return 1 if sample.video_guidance == sample.audio_guidance == 1 else 2
 
 
 @dataclass(frozen=True)
@@ -222,46 +227,60 @@ def generate(
     model = nnx.merge(graphdef, params)
     cfg = model.transformer.cfg
     batch, tokens = rows.shape[0], int(np.prod(request.video_shape))
-    positions = (
-        jnp.asarray(geometry.video_positions(request.video_shape, request.fps, request.strides)),
-        jnp.asarray(geometry.audio_positions(request.audio_length)),
+    text, null_text = (
+        {name: jnp.broadcast_to(x, (batch, *x.shape[1:])) for name, x in part.items()}
+        for part in (text, null_text)
     )
-
-    def context(text: dict[str, Array]) -> tuple[Array | None, ...]:
-        text = {k: jnp.broadcast_to(x, (batch, *x.shape[1:])) for k, x in text.items()}
-        return model.context({k: pin(x, "batch", *[None] * (x.ndim - 1)) for k, x in text.items()})
-
-    def velocity(x: Latents, sigma: Array, text: tuple[Array | None, ...]) -> Latents:
-        video_context, audio_context, mask = text
-        keyframes = None
-        if cfg.keyframe_embedding:
-            keyframes = training.first_frame_mask((x.video.shape[0], *request.video_shape))
-        shared = {"sigma": sigma, "timesteps": sigma[:, None], "context_mask": mask}
-        video = Modality(x.video, positions=positions[0], context=video_context,
-                         keyframes_mask=keyframes, **shared)  # fmt: skip
-        audio = Modality(x.audio, positions=positions[1], context=audio_context, **shared)
-        return Latents(*model.transformer(video, audio))
 
     def noise(stream: int, shape: tuple[int, ...], tokens: str) -> Array:
         stream_key = jax.random.fold_in(key, stream)
         keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
-        return pin(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), "batch", tokens, None)
+        x = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+        return pin(x, rows_axis(batch), tokens, None)
 
     start = Latents(
         noise(0, (tokens, cfg.in_channels), "video_tokens"),
         noise(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
     )
+    of_text = partial(network, model, request)
     if request.guided:
-        predict = guided(velocity, context(text), context(null_text), scales)
+        predict = guided(of_text, text, null_text, scales)
     else:
-        predict = unguided(velocity, context(text))
+        predict = unguided(of_text, text)
     clean = denoise(predict, start, sigmas)
     # Whole clips per chip again: the grid axes below are not the sharded token axis.
-    video = pin(clean.video, "batch", None, None)
+    video = pin(clean.video, rows_axis(batch), None, None)
     return (
         geometry.unpatchify_video(video, request.video_shape),
         geometry.unpatchify_audio(clean.audio, request.audio_bins),
     )
+
+
+def network(model: training.LTX2, request: Request, text: dict[str, Array]) -> Velocity:
+    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`."""
+    rows = text["text_mask"].shape[0]
+    text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
+    video_context, audio_context, mask = model.context(text)
+    positions = geometry.video_positions(request.video_shape, request.fps, request.strides)
+    keyframes = None
+    if model.transformer.cfg.keyframe_embedding:
+        keyframes = training.first_frame_mask((rows, *request.video_shape))
+    given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
+    video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
+                     keyframes_mask=keyframes)  # fmt: skip
+    positions = geometry.audio_positions(request.audio_length)
+    audio = Modality(**given, positions=jnp.asarray(positions), context=audio_context)
+    fixed = model.transformer.fixed(video, audio)
+
+    def velocity(x: Latents, sigma: Array) -> Latents:
+        level = {"sigma": sigma, "timesteps": sigma[:, None]}
+        streams = (
+            dataclasses.replace(stream, latent=latent, **level)
+            for stream, latent in zip((video, audio), x, strict=True)
+        )
+        return Latents(*model.transformer(*streams, fixed=fixed))
+
+    return velocity
 
 
 def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:

@@ -7,7 +7,8 @@ Mesh axis names appear in this file only. The rest of the package speaks of logi
     batch                       data                guidance passes are batch entries
     video tokens                sequence            the only long axis
     audio tokens, text tokens   (replicated)        few rows: moving them costs more
-    weights, input feature      data x sequence     FSDP: gathered in the compute dtype when used
+    weights, input feature      data x sequence     FSDP: gathered in the compute dtype when used;
+                                                    sampling keeps them whole: `resident_weights`
     heads, mlp features         model               tensor parallel
     shards                      all                 what each device leaves for its own backward
 
@@ -16,8 +17,10 @@ wrong one is an error at trace time, without devices, and optimizer moments inhe
 their parameters. Without a mesh in context every helper is a no-op.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "shards": MESH_AXES,
 }
+_RESIDENT = contextvars.ContextVar("resident", default=False)
 
 
 def make_mesh(
@@ -141,9 +145,22 @@ def spec(*names: str | None) -> PartitionSpec | None:
     return None if mesh.empty else _partition([_axes(name, mesh) for name in names])
 
 
+@contextlib.contextmanager
+def resident_weights() -> Iterator[None]:
+    """Weights made or loaded within are stored whole along data and sequence, not FSDP.
+
+    For sampling, which reads all of them in every step: gathering moves more than the activations.
+    """
+    token = _RESIDENT.set(True)
+    try:
+        yield
+    finally:
+        _RESIDENT.reset(token)
+
+
 def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
     """Mesh axes of a logical name, without those of size 1: they would only collide."""
-    if name is None:
+    if name is None or (name == "fsdp" and _RESIDENT.get()):
         return ()
     if name not in RULES:
         raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")

@@ -9,6 +9,7 @@ Source: spec of the released trainer (`ltx_trainer/training_strategies/flexible.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from jax import Array
 from ltx2_jax.config import Config, OptimConfig
 from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.models.connectors import Connectors
-from ltx2_jax.models.transformer import LTX2Transformer, Modality
-from ltx2_jax.sharding import pin, spec
+from ltx2_jax.models.streams import Modality
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.sharding import abstract_state, pin, resident_weights, spec
 
 State = dict[str, Any]  # "params", "opt", "step", and "ema" if the config averages weights
 Batch = dict[str, Array]  # what data.pipeline yields, placed on the mesh
@@ -55,6 +57,34 @@ def graph(config: Config) -> Any:
 def init_params(key: Array, config: Config) -> dict[str, Any]:
     """Fresh float32 parameters as a nested dict, born on their shards."""
     return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=nnx.Rngs(key)), nnx.Param)[1])
+
+
+def abstract_params(
+    config: Config, mesh: jax.sharding.Mesh, *, for_sampling: bool = False
+) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of `init_params` on `mesh`.
+
+    Those that a sampler keeps are resident, and what is cast to the dtype of the activations before
+    it is used has that dtype already: it computes the same numbers.
+    """
+    create, key = partial(init_params, config=config), jax.eval_shape(jax.random.key, 0)
+    if not for_sampling:
+        return abstract_state(create, key, mesh=mesh)
+    with resident_weights():
+        params = abstract_state(create, key, mesh=mesh)
+    dtypes = {
+        ("transformer",): config.model.dtype,
+        ("connectors", "video"): config.text.video_connector.dtype,
+        ("connectors", "audio"): config.text.audio_connector.dtype,
+    }
+
+    def as_used(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(entry.key for entry in path)
+        dtype = dtypes.get(names[:1]) or dtypes[names[:2]]
+        dtype = dtype if names[-1] in ("weight", "bias") else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(as_used, params)
 
 
 def init_state(key: Array, config: Config) -> State:

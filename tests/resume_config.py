@@ -15,7 +15,7 @@ from ltx2_jax.config import (
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.linear_codec import LinearCodecConfig
-from ltx2_jax.models.transformer import TransformerConfig
+from ltx2_jax.models.transformer_config import TransformerConfig
 
 
 def get_config(arg: str | None = None) -> Config:

@@ -20,7 +20,8 @@ from ltx2_jax import sharding, topology
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import attention_kernels as kernels
 from ltx2_jax.models.attention import attend
-from ltx2_jax.models.transformer import Keep, LTX2Transformer, Modality
+from ltx2_jax.models.streams import Keep, Modality
+from ltx2_jax.models.transformer import LTX2Transformer
 
 VIDEO, AUDIO, TEXT = "video_tokens", "audio_tokens", "text_tokens"
 V5P, V6E, V7X = ("tpu", "TPU v5"), ("tpu", "TPU v6 lite"), ("tpu", "TPU7x")

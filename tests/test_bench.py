@@ -58,7 +58,7 @@ def test_random_weights_keep_activations_finite():
 
 def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypatch, capsys):
     from ltx2_jax.benchmarks import weights
-    from ltx2_jax.models.transformer import LTX2_3_22B
+    from ltx2_jax.models.transformer_config import LTX2_3_22B
 
     small = dataclasses.replace(
         LTX2_3_22B, num_heads=8, head_dim=16, audio_num_heads=8, audio_head_dim=8,
@@ -77,7 +77,7 @@ def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypat
 def test_a_synthetic_file_has_about_the_size_that_was_asked_for():
     from ltx2_jax.benchmarks.weights import sized
     from ltx2_jax.flops import total_parameters
-    from ltx2_jax.models.transformer import LTX2_19B
+    from ltx2_jax.models.transformer_config import LTX2_19B
 
     assert sized(LTX2_19B, 37.75).num_layers == 48
     assert abs(2 * total_parameters(sized(LTX2_19B, 6.0)) / 1e9 - 6) < 0.4

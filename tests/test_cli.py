@@ -305,11 +305,11 @@ def test_importing_the_package_does_not_import_jax():
 
 
 def test_public_names_are_those_of_their_modules():
-    from ltx2_jax.models import transformer
+    from ltx2_jax.models import transformer_config
     from ltx2_jax.pipeline import Pipeline
 
     assert ltx2_jax.Pipeline is Pipeline
-    assert ltx2_jax.PRESETS is transformer.PRESETS
+    assert ltx2_jax.PRESETS is transformer_config.PRESETS
     for name in ltx2_jax.__all__:
         assert getattr(ltx2_jax, name) is not None
         assert name in dir(ltx2_jax)

@@ -16,7 +16,9 @@ from ltx2_jax import flops
 from ltx2_jax.accounting import hlo
 from ltx2_jax.accounting.compiled import describe, module_facts, program_facts
 from ltx2_jax.chips import CHIPS
-from ltx2_jax.models.transformer import LTX2_19B, LTX2Transformer, Modality
+from ltx2_jax.models.streams import Modality
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer_config import LTX2_19B
 from ltx2_jax.sharding import make_mesh
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ltx2_jax import flops
-from ltx2_jax.models.transformer import PRESETS
+from ltx2_jax.models.transformer_config import PRESETS
 
 V20, V23 = PRESETS["2.0"], PRESETS["2.3"]
 SIZES = {"num_layers": 3, "num_heads": 2, "audio_num_heads": 2, "audio_head_dim": 8}

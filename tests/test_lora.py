@@ -18,7 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.lora import attach
-from ltx2_jax.models.transformer import PRESETS, LTX2Transformer, Modality
+from ltx2_jax.models.streams import Modality
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer_config import PRESETS
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import mapping, transformer

@@ -15,7 +15,7 @@ from golden_case import tensors_of
 from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.transformer import PRESETS
+from ltx2_jax.models.transformer_config import PRESETS
 from ltx2_jax.sharding import make_mesh, spec_of
 from ltx2_jax.weights import export, mapping, transformer, versions
 from ltx2_jax.weights.networks import NETWORKS

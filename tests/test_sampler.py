@@ -20,10 +20,10 @@ def gaussian_velocity(x, sigma, mean, std):
     return (x - x0) / s
 
 
-def velocity(x: Latents, sigma, text):
+def network(text):
     """Video and audio of the same law; `text` [B] moves the mean."""
     mean = MEAN + text[:, None, None]
-    return Latents(*(gaussian_velocity(a, sigma, mean, STD) for a in x))
+    return lambda x, sigma: Latents(*(gaussian_velocity(a, sigma, mean, STD) for a in x))
 
 
 def noise(batch, seed=0):
@@ -35,7 +35,7 @@ def noise(batch, seed=0):
 
 def test_denoising_draws_from_the_distribution_that_the_velocity_belongs_to():
     sigmas = jnp.asarray(schedules.linear_quadratic_sigmas(200))
-    clean = jax.jit(lambda x: denoise(unguided(velocity, jnp.zeros(100)), x, sigmas))(noise(100))
+    clean = jax.jit(lambda x: denoise(unguided(network, jnp.zeros(100)), x, sigmas))(noise(100))
     for tokens in clean:
         tokens = np.asarray(tokens).reshape(-1, 2)
         np.testing.assert_allclose(tokens.mean(0), MEAN, atol=0.06)
@@ -46,11 +46,11 @@ def test_denoising_draws_from_the_distribution_that_the_velocity_belongs_to():
 def test_a_known_clean_latent_is_reached_exactly_in_any_schedule(schedule):
     target = noise(3, seed=1)
 
-    def to_target(x, sigma, _):
+    def to_target(x, sigma):
         return Latents(*((a - t) / sigma[:, None, None] for a, t in zip(x, target, strict=True)))
 
     sigmas = jnp.asarray(schedules.make_sigmas(schedule, 8))
-    clean = denoise(unguided(to_target, None), noise(3), sigmas)
+    clean = denoise(unguided(lambda _: to_target, None), noise(3), sigmas)
     for got, want in zip(clean, target, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -58,8 +58,8 @@ def test_a_known_clean_latent_is_reached_exactly_in_any_schedule(schedule):
 def test_guidance_extrapolates_each_stream_by_its_own_scale():
     x, sigma = noise(4), jnp.float32(0.7)
     text, null = jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.full(4, -1.0)
-    cond, uncond = (unguided(velocity, t)(x, sigma) for t in (text, null))
-    got = guided(velocity, text, null, (3.0, 7.0))(x, sigma)
+    cond, uncond = (unguided(network, t)(x, sigma) for t in (text, null))
+    got = guided(network, text, null, (3.0, 7.0))(x, sigma)
     for name, scale in (("video", 3.0), ("audio", 7.0)):
         c, u = getattr(cond, name), getattr(uncond, name)
         np.testing.assert_allclose(getattr(got, name), c + (scale - 1) * (c - u), atol=1e-4)
@@ -67,21 +67,21 @@ def test_guidance_extrapolates_each_stream_by_its_own_scale():
 
 def test_guidance_of_scale_one_is_no_guidance():
     x, text = noise(2), jnp.zeros(2)
-    got = guided(velocity, text, jnp.ones(2), (1.0, 1.0))(x, jnp.float32(0.5))
-    want = unguided(velocity, text)(x, jnp.float32(0.5))
+    got = guided(network, text, jnp.ones(2), (1.0, 1.0))(x, jnp.float32(0.5))
+    want = unguided(network, text)(x, jnp.float32(0.5))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_both_passes_stay_on_the_shards_of_their_samples(mesh_context):
     x, text, null = noise(4), jnp.arange(4.0), jnp.full(4, -1.0)
-    want = guided(velocity, text, null, (2.0, 2.0))(x, jnp.float32(0.5))
+    want = guided(network, text, null, (2.0, 2.0))(x, jnp.float32(0.5))
     with mesh_context(4, 1, 2):
         place = lambda a, *names: jax.device_put(a, spec("batch", *names))  # noqa: E731
         sharded = Latents(
             place(x.video, "video_tokens", None), place(x.audio, "audio_tokens", None)
         )
-        predict = guided(velocity, place(text), place(null), (2.0, 2.0))
+        predict = guided(network, place(text), place(null), (2.0, 2.0))
         program = jax.jit(predict).lower(sharded, jnp.float32(0.5)).compile()
         got = program(sharded, jnp.float32(0.5))
     assert "all-" not in program.as_text()

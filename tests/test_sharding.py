@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ltx2_jax import sharding, training
 from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.transformer import LTX2_19B
+from ltx2_jax.models.transformer_config import LTX2_19B
 from ltx2_jax.train import place
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.

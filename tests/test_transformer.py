@@ -11,16 +11,10 @@ from flax import nnx
 
 from ltx2_jax import flops, training
 from ltx2_jax.diffusion import geometry
-from ltx2_jax.models.transformer import (
-    LTX2_3_22B,
-    LTX2_19B,
-    PRESETS,
-    REMAT_POLICIES,
-    Keep,
-    LTX2Transformer,
-    Modality,
-    TransformerConfig,
-)
+from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.models.streams import Keep, Modality
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer_config import LTX2_3_22B, LTX2_19B, PRESETS, TransformerConfig
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=2)
 

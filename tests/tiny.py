@@ -10,7 +10,7 @@ import numpy as np
 from ltx2_jax import training
 from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
 from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.transformer import LTX2_5_22B
+from ltx2_jax.models.transformer_config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
 
 STRIDES = (4, 8, 8)

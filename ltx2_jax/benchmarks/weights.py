@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from ltx2_jax.arguments import count, positive
-from ltx2_jax.models.transformer import PRESETS, TransformerConfig
+from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping, transformer
 from ltx2_jax.weights.opening import open_release

@@ -1,11 +1,11 @@
 """The denoising loop: from noise to clean latents of both streams, in one `lax.scan`.
 
 The loop knows nothing of networks. It is given `predict`, which returns clean estimates of both
-streams, guidance included; `unguided` and `guided` build one from a velocity function.
+streams, guidance included; `unguided` and `guided` build one from a velocity network.
 Source: paper section 4; `ltx_pipelines/utils/{samplers,denoisers}.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ltx2_jax.diffusion import flow, guidance, steppers
-from ltx2_jax.sharding import spec
+from ltx2_jax.sharding import Names, axis_size, pin, spec
 
 
 class Latents(NamedTuple):
@@ -23,8 +23,16 @@ class Latents(NamedTuple):
     audio: Array  # [B, A, C]
 
 
+TOKENS: tuple[Names, Names] = (
+    ("video_tokens", None),
+    ("audio_tokens", None),
+)  # axes after the batch
+
 Predict = Callable[[Latents, Array], Latents]  # (latents, sigma []) -> clean estimates
-Velocity = Callable[[Latents, Array, Any], Latents]  # (latents, sigma [B], text) -> velocities
+Velocity = Callable[[Latents, Array], Latents]  # (latents, sigma [B]) -> velocities
+# Conditions, a tree of arrays with a leading batch axis -> the velocity under them. What no step
+# changes is computed in this call, once, and not in the loop.
+Network = Callable[[Any], Velocity]
 
 
 def denoise(predict: Predict, noise: Latents, sigmas: Array) -> Latents:
@@ -40,41 +48,72 @@ def denoise(predict: Predict, noise: Latents, sigmas: Array) -> Latents:
     return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
 
 
-def unguided(velocity: Velocity, text: Any) -> Predict:
-    """One pass: the clean estimate for `text`, a tree of arrays with a leading batch axis."""
+def unguided(network: Network, conditions: Any) -> Predict:
+    """One pass: the clean estimate under `conditions`."""
+    velocity = network(conditions)
 
     def predict(x: Latents, sigma: Array) -> Latents:
-        sigmas = jnp.full(x.video.shape[0], sigma, out_sharding=spec("batch"))
-        v = velocity(x, sigmas, text)
+        rows = x.video.shape[0]
+        sigmas = jnp.full(rows, sigma, out_sharding=spec(rows_axis(rows)))
+        v = velocity(x, sigmas)
         return Latents(flow.to_x0(x.video, v.video, sigmas), flow.to_x0(x.audio, v.audio, sigmas))
 
     return predict
 
 
-def guided(
-    velocity: Velocity, text: Any, null_text: Any, scales: tuple[Array | float, Array | float]
+def in_passes(
+    network: Network, conditions: Sequence[Any], combine: Callable[..., Latents]
 ) -> Predict:
-    """Classifier-free guidance with one scale for video and one for audio.
+    """`combine` of the clean estimates under each of `conditions`, given in their order.
 
-    The two passes are entries of one batch, so that they run side by side on the data axis of a
-    mesh.
+    The passes are entries of one batch, so that they run side by side on the data axis of a mesh,
+    whose size must divide the batch.
     """
-    both = jax.tree.map(_interleave, text, null_text)
-    predict_both = unguided(velocity, both)
+    count = len(conditions)
+
+    def interleaved(*leaves: Array) -> Array:
+        return _interleave(leaves, (None,) * (leaves[0].ndim - 1))
+
+    predict_all = unguided(network, jax.tree.map(interleaved, *conditions))
 
     def predict(x: Latents, sigma: Array) -> Latents:
-        x0 = predict_both(Latents(*(_interleave(a, a) for a in x)), sigma)
-        passes = zip(x0, scales, strict=True)
-        return Latents(*(guidance.cfg(a[0::2], a[1::2], scale) for a, scale in passes))
+        inputs = (_interleave([a] * count, names) for a, names in zip(x, TOKENS, strict=True))
+        x0 = predict_all(Latents(*inputs), sigma)
+        parts = (_split(a, count, names) for a, names in zip(x0, TOKENS, strict=True))
+        return combine(*map(Latents, *parts))
 
     return predict
 
 
-def _interleave(a: Array, b: Array) -> Array:
-    """Rows a0, b0, a1, b1, ...: the passes of one sample stay on one shard of the batch axis."""
-    stacked = jnp.stack([a, b], axis=1)
-    shape = (2 * a.shape[0], *a.shape[1:])
-    if (where := spec("batch")) is None:
-        return stacked.reshape(shape)
-    tail = jax.typeof(a).sharding.spec[1:]
-    return jnp.reshape(stacked, shape, out_sharding=jax.sharding.PartitionSpec(*where, *tail))
+def guided(
+    network: Network, text: Any, null_text: Any, scales: tuple[Array | float, Array | float]
+) -> Predict:
+    """Classifier-free guidance with one scale for video and one for audio."""
+
+    def combine(cond: Latents, uncond: Latents) -> Latents:
+        return Latents(*map(guidance.cfg, cond, uncond, scales))
+
+    return in_passes(network, [text, null_text], combine)
+
+
+def rows_axis(rows: int) -> str | None:
+    """The logical axis of so many clips: too few for the data axis are whole on every shard."""
+    return "batch" if rows % axis_size("batch") == 0 else None
+
+
+def _interleave(rows: Sequence[Array], names: Names) -> Array:
+    """Rows a0, b0, a1, b1, ...: the passes of one sample stay on one shard if there are enough."""
+    size, *rest = rows[0].shape
+    lead = rows_axis(size)
+    x = jnp.stack([pin(a, lead, *names) for a in rows], axis=1)
+    shape = (size * len(rows), *rest)
+    return pin(jnp.reshape(x, shape, out_sharding=spec(lead, *names)), "batch", *names)
+
+
+def _split(x: Array, count: int, names: Names) -> list[Array]:
+    """The reverse of `_interleave`."""
+    size = x.shape[0] // count
+    lead = rows_axis(size)
+    shape, where = (size, count, *x.shape[1:]), spec(lead, None, *names)
+    x = jnp.reshape(pin(x, lead, *names), shape, out_sharding=where)
+    return [x[:, i] for i in range(count)]

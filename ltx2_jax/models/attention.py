@@ -14,6 +14,8 @@ from ltx2_jax.models.remat import ATTENTION
 from ltx2_jax.models.rope import Rope, apply_rope
 from ltx2_jax.sharding import axis_size, pin, target
 
+KeysValues = tuple[Array, Array]  # [B, Tk, N, H] twice
+
 
 def attend(
     q: Array,  # [B, Tq, N, H]
@@ -88,21 +90,19 @@ class Attention(nnx.Module):
         x: Array,  # [B, Tq, query_dim]
         context: Array | None = None,  # [B, Tk, context_dim]
         *,
+        keys_values: KeysValues | None = None,  # those of the context, if they are known already
         rope: Rope | None = None,  # of the queries
         context_rope: Rope | None = None,  # of the keys; defaults to `rope`
         bias: Array | None = None,  # additive, broadcastable to [B, N, Tq, Tk]
         keep: Array | None = None,  # [B]; 0 replaces attention by its own value projection
     ) -> Array:  # [B, Tq, query_dim]
-        context = x if context is None else context
-        lead, context_lead = (("batch", tokens) for tokens in self.tokens)
-        q = rms_norm(self.to_q(x, lead), self.eps, self.q_norm[...])
-        k = rms_norm(self.to_k(context, context_lead), self.eps, self.k_norm[...])
-        v = self._split(self.to_v(context, context_lead))
-        q, k = self._split(q), self._split(k)
+        lead = ("batch", self.tokens[0])
+        q = self._split(rms_norm(self.to_q(x, lead), self.eps, self.q_norm[...]))
         if rope is not None:
             q = apply_rope(q, rope, interleaved=self.interleaved_rope)
-            k = apply_rope(k, context_rope or rope, interleaved=self.interleaved_rope)
-        queries, keys = self.tokens
+        if keys_values is None:
+            keys_values = self.keys_values(x if context is None else context, context_rope or rope)
+        (k, v), (queries, keys) = keys_values, self.tokens
         out = attend(
             q, k, v, bias, queries=queries, keys=keys, heads=self.axis, backend=self.backend
         )
@@ -111,6 +111,14 @@ class Attention(nnx.Module):
         if self.to_gate is not None:
             out = out * (2 * jax.nn.sigmoid(self.to_gate(x, lead)))[..., None]
         return self.to_out(out.reshape(*out.shape[:2], -1), lead)
+
+    def keys_values(self, context: Array, rope: Rope | None = None) -> KeysValues:
+        """What queries are compared with, and what they gather."""
+        lead = ("batch", self.tokens[1])
+        k = self._split(rms_norm(self.to_k(context, lead), self.eps, self.k_norm[...]))
+        if rope is not None:
+            k = apply_rope(k, rope, interleaved=self.interleaved_rope)
+        return k, self._split(self.to_v(context, lead))
 
     def _split(self, x: Array) -> Array:  # [B, T, N * H] -> [B, T, N, H]
         return x.reshape(*x.shape[:2], self.heads, -1)

@@ -114,13 +114,14 @@ class AdaLayerNormSingle(nnx.Module):
         self.rows = rows
         self.linear_1 = Linear(self.EMBEDDING, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
-        self.linear = Linear(dim, rows * dim, std=0.02, rngs=rngs)
+        # By far the largest of the three, and its result is a few vectors: split, then gathered.
+        self.linear = Linear(dim, rows * dim, axes=("fsdp", "mlp"), std=0.02, rngs=rngs)
 
     def __call__(self, timesteps: Array, dtype: jnp.dtype, lead: Axes) -> tuple[Array, Array]:
         """timesteps [B, T] (already x 1000) -> modulation [B, T, rows, D], embedded [B, T, D]."""
         x = timestep_embedding(timesteps, self.EMBEDDING).astype(dtype)
         embedded = self.linear_2(jax.nn.silu(self.linear_1(x, lead)), lead)
-        rows = self.linear(jax.nn.silu(embedded), lead)
+        rows = pin(self.linear(jax.nn.silu(embedded), lead), *lead, None)
         return rows.reshape(*timesteps.shape, self.rows, -1), embedded
 
 

@@ -49,17 +49,21 @@ def rope_tables(
     positions = positions.astype(jnp.float32)
     if positions.ndim == 4:
         positions = positions.mean(-1)
-    fraction = positions / jnp.asarray(max_pos, jnp.float32)[:, None]  # [B, axes, T]
-    grid = jnp.asarray(frequency_grid(width, len(max_pos), theta, precision))
-    batch, _, length = fraction.shape
-    angle = (2 * fraction.swapaxes(1, 2) - 1)[:, :, None, :] * grid[:, None]  # [B, T, K, axes]
-    angle = angle.reshape(batch, length, grid.size * len(max_pos))
-    front = ((0, 0), (0, 0), (width // 2 - angle.shape[-1], 0))
-    cos = jnp.pad(jnp.cos(angle), front, constant_values=1.0)
-    sin = jnp.pad(jnp.sin(angle), front)
-    shape = (batch, length, heads, width // heads // 2)
-    names = ("batch" if batch > 1 else None, tokens, axis, None)
-    return pin(cos.reshape(shape), *names), pin(sin.reshape(shape), *names)
+    fraction = 2 * positions / jnp.asarray(max_pos, jnp.float32)[:, None] - 1  # [B, axes, T]
+    axes, shape = len(max_pos), (heads, width // heads // 2)
+    grid = frequency_grid(width, axes, theta, precision)
+    slots = np.arange(width // 2) - (width // 2 - axes * grid.size)  # negative: identity
+    rate = np.where(slots >= 0, grid[slots // axes], 0).reshape(shape)
+    which = pin(jnp.asarray(slots % axes).reshape(shape), axis, None)
+    # The axis of a slot is selected, not laid out by a reshape of [..., frequencies, axes]: three
+    # of 128 lanes would be in use.
+    batch = "batch" if positions.shape[0] > 1 else None
+    values = [pin(fraction[:, i], batch, tokens)[..., None, None] for i in range(axes)]
+    value = values[0]
+    for i in range(1, axes):
+        value = jnp.where(which == i, values[i], value)
+    angle = value * pin(jnp.asarray(rate), axis, None)  # [B, T, heads, H/2]
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def apply_rope(x: Array, rope: Rope, *, interleaved: bool = False) -> Array:

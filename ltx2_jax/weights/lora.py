@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
-from ltx2_jax.models.transformer import PRESETS, TransformerConfig
+from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.weights import mapping, transformer, versions
 from ltx2_jax.weights.mapping import Parameter, in_short

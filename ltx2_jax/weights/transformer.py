@@ -9,7 +9,8 @@ from typing import Any
 from flax import nnx
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.transformer import LTX2Transformer, TransformerConfig
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer_config import TransformerConfig
 from ltx2_jax.weights.mapping import inside
 
 # ---- names: ours -> official ---------------------------------------------------------------------
