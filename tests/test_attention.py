@@ -146,7 +146,7 @@ def test_masks_and_perturbations_are_the_same_on_a_mesh(mesh_context, backend):
 
 def test_lengths_that_fill_no_block_are_padded_and_masked(monkeypatch):
     pytest.importorskip("tokamax", reason="the kernels of tokamax are not installed")
-    small = kernels.Blocks(128, 256, 128)
+    small = kernels.Blocks(256, 512, 128)
     monkeypatch.setattr(kernels, "TUNING", [("", kernels.Tuning(small, small))])
     monkeypatch.setattr(kernels, "DQ_BYTES", 2**16)  # heads take turns
     *qkv, grad = arrays(130, 300, heads=4)

@@ -140,17 +140,17 @@ class Tuning:
     scheduler: bool = False  # the compiler's experimental scheduler
 
 
-# By a part of the lower-cased device kind; first match wins. All compile for our shapes within the
-# scoped VMEM that a program gets without flags (16 MiB on v4, v5e and v5p, 32 MiB on v6e), where
-# 2048 x 2048 does not on v5p. One row serves all shapes: a short side is one block of its own
-# length, and a head width of 64 fills the 128 lanes as 128 does. Published rates for 16 384 tokens
-# of head width 128, forward: v5p 89 % of peak with 2048/2048/256, v6e 36 % with 2048/2048/512, v7x
-# 34 % with 4096/4096/256 (of the 67 % that 256-wide MXUs leave to this width). The compiler's
-# schedules agree with these rates, hardly change beyond 1024 x 2048, and are better with the
-# experimental scheduler on v6e and v7x only. Compile time grows with the block: on one core, with a
-# mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
+# By a part of the lower-cased device kind; first match wins. All compile, forward with residuals or
+# backward, within the scoped VMEM that a program gets without flags (16 MiB on v4, v5e and v5p, 32
+# MiB on v6e), where 2048 x 2048 does not on v5p. One row serves all shapes: a short side is one
+# block of its own length, and a head width of 64 fills the 128 lanes as 128 does. Published rates
+# for 16 384 tokens of head width 128, forward: v5p 89 % of peak with 2048/2048/256, v6e 36 % with
+# 2048/2048/512, v7x 34 % with 4096/4096/256 (of the 67 % that 256-wide MXUs leave to this width).
+# The compiler's schedules agree with these rates, hardly change beyond 1024 x 2048, and are better
+# with the experimental scheduler on v6e and v7x only. Compile time grows with the block: on one
+# core, with a mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
 TUNING = (
-    ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
+    ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2560, 256))),
     ("v5 lite", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
     ("v5", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
     ("v6", Tuning(Blocks(2048, 2816, 512), Blocks(2048, 2816, 512), scheduler=True)),
@@ -163,9 +163,10 @@ def cut(queries: int, keys: int, most: Blocks) -> Blocks:
     """The blocks for so many queries and keys.
 
     Exact ones if they are not much smaller. Queries filled up to a block are thrown away, for the
-    price of a copy; keys must also be masked, in every block, since one body serves all. In the
-    compiler's schedules a block of 1024 keys costs 13 % more per logit than one of 2048, one of 512
-    queries 13 % more than one of 1024, updates by 256 keys 2 % more than by 512, masking 8 %.
+    price of a copy; keys must also be masked, in every block, since one body serves all, and the
+    mask takes room from the largest blocks. In the compiler's schedules a block of 1024 keys costs
+    13 % more per logit than one of 2048, one of 512 queries 13 % more than one of 1024, updates by
+    256 keys 2 % more than by 512, masking 8 %.
     """
 
     def work(length, block, small, ragged):
@@ -176,10 +177,14 @@ def cut(queries: int, keys: int, most: Blocks) -> Blocks:
         block, piece = blocks
         return work(keys, block, 320, 0.08) * (1 + 12 / piece)
 
-    pieces = range(128, most.piece + 1, 128)
-    pairs = ((block, piece) for piece in pieces for block in range(piece, most.keys + 1, piece))
+    pairs = [
+        (block, piece)
+        for piece in range(128, most.piece + 1, 128)
+        for block in range(piece, most.keys + 1, piece)
+        if keys % block == 0 or block <= most.keys - 256
+    ]
     block, piece = min(pairs, key=key_work)
-    sizes = range(128, most.queries + 1, 128)
+    sizes = range(128, most.queries + 1 - 128 * (keys % block > 0), 128)
     return Blocks(min(sizes, key=lambda n: work(queries, n, 128, 0.02)), block, piece)
 
 
