@@ -127,7 +127,7 @@ def run_prepared(model, video, audio):
     for prefix, x, stream in (("v", v, video_in), ("a", a, audio_in)):
         outputs |= {
             f"{prefix}_x": x,
-            f"{prefix}_context": stream.context,
+            f"{prefix}_context": stream.fixed.context,
             f"{prefix}_timesteps": stream.modulation,
             f"{prefix}_embedded_timestep": stream.embedded_timestep,
             f"{prefix}_cross_scale_shift_timestep": stream.cross_modulation,

@@ -273,12 +273,10 @@ def test_adapters_on_a_mesh_compute_the_same(mesh_context):
 
 def test_adapters_are_variables_of_their_own():
     model = mapping.build(partial(transformer.create, CONFIG), weights())
-    attach(model, loras.adapters([(drawn(), 1.0)], CONFIG))
+    adapters = loras.adapters([(drawn(), 1.0)], CONFIG)
+    attach(model, adapters)
     trained, frozen = nnx.state(model, nnx.LoRAParam, nnx.Param)
-    assert (
-        len(jax.tree.leaves(trained))
-        == 2 * len(loras.adapters([(drawn(), 1.0)], CONFIG)["blocks"]) + 4
-    )
+    assert len(jax.tree.leaves(trained)) == len(jax.tree.leaves(adapters)) > 2
     assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(weights()))
 
 
