@@ -18,3 +18,12 @@ def positive(text: str) -> float:
         if 0 < (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def mesh_sizes(text: str) -> tuple[int, int, int]:
+    """ "16,2,2": the sizes of data, model and sequence, for the `type` of an argument."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.removeprefix("-").isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not data,model,sequence, such as 16,2,2")
+    data, model, sequence = map(int, parts)
+    return data, model, sequence

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ltx2_jax.benchmarks import codec, weights
+from ltx2_jax.benchmarks import codec, step, train, weights
 from ltx2_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -15,11 +15,16 @@ EXAMPLE = """\
 example:
   python -m ltx2_jax.bench codec
   python -m ltx2_jax.bench codec --generation=2.0 --frames=17 --height=128 --width=192
+  python -m ltx2_jax.bench step
+  python -m ltx2_jax.bench step --height=512 --width=768 --layers=12
+  python -m ltx2_jax.bench train --layers=4 --remat=projections
   python -m ltx2_jax.bench weights --gigabytes=8 --folder=/mnt/disks/data
 """
 
 PARTS = {
     "codec": (codec, "encoding and decoding of a clip"),
+    "step": (step, "one denoising step, and the parts of its blocks"),
+    "train": (train, "training steps"),
     "weights": (weights, "loading of an official file"),
 }
 

@@ -19,7 +19,11 @@ def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
         ("sequence", video_tokens, "video tokens of a clip"),
     ):
         if count % mesh.shape[axis]:
-            raise UserError(f"mesh: {axis}={mesh.shape[axis]} does not divide {count} {things}")
+            sizes = ", ".join(str(n) for n in range(1, mesh.size + 1) if count % n == 0)
+            raise UserError(
+                f"mesh: {axis}={mesh.shape[axis]} does not divide {count} {things}; "
+                f"sizes that do: {sizes}"
+            )
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:

@@ -123,12 +123,19 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01  # on matrices only: not on biases, norms, tables, embeddings
     clip_norm: float = 1.0
+    # Of the average of gradients, "float32" or "bfloat16", 2 bytes a parameter less. That of their
+    # squares stays float32: with b2 = 0.999 it moves by less than bfloat16 resolves.
+    first_moment_dtype: str = "float32"
     accumulate_steps: int = 1  # micro-batches whose gradients are averaged into one step
     ema_decay: float | None = None  # of the averaged weights that sampling uses; None: no average
 
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"schedule={self.schedule!r}: use constant, linear or cosine")
+        if self.first_moment_dtype not in ("float32", "bfloat16"):
+            raise UserError(
+                f"first_moment_dtype={self.first_moment_dtype!r}: use float32 or bfloat16"
+            )
         _check_least(self, accumulate_steps=1)
 
 

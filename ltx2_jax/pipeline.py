@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ltx2_jax.checkpoint import weights_of_run
 from ltx2_jax.checks import check_mesh
 from ltx2_jax.clips import decode_clip, write_clip
 from ltx2_jax.codec import load_codec
+from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip
@@ -35,7 +36,7 @@ from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
 from ltx2_jax.files import replacing
-from ltx2_jax.models.streams import Modality
+from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
@@ -69,7 +70,9 @@ class Pipeline:
         self.text_encoder, self.size = text_encoder, size
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
-        self._graph = training.graph(config)
+        with jax.set_mesh(self.mesh):
+            self._graph = training.graph(config)
+            self._generate_latents = make_generate()
 
     @classmethod
     def from_workdir(
@@ -166,7 +169,7 @@ class Pipeline:
         video_shape, audio_length = self._latent_shapes()
         num_tokens = int(np.prod(video_shape))
         sigmas = schedules.make_sigmas(sample.schedule, sample.steps, num_tokens)
-        return generate(
+        return self._generate_latents(
             self.params,
             {name: value[real] for name, value in text.items()},
             {name: value[-1:] for name, value in text.items()},
@@ -210,7 +213,12 @@ class Request:
     guided: bool  # one more pass, for the empty caption
 
 
-@partial(jax.jit, static_argnames=("graphdef", "request"))
+def make_generate() -> Callable[..., tuple[Array, Array]]:
+    """The jitted `generate`, for the mesh in context."""
+    options, static = compiler_options(), ("graphdef", "request")
+    return jax.jit(generate, static_argnames=static, compiler_options=options)
+
+
 def generate(
     params: Any,
     text: dict[str, Array],  # `training.TEXT_FIELDS` of the prompts, [B, S, ...]
@@ -225,39 +233,69 @@ def generate(
 ) -> tuple[Array, Array]:
     """Text to clean latents of both streams: [B, F', H', W', C] and [B, A, M, C]. One program."""
     model = nnx.merge(graphdef, params)
-    cfg = model.transformer.cfg
-    batch, tokens = rows.shape[0], int(np.prod(request.video_shape))
     text, null_text = (
-        {name: jnp.broadcast_to(x, (batch, *x.shape[1:])) for name, x in part.items()}
+        {name: jnp.broadcast_to(x, (rows.shape[0], *x.shape[1:])) for name, x in part.items()}
         for part in (text, null_text)
-    )
-
-    def noise(stream: int, shape: tuple[int, ...], tokens: str) -> Array:
-        stream_key = jax.random.fold_in(key, stream)
-        keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
-        x = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-        return pin(x, rows_axis(batch), tokens, None)
-
-    start = Latents(
-        noise(0, (tokens, cfg.in_channels), "video_tokens"),
-        noise(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
     )
     of_text = partial(network, model, request)
     if request.guided:
         predict = guided(of_text, text, null_text, scales)
     else:
         predict = unguided(of_text, text)
-    clean = denoise(predict, start, sigmas)
+    return unpatchify(denoise(predict, noise(model, request, rows, key), sigmas), request)
+
+
+def noise(model: training.LTX2, request: Request, rows: Array, key: Array) -> Latents:
+    """What each clip starts from, a function of (key, its number in `rows` [B])."""
+    cfg, lead = model.transformer.cfg, rows_axis(rows.shape[0])
+
+    def stream(index: int, shape: tuple[int, int], tokens: str) -> Array:
+        stream_key = jax.random.fold_in(key, index)
+        keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
+        return pin(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), lead, tokens, None)
+
+    return Latents(
+        stream(0, (math.prod(request.video_shape), cfg.in_channels), "video_tokens"),
+        stream(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
+    )
+
+
+def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
+    """Tokens to latents [B, F', H', W', C] and [B, A, M, C]."""
     # Whole clips per chip again: the grid axes below are not the sharded token axis.
-    video = pin(clean.video, rows_axis(batch), None, None)
+    video = pin(clean.video, rows_axis(clean.video.shape[0]), None, None)
     return (
         geometry.unpatchify_video(video, request.video_shape),
         geometry.unpatchify_audio(clean.audio, request.audio_bins),
     )
 
 
-def network(model: training.LTX2, request: Request, text: dict[str, Array]) -> Velocity:
-    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`."""
+def network(
+    model: training.LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
+) -> Velocity:
+    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
+
+    `keep` has a row per clip here, [B, L].
+    """
+    video, audio = modalities(model, request, text)
+    fixed = model.transformer.fixed(video, audio)
+    keep = jax.tree.map(lambda rows: pin(rows.T, None, "batch"), keep)
+
+    def velocity(x: Latents, sigma: Array) -> Latents:
+        level = {"sigma": sigma, "timesteps": sigma[:, None]}
+        streams = (
+            dataclasses.replace(stream, latent=latent, **level)
+            for stream, latent in zip((video, audio), x, strict=True)
+        )
+        return Latents(*model.transformer(*streams, keep, fixed))
+
+    return velocity
+
+
+def modalities(
+    model: training.LTX2, request: Request, text: dict[str, Array]
+) -> tuple[Modality, Modality]:
+    """Both streams without latents and noise levels: text, positions, marks."""
     rows = text["text_mask"].shape[0]
     text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
     video_context, audio_context, mask = model.context(text)
@@ -269,18 +307,7 @@ def network(model: training.LTX2, request: Request, text: dict[str, Array]) -> V
     video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
                      keyframes_mask=keyframes)  # fmt: skip
     positions = geometry.audio_positions(request.audio_length)
-    audio = Modality(**given, positions=jnp.asarray(positions), context=audio_context)
-    fixed = model.transformer.fixed(video, audio)
-
-    def velocity(x: Latents, sigma: Array) -> Latents:
-        level = {"sigma": sigma, "timesteps": sigma[:, None]}
-        streams = (
-            dataclasses.replace(stream, latent=latent, **level)
-            for stream, latent in zip((video, audio), x, strict=True)
-        )
-        return Latents(*model.transformer(*streams, fixed=fixed))
-
-    return velocity
+    return video, Modality(**given, positions=jnp.asarray(positions), context=audio_context)
 
 
 def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:

@@ -1,55 +1,98 @@
 """What a program needs on a TPU slice, from a laptop: python -m ltx2_jax.plan --help."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from ltx2_jax import plan_text, plan_vae
-from ltx2_jax.arguments import count
+from ltx2_jax import config as config_lib
+from ltx2_jax.arguments import count, mesh_sizes
+from ltx2_jax.config import Config, MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.planning import search, text, transformer, vae
+from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 
 DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.
 
 Nothing runs and no weights are read: the TPU compiler, which comes with the `tpu` extra, works
-without a TPU. --what=vae is the video VAE's decoding, or encoding, of one clip that all chips of
-the slice share; --what=text is the text encoder, prompts of 1024 tokens to context.
+without a TPU. Without it, train and sample print what arithmetic can tell. --what is the program:
+
+  train    one step of a config's training, for a whole batch of clips
+  sample   a batch of clips from text features to latents, with a config's model and mesh
+  vae      the video VAE's decoding, or encoding, of one clip that all chips of the slice share
+  text     the text encoder, prompts of 1024 tokens to context
 """
 
 EXAMPLE = """\
 example:
-  python -m ltx2_jax.plan --what=vae --topology=v5p:2x2x1
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v5p:4x4x4
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:16x16 --search
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:4x4 --mesh=1,4,4 \\
+      --what=sample --height=512 --width=768 --steps=1
   python -m ltx2_jax.plan --what=vae --topology=v6e:2x4 --frames=481 --half=encode --json
   python -m ltx2_jax.plan --what=text --topology=v6e:2x4 --batch=8
+
+Fields of the config can be changed with --config.FIELD=VALUE, as in train.
 """
 
 GENERATIONS = ("2.0", "2.3", "2.5")
 
 
-def main(args: argparse.Namespace) -> bool:
+def main(args: argparse.Namespace, overrides: dict[str, str]) -> bool:
     """Compiles, prints; returns whether it fits."""
     jax.config.update("jax_platforms", "cpu")
-    if args.what == "vae":
-        size = (args.frames, args.height, args.width)
-        vae = plan_vae.VAES[args.generation]
-        facts = plan_vae.plan_vae(vae, args.half, size, args.topology)
-        text = plan_vae.describe(facts)
+    if args.what in ("vae", "text"):
+        if args.config or overrides or args.mesh or args.search:
+            raise UserError(f"--config, --mesh and --search are not of --what={args.what}")
+        facts, lines = _fixed_network(args)
     else:
-        encoder = plan_text.TEXT_ENCODERS[args.generation]
-        facts = plan_text.plan_text(encoder, args.batch, args.topology)
-        text = plan_text.describe(facts)
-    print(json.dumps(facts, indent=2) if args.json else text)
+        if args.config is None:
+            raise UserError(f"--what={args.what} needs --config=FILE.py")
+        facts, lines = _of_config(args, config_lib.load(args.config, overrides))
+    print(json.dumps(facts, indent=2) if args.json else lines)
     return facts["fits"]
+
+
+def _fixed_network(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if args.what == "text":
+        encoder = text.TEXT_ENCODERS[args.generation]
+        facts = text.plan_text(encoder, args.batch, args.topology)
+        return facts, text.describe(facts)
+    size = tuple(
+        getattr(args, flag) or getattr(DEFAULT_SIZE, field)
+        for flag, field in (("frames", "num_frames"), ("height", "height"), ("width", "width"))
+    )
+    facts = vae.plan_vae(vae.VAES[args.generation], args.half, size, args.topology)
+    return facts, vae.describe(facts)
+
+
+def _of_config(args: argparse.Namespace, config: Config) -> tuple[dict[str, Any], str]:
+    if args.mesh is not None:
+        config = dataclasses.replace(config, mesh=MeshConfig(*args.mesh))
+    request = request_of(config, num_frames=args.frames, height=args.height, width=args.width)
+    if args.search:
+        if args.what != "train":
+            raise UserError("--search ranks train steps: --what=train")
+        facts = search.search(config, request, args.topology, compiled=args.compile)
+        return facts, search.describe(facts)
+    if args.what == "train":
+        facts = transformer.plan_train(config, request, args.topology)
+    else:
+        sampling = transformer.Sampling(args.batch, args.passes, args.steps or config.sample.steps)
+        facts = transformer.plan_sample(config, request, args.topology, sampling)
+    return facts, transformer.describe(facts)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 if it fits, 1 if not, 2 after printing what the user can fix."""
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
     try:
-        return 0 if main(args) else 1
+        return 0 if main(args, config_lib.overrides(rest)) else 1
     except UserError as error:
         print(f"plan: error: {error}", file=sys.stderr)
         return 2
@@ -64,14 +107,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--what", required=True, choices=("vae", "text"), help="the program")
-    add("--topology", required=True, metavar="SLICE", help="such as v5p:2x2x1 or v6e:2x4")
-    add("--generation", choices=GENERATIONS, default="2.3", help="(default: %(default)s)")
-    add("--batch", type=count, default=1, metavar="N", help="prompts, of text (%(default)s)")
+    what = ("train", "sample", "vae", "text")
+    add("--what", choices=what, default="train", help="the program (default: %(default)s)")
+    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x4 or v6e:2x4")
+    add("--config", metavar="FILE.py[:ARG]", help="of train and sample, as for train")
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="D,M,S",
+        help="data, model, sequence instead of the config's",
+    )
+    add("--frames", type=count, metavar="N", help="(default: those of the dataset, or 121)")
+    add("--height", type=count, metavar="PIXELS", help="(default: the dataset's, or 704)")
+    add("--width", type=count, metavar="PIXELS", help="(default: the dataset's, or 1280)")
+    add("--search", action="store_true", help="rank meshes, remat policies, batch sizes of train")
+    add("--compile", type=count, default=3, metavar="N", help="of them to compile (%(default)s)")
+    add("--batch", type=count, default=1, metavar="N", help="clips of sample, prompts of text (1)")
+    add("--passes", type=int, choices=(1, 2, 4), default=1, help="of guidance, of sample (1)")
+    add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
+    add("--generation", choices=GENERATIONS, default="2.3", help="of vae and text (%(default)s)")
     add("--half", choices=("decode", "encode"), default="decode", help="of vae (%(default)s)")
-    add("--frames", type=count, default=121, metavar="N", help="of vae (%(default)s)")
-    add("--height", type=count, default=704, metavar="PIXELS", help="of vae (%(default)s)")
-    add("--width", type=count, default=1280, metavar="PIXELS", help="of vae (%(default)s)")
     add("--json", action="store_true", help="print all facts as JSON")
     return parser
 

@@ -56,13 +56,7 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices.
     """
     count = len(devices) if devices is not None else jax.device_count()
-    if data == -1 and min(model, sequence) >= 1 and count % (model * sequence) == 0:
-        data = count // (model * sequence)
-    if min(data, model, sequence) < 1 or data * model * sequence != count:
-        raise UserError(
-            f"mesh (data={data}, model={model}, sequence={sequence}) does not divide the "
-            f"{count} devices: data * model * sequence must be {count} (data=-1 takes the rest)"
-        )
+    data, model, sequence = mesh_sizes(data, model, sequence, count)
     sizes, types = (data, model, sequence), (AxisType.Explicit,) * 3
     try:
         return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
@@ -73,6 +67,25 @@ def make_mesh(
         fsdp = create_device_mesh((data * sequence, model), devices, allow_split_physical_axes=True)
         grid = fsdp.reshape(data, sequence, model).swapaxes(1, 2)
         return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def mesh_sizes(data: int, model: int, sequence: int, devices: int) -> tuple[int, int, int]:
+    """Sizes of a mesh over so many devices; data = -1 takes what the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    others = model * sequence
+    if data == -1 and min(model, sequence) >= 1 and devices % others == 0:
+        data = devices // others
+    if min(data, model, sequence) < 1 or data * others != devices:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise UserError(
+            f"mesh (data={data}, model={model}, sequence={sequence}) does not divide the "
+            f"{devices} devices: data * model * sequence must be {devices} (data=-1 takes the "
+            f"rest); sizes that divide them: {divisors}"
+        )
+    return data, model, sequence
 
 
 def abstract_mesh(data: int, model: int, sequence: int) -> jax.sharding.AbstractMesh:

@@ -3,6 +3,9 @@
 The TPU compiler is part of libtpu and runs without a TPU: install the `tpu` extra.
 """
 
+import dataclasses
+import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +27,43 @@ SLICES = {
     "v6e": ("v6e", _FLAT),
     "tpu7x": ("v7x", ("1x1x1", *_CUBES, "8x16x16", "16x16x16")),
 }
+# Without these libtpu asks the network for the slice that it runs on, complains that there is none,
+# and refuses a second process.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+NO_COMPILER = "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice by its name, without its devices."""
+
+    name: str
+    chip: chips.Chip
+    shape: tuple[int, ...]  # in chips
+
+    @property
+    def devices(self) -> int:
+        """Number of jax devices."""
+        return math.prod(self.shape) * self.chip.devices
+
+
+def slice_of(topology: str) -> Slice:
+    """The slice named, such as "v5p:2x2x1"; asks no compiler. UserError if there is none."""
+    name, _ = _request(topology)
+    generation, sizes = name.split(":")
+    shape = tuple(int(size) for size in sizes.split("x"))
+    return Slice(name, chips.CHIPS[SLICES[generation][0]], shape)
+
+
+def has_compiler() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
@@ -33,10 +72,8 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     Raises:
       UserError: no such slice, or the TPU compiler is not installed.
     """
-    # Without these libtpu asks the network for the slice that it runs on, and refuses a second
-    # process.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     name, options = _request(topology)
@@ -45,9 +82,7 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     except Exception as error:  # whatever libtpu raises, and a missing one an ordinary RuntimeError
         text = " ".join(str(error).split())
         if "not installed" in text:
-            raise UserError(
-                "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
-            ) from None
+            raise UserError(NO_COMPILER) from None
         raise UserError(
             f"--topology={topology}: refused by the TPU compiler ({text:.200}); "
             f"{_valid(name.split(':')[0])}"

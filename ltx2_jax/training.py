@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, OptimConfig
 from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.models.connectors import Connectors
@@ -50,7 +51,10 @@ class LTX2(nnx.Module):
 
 
 def graph(config: Config) -> Any:
-    """The static half of the model: `nnx.merge(graph(config), params)` is callable."""
+    """The static half of the model: `nnx.merge(graph(config), params)` is callable.
+
+    To be made under the mesh that it runs on, which decides whether heads are split.
+    """
     return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=nnx.Rngs(0))))
 
 
@@ -134,6 +138,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             mask=_matrices,
+            mu_dtype=optim.first_moment_dtype,
         ),
     )
 
@@ -322,7 +327,7 @@ def make_train_step(
         }
         return new, metrics
 
-    return jax.jit(train_step, donate_argnames="state")
+    return jax.jit(train_step, donate_argnames="state", compiler_options=compiler_options())
 
 
 def gradients(

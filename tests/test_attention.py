@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import sys
 from functools import partial
 
@@ -16,11 +15,11 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice
 from test_transformer import SMALL, forward, inputs, weights
 
-from ltx2_jax import sharding, topology
+from ltx2_jax import sharding
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import attention_kernels as kernels
 from ltx2_jax.models.attention import attend
-from ltx2_jax.models.streams import Keep, Modality
+from ltx2_jax.models.streams import Keep
 from ltx2_jax.models.transformer import LTX2Transformer
 
 VIDEO, AUDIO, TEXT = "video_tokens", "audio_tokens", "text_tokens"
@@ -374,63 +373,3 @@ def test_what_is_sent_is_bfloat16(mesh_context, heads, kinds):
     )
     # One number or two per row and head are float32: the statistics.
     assert size(wide=True) < 0.05 * size(wide=False)
-
-
-# ------------------------------------------------------------------------------ compiled for a TPU
-
-
-def tpu_mesh(slice_name, *sizes):
-    try:
-        devices = topology.tpu_devices(slice_name)
-    except UserError:
-        pytest.skip("libtpu, which has the compiler, is not installed")
-    return sharding.make_mesh(*sizes, devices=devices)
-
-
-def block_inputs(cfg, mesh, tokens):
-    """Abstract inputs of 1 clip: so many video, audio and text tokens."""
-    place = lambda shape, *names: jax.ShapeDtypeStruct(  # noqa: E731
-        shape, jnp.float32, sharding=sharding.sharding_of(mesh, *names)
-    )
-
-    def modality(stream, channels, axes, width):
-        count, names = tokens[stream], ("batch", f"{stream}_tokens", None)
-        return Modality(
-            latent=place((1, count, channels), *names),
-            sigma=place((1,), None),
-            timesteps=place((1, 1), None, None),
-            positions=place((1, axes, count, 2), None, None, names[1], None),
-            context=place((1, tokens["text"], width), None, None, None),
-        )
-
-    video = modality("video", cfg.in_channels, 3, cfg.context_dim)
-    return video, modality("audio", cfg.audio_in_channels, 1, cfg.audio_context_dim)
-
-
-def test_the_compiled_step_calls_every_kernel_once():
-    """Two blocks with the head widths of the released models, sequence-parallel, for v5p."""
-    pytest.importorskip("tokamax", reason="the kernels of tokamax are not installed")
-    mesh = tpu_mesh("v5p:2x2x1", 1, 2, 2)
-    cfg = dataclasses.replace(
-        SMALL, num_heads=4, head_dim=128, audio_num_heads=4, audio_head_dim=64, context_dim=512,
-        audio_context_dim=256, dtype="bfloat16",
-    )  # fmt: skip
-    # Logits of one device: 1024 x 1024, 512 x 256, 160 x 256, 512 x 160 and 160 x 512; 160 x 160 of
-    # audio self-attention and 160 x 256 of audio to text are for XLA.
-    tokens = {"video": 1024, "audio": 160, "text": 256}
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
-
-    def loss(params, video, audio):
-        v, a = nnx.merge(graphdef, params)(video, audio)
-        return jnp.sum(v.astype(jnp.float32)) + jnp.sum(a.astype(jnp.float32))
-
-    with jax.set_mesh(mesh):
-        create = lambda: nnx.to_pure_dict(  # noqa: E731
-            nnx.state(LTX2Transformer(cfg, rngs=nnx.Rngs(0)), nnx.Param)
-        )
-        params = sharding.abstract_state(create, mesh=mesh)
-        step = jax.jit(jax.grad(loss)).lower(params, *block_inputs(cfg, mesh, tokens))
-        program = step.compile().as_text()
-    called = re.findall(r"%(splash_mha_[a-z_]+)[.\d]* = ", program)
-    kinds = {"splash_mha_fwd": 4, "splash_mha_dkv": 4}
-    assert {kind: sum(n.startswith(kind) for n in called) for kind in kinds} == kinds

@@ -3,14 +3,17 @@
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_codec
 
 from ltx2_jax import bench
-from ltx2_jax.benchmarks import codec
+from ltx2_jax.benchmarks import codec, step, train
 from ltx2_jax.models.audio_vae import AudioVAEConfig
+from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights.audio_vae import audio_vae_config
 from ltx2_jax.weights.video_vae import video_vae_config
 from ltx2_jax.weights.vocoder import vocoder_config
@@ -88,3 +91,58 @@ def test_a_size_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.cli(["weights", "--gigabytes=-1"])
     assert "'-1' is not a number above 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    """A small model in the place of the released one, on one device."""
+    model = dataclasses.replace(tiny.MODEL, num_layers=1)
+    short = {"num_layers": 1, "registers": 4}
+    connector = dataclasses.replace(tiny.TEXT.video_connector, **short)
+    audio = dataclasses.replace(tiny.TEXT.audio_connector, **short)
+    monkeypatch.setattr(step, "MODELS", {"2.3": (model, connector, audio)})
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(step, "make_mesh", lambda *_: one)
+    monkeypatch.setattr(train, "make_mesh", lambda *_: one)
+    monkeypatch.setattr(step, "matmul_rate", lambda calls: 1e12)
+    monkeypatch.setattr(train, "matmul_rate", lambda calls: 1e12)
+    return ["--generation=2.3", "--frames=9", "--height=64", "--width=64", "--calls=1"]
+
+
+def test_bench_step_prints_parts_and_steps_per_minute(tiny_model, capsys):
+    assert bench.cli(["step", *tiny_model]) == 0
+    title, head, *parts, whole, before, last = capsys.readouterr().out.splitlines()
+    assert title.startswith("step of 2.3, 1 block: 1 clip of 9 frames of 64x64 on ")
+    assert head.split()[:3] == ["ms", "TFLOP", "TFLOP/s"]
+    names = ["AdaLN", "self-attention", "text", "cross-modal", "feed-forward"]
+    assert [re.split(r"\s{2,}", part)[0] for part in parts] == names
+    assert whole.startswith("step")
+    assert before.startswith("before the loop")
+    milliseconds = float(whole.split()[1])
+    assert float(last.split()[0]) == pytest.approx(60e3 / milliseconds, rel=0.02)
+    assert "49.18" in last
+
+
+def test_the_parts_of_a_step_do_its_work():
+    """Of the FLOPs counted, the parts leave only the ends of the network."""
+    config_, request = step.config_of(bench._parser().parse_args(["step"]))
+    terms = step.terms_of_a_step(config_, request)
+    words = [word for _, word in step.PARTS.values()] + ["timestep"]
+    parts = [sum(v for k, v in terms.items() if word in k) for word in words]
+    assert sum(parts) + terms["input and output"] == pytest.approx(sum(terms.values()))
+    assert all(sum(word in k for word in words) <= 1 for k in terms)
+
+
+def test_bench_train_prints_the_rate_of_a_step(tiny_model, capsys):
+    assert bench.cli(["train", *tiny_model, "--remat=projections"]) == 0
+    title, _, line, last = capsys.readouterr().out.splitlines()
+    assert title.startswith("train of 2.3, 1 block")
+    rate = 60e3 / float(line.split()[1])
+    assert float(last.split()[0]) == pytest.approx(rate, rel=0.02)
+    assert last.endswith("remat projections")
+
+
+def test_bench_refuses_a_mesh_that_does_not_fit(tiny_model, monkeypatch, capsys):
+    monkeypatch.undo()
+    assert bench.cli(["train", *tiny_model, "--mesh=3,1,1"]) == 2
+    assert capsys.readouterr().err.startswith("bench: error: mesh (data=3")

@@ -40,7 +40,9 @@ def inputs(params, rows=1):
 
 def compiled(config, mesh, given):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        lowered = pipeline.generate.lower(*given, graphdef=training.graph(config), request=REQUEST)
+        lowered = pipeline.make_generate().lower(
+            *given, graphdef=training.graph(config), request=REQUEST
+        )
         return lowered.compile()
 
 

@@ -11,11 +11,11 @@ import tiny_gemma
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from ltx2_jax import plan_text as module
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeaturesConfig
-from ltx2_jax.plan_text import (
+from ltx2_jax.planning import text as module
+from ltx2_jax.planning.text import (
     TEXT_ENCODERS,
     TextConfig,
     describe,

@@ -140,7 +140,7 @@ def best_of(call: Callable[[], Any], calls: int) -> tuple[float, float]:
     seconds = []
     for _ in range(calls + 1):
         started = time.perf_counter()
-        call()
+        jax.block_until_ready(call())
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:]), seconds[0]
 

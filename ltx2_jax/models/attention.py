@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ltx2_jax.models import attention_kernels, sequence_parallel
 from ltx2_jax.models.layers import Linear, parameter, rms_norm
-from ltx2_jax.models.remat import ATTENTION
+from ltx2_jax.models.remat import ATTENTION, PROJECTION
 from ltx2_jax.models.rope import Rope, apply_rope
 from ltx2_jax.sharding import axis_size, pin, target
 
@@ -97,7 +97,8 @@ class Attention(nnx.Module):
         keep: Array | None = None,  # [B]; 0 replaces attention by its own value projection
     ) -> Array:  # [B, Tq, query_dim]
         lead = ("batch", self.tokens[0])
-        q = self._split(rms_norm(self.to_q(x, lead), self.eps, self.q_norm[...]))
+        q = checkpoint_name(self.to_q(x, lead), PROJECTION)
+        q = self._split(rms_norm(q, self.eps, self.q_norm[...]))
         if rope is not None:
             q = apply_rope(q, rope, interleaved=self.interleaved_rope)
         if keys_values is None:
@@ -115,10 +116,12 @@ class Attention(nnx.Module):
     def keys_values(self, context: Array, rope: Rope | None = None) -> KeysValues:
         """What queries are compared with, and what they gather."""
         lead = ("batch", self.tokens[1])
-        k = self._split(rms_norm(self.to_k(context, lead), self.eps, self.k_norm[...]))
+        k = checkpoint_name(self.to_k(context, lead), PROJECTION)
+        v = checkpoint_name(self.to_v(context, lead), PROJECTION)
+        k = self._split(rms_norm(k, self.eps, self.k_norm[...]))
         if rope is not None:
             k = apply_rope(k, rope, interleaved=self.interleaved_rope)
-        return k, self._split(self.to_v(context, lead))
+        return k, self._split(v)
 
     def _split(self, x: Array) -> Array:  # [B, T, N * H] -> [B, T, N, H]
         return x.reshape(*x.shape[:2], self.heads, -1)

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from ltx2_jax.sharding import pin, spec, weight_spec
+from ltx2_jax.models.remat import PROJECTION
+from ltx2_jax.sharding import axis_size, pin, spec, weight_spec
 
 Axes = tuple[str | None, ...]
 
@@ -51,7 +53,8 @@ class Linear(nnx.Module):
         std = 1 / math.sqrt(n_in) if std is None else std
         self.axes = axes
         self.weight = parameter(rngs, (n_out, n_in), axes[::-1], std=std)
-        self.bias = parameter(rngs, (n_out,), (axes[1] or "fsdp",)) if bias else None
+        split = axis_size(axes[1]) > 1
+        self.bias = parameter(rngs, (n_out,), (axes[1] if split else "fsdp",)) if bias else None
         self.adapter = nnx.data(None)  # or one of `models.lora`
 
     def __call__(self, x: Array, lead: Axes) -> Array:
@@ -133,4 +136,5 @@ class FeedForward(nnx.Module):
         self.linear_out = Linear(mult * dim, dim, axes=("mlp", "fsdp"), bias=bias, rngs=rngs)
 
     def __call__(self, x: Array, lead: Axes) -> Array:
-        return self.linear_out(jax.nn.gelu(self.linear_in(x, lead), approximate=True), lead)
+        hidden = checkpoint_name(self.linear_in(x, lead), PROJECTION)
+        return self.linear_out(jax.nn.gelu(hidden, approximate=True), lead)

@@ -8,6 +8,7 @@ import jax
 # Names of arrays that a policy may keep.
 ATTENTION = "attention"  # what attention returns
 STATISTICS = "attention_statistics"  # log-sum-exp of its logits, which a kernel's backward needs
+PROJECTION = "projection"  # what a Linear in front of attention, or of GELU, returns
 BLOCK_INPUT = "block_input"
 
 
@@ -22,12 +23,17 @@ def _attention_saveable(saved: Callable[..., Any]) -> Callable[..., Any]:
     return policy
 
 
-# The inputs of every block are saved in any case: they are the carry of the scan. Then
-# - "attention" keeps what attention returns, so that no attention kernel runs twice. With the input
-#   it is 14336 numbers per block and video token of the 19B model (input, self- and text attention
-#   4096 each, audio to video 2048): 0.4 GB per block for 14080 tokens in bfloat16;
+# The inputs of every block are saved in any case: they are the carry of the scan. Numbers per block
+# and video token of the 19B model, input included:
+# - "block" saves no more: 4096;
+# - "attention" keeps what attention returns, so that no attention kernel runs twice: 14336 (self-
+#   and text attention 4096 each, audio to video 2048), 0.4 GB per block for the 14080 tokens of 5 s
+#   at 720p in bfloat16;
 # - "attention_offload" moves these to the host's memory until they are needed. The statistics, one
-#   float32 per attention, head and token, are 1 % of it and stay, as does what cuDNN returns.
+#   float32 per attention, head and token, are 1 % of it and stay, as does what cuDNN returns;
+# - "projections" keeps queries, keys and values before their norms and the feed-forward before its
+#   GELU as well: 53248. Matrix products that still run twice are those that give attention and
+#   text back to the stream, a sixth of the block's.
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -41,6 +47,9 @@ REMAT_POLICIES = {
             offload_src="device",
             offload_dst="pinned_host",
         )
+    ),
+    "projections": _attention_saveable(
+        jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS, PROJECTION)
     ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

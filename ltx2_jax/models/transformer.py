@@ -17,6 +17,7 @@ F mlp, L layers, R AdaLN rows, C latent channels. Axes broadcast over tokens hav
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,20 +77,39 @@ class Block(nnx.Module):
         audio: Conditioning | None,
         keep: Keep,  # one layer's masks, [B]
     ) -> tuple[Array | None, Array | None]:
-        run_v, run_a = (stream is not None and stream.enabled for stream in (video, audio))
-        if run_v:
+        for step in (self.self_attention, self.text_attention, self.cross_modal, self.feed_forward):
+            v, a = step(v, a, video, audio, keep)
+        return v, a
+
+    # The four steps, all of the signature of `__call__`.
+
+    def self_attention(self, v, a, video, audio, keep):
+        """1. Either stream looks at itself."""
+        if _runs(video):
             v = self._self_attention(v, self.video_self, self.video_table, video, keep.video_self)
-        if run_a:
+        if _runs(audio):
             a = self._self_attention(a, self.audio_self, self.audio_table, audio, keep.audio_self)
-        if run_v:
+        return v, a
+
+    def text_attention(self, v, a, video, audio, keep):
+        """2. Either stream looks at the text."""
+        if _runs(video):
             v = self._text(v, self.video_text, self.video_table, self.video_prompt_table, video)
-        if run_a:
+        if _runs(audio):
             a = self._text(a, self.audio_text, self.audio_table, self.audio_prompt_table, audio)
+        return v, a
+
+    def cross_modal(self, v, a, video, audio, keep):
+        """3. The streams look at each other."""
         if video is not None and audio is not None and self.audio_to_video is not None:
-            v, a = self._audio_video(v, a, video, audio, keep)
-        if run_v:
+            return self._audio_video(v, a, video, audio, keep)
+        return v, a
+
+    def feed_forward(self, v, a, video, audio, keep):
+        """4. Every token by itself."""
+        if _runs(video):
             v = self._feed_forward(v, self.video_mlp, self.video_table, video, "video_tokens")
-        if run_a:
+        if _runs(audio):
             a = self._feed_forward(a, self.audio_mlp, self.audio_table, audio, "audio_tokens")
         return v, a
 
@@ -143,6 +163,10 @@ class Block(nnx.Module):
     def _feed_forward(self, x, mlp, table, stream, tokens):
         shift, scale, gate = _rows(table[3:6], stream.modulation[:, :, 3:6])
         return x + gate * mlp(modulate(rms_norm(x, self.eps), scale, shift), ("batch", tokens))
+
+
+def _runs(stream: Conditioning | None) -> bool:
+    return stream is not None and stream.enabled
 
 
 def _rows(table: Array, modulation: Array | None) -> list[Array]:
@@ -231,8 +255,17 @@ class LTX2Transformer(nnx.Module):
             None if audio is None else self.audio.fixed(audio, video),
         )
 
-    def run_blocks(self, v, a, video: Conditioning | None, audio: Conditioning | None, keep: Keep):
-        """All blocks in one `lax.scan`; [B, T, D] and [B, A, Da] -> the same."""
+    def run_blocks(
+        self,
+        v: Array | None,  # [B, T, D]
+        a: Array | None,  # [B, A, Da]
+        video: Conditioning | None,
+        audio: Conditioning | None,
+        keep: Keep,
+        *,
+        step: Callable[..., tuple[Array | None, Array | None]] = Block.__call__,
+    ) -> tuple[Array | None, Array | None]:
+        """All blocks in one `lax.scan`, or one `step` of theirs, to time it."""
         graphdef, state = nnx.split(self.blocks)
         keys_values = [None if x is None else x.fixed.keys_values for x in (video, audio)]
 
@@ -242,7 +275,7 @@ class LTX2Transformer(nnx.Module):
             conditions = [
                 _in_block(x, kv) for x, kv in zip((video, audio), layer_text, strict=True)
             ]
-            return nnx.merge(graphdef, weights)(*carry, *conditions, layer_keep), None
+            return step(nnx.merge(graphdef, weights), *carry, *conditions, layer_keep), None
 
         if self.cfg.remat != "none":
             # prevent_cse guards against XLA undoing the recomputation; scan already does.

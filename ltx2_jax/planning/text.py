@@ -124,8 +124,8 @@ def forward_flops(config: TextConfig, tokens: int) -> float:
     return (
         sum(text_flops.forward_flops(config.gemma, tokens).values())
         + projection
-        + _connector_flops(config.video, tokens)
-        + _connector_flops(config.audio, tokens)
+        + connector_flops(config.video, tokens)
+        + connector_flops(config.audio, tokens)
     )
 
 
@@ -189,7 +189,7 @@ def _encode(params: Any, tokens: Array, mask: Array, *, graphdef: Any) -> tuple[
     return nnx.merge(graphdef, params)(tokens, mask)
 
 
-def _connector_flops(cfg: ConnectorConfig, tokens: int) -> float:
+def connector_flops(cfg: ConnectorConfig, tokens: int) -> float:
     gates = cfg.width * cfg.num_heads if cfg.gated_attention else 0
     matrices = (4 + 2 * FF_MULT) * cfg.width**2 + gates
     return cfg.num_layers * (2.0 * tokens * matrices + 4.0 * tokens**2 * cfg.width)

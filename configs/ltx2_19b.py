@@ -1,0 +1,54 @@
+"""LTX-2 19B (2.0) on a TPU slice: video 14B, audio 5B, trained together.
+
+    python -m ltx2_jax.train --config=configs/ltx2_19b.py \\
+        --config.data.path=/data/clips --config.workdir=/checkpoints/run
+
+runs on every host of the slice; `--config.init_from=ltx-2-19b-dev.safetensors` starts from released
+weights. Variants, after a colon, differ in mesh, batch and remat policy alone.
+"""
+
+import dataclasses
+
+from ltx2_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FlowConfig,
+    MeshConfig,
+    OptimConfig,
+    SampleConfig,
+    TextConfig,
+)
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.connectors import CONNECTOR_2_0
+from ltx2_jax.models.transformer_config import LTX2_19B
+
+# Batch, mesh, remat policy.
+VARIANTS = {
+    None: (64, MeshConfig(), "projections"),
+    "v5p256": (128, MeshConfig(), "projections"),
+    "v6e256": (128, MeshConfig(sequence=2), "attention"),
+    "v7x128": (128, MeshConfig(), "projections"),
+    "20s": (128, MeshConfig(sequence=4), "projections"),
+}
+
+
+def get_config(arg: str | None = None) -> Config:
+    if arg not in VARIANTS:
+        known = ", ".join(f":{name}" for name in VARIANTS if name)
+        raise UserError(f"configs/ltx2_19b.py:{arg}: variants are {known}")
+    batch, mesh, remat = VARIANTS[arg]
+    return Config(
+        workdir="workdir/ltx2_19b",
+        model=dataclasses.replace(LTX2_19B, remat=remat),
+        text=TextConfig(
+            generation="2.0", video_connector=CONNECTOR_2_0, audio_connector=CONNECTOR_2_0
+        ),
+        data=DataConfig(path="data/clips", batch_size=batch, read_threads=16),
+        mesh=mesh,
+        flow=FlowConfig(caption_dropout=0.1),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=3),
+        sample=SampleConfig(num_clips=8, batch_size=8, steps=40),
+        num_steps=100_000,
+    )

@@ -1,0 +1,56 @@
+"""LTX-2.3 22B on a TPU slice: gated attention, text modulated by the noise level.
+
+    python -m ltx2_jax.train --config=configs/ltx2_3_22b.py \\
+        --config.data.path=/data/clips --config.workdir=/checkpoints/run
+
+runs on every host of the slice; `--config.init_from=ltx-2.3-22b-dev.safetensors` starts from
+released weights. Variants, after a colon, differ in mesh, batch and remat policy alone.
+"""
+
+import dataclasses
+
+from ltx2_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FlowConfig,
+    MeshConfig,
+    OptimConfig,
+    SampleConfig,
+    TextConfig,
+)
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
+from ltx2_jax.models.transformer_config import LTX2_3_22B
+
+# Batch, mesh, remat policy.
+VARIANTS = {
+    None: (64, MeshConfig(), "projections"),
+    "v5p256": (128, MeshConfig(), "projections"),
+    "v6e256": (128, MeshConfig(sequence=2), "attention"),
+    "v7x128": (128, MeshConfig(), "projections"),
+    "20s": (128, MeshConfig(sequence=4), "projections"),
+}
+
+
+def get_config(arg: str | None = None) -> Config:
+    if arg not in VARIANTS:
+        known = ", ".join(f":{name}" for name in VARIANTS if name)
+        raise UserError(f"configs/ltx2_3_22b.py:{arg}: variants are {known}")
+    batch, mesh, remat = VARIANTS[arg]
+    return Config(
+        workdir="workdir/ltx2_3_22b",
+        model=dataclasses.replace(LTX2_3_22B, remat=remat),
+        text=TextConfig(
+            generation="2.3",
+            video_connector=VIDEO_CONNECTOR_2_3,
+            audio_connector=AUDIO_CONNECTOR_2_3,
+        ),
+        data=DataConfig(path="data/clips", batch_size=batch, read_threads=16),
+        mesh=mesh,
+        flow=FlowConfig(caption_dropout=0.1),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=3),
+        sample=SampleConfig(num_clips=8, batch_size=8, steps=30),
+        num_steps=100_000,
+    )

@@ -1,0 +1,230 @@
+"""The train step and the sampler as they run, traced for a mesh whose devices need not exist."""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ltx2_jax import checks, pipeline, training
+from ltx2_jax.compiler_options import compiler_options
+from ltx2_jax.config import Config
+from ltx2_jax.data.records import Schema, read_schema
+from ltx2_jax.diffusion import geometry
+from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
+from ltx2_jax.models.streams import Keep
+from ltx2_jax.pipeline import ClipSize, Request
+from ltx2_jax.sharding import abstract_state, sharding_of
+
+STRIDES, AUDIO_BINS, AUDIO_RATE = (8, 32, 32), 16, 25  # of the released codecs
+DEFAULT_SIZE = ClipSize(121, 704, 1280, 24.0)
+# Of four passes: what is added to the estimate under the prompt, per difference to it. As the
+# released pipelines' defaults for video (no prompt, self-attention skipped, streams apart).
+GUIDANCE = (2.0, 1.0, 2.0)
+PERTURBED_BLOCK = 28  # whose self-attention the third pass skips
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+def request_of(config: Config, **given: int | None) -> Request:
+    """The latents of one clip: of `given` num_frames, height, width, else as the config's data.
+
+    Sizes that are not given are those of the dataset at `data.path` if there is one, of the
+    synthetic clips if there is no path, else 121 frames of 1280x704.
+
+    Raises:
+      UserError: a size that the codec cannot encode.
+    """
+    path, codec = config.data.path, config.data.codec
+    synthetic, schema = config.data.synthetic, _schema(path)
+    if path is None:
+        size = ClipSize(synthetic.num_frames, synthetic.height, synthetic.width, synthetic.fps)
+        strides, bins = codec.video_strides, 1
+        rate = codec.mel.sample_rate / (codec.mel.hop * codec.mel_frames_per_latent)
+    else:
+        size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
+    if schema is not None:
+        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
+        frames, rows, columns, _ = schema.fields["video"].shape
+        length, bins, _ = schema.fields["audio"].shape
+        first = (size.num_frames - 1) // max(1, frames - 1)
+        strides = (first or strides[0], size.height // rows, size.width // columns)
+        rate = length / (size.num_frames / size.fps)
+    size = dataclasses.replace(size, **{k: v for k, v in given.items() if v is not None})
+    return Request(
+        video_shape=geometry.video_latent_shape(size.num_frames, size.height, size.width, strides),
+        audio_length=geometry.audio_latent_length(size.num_frames, size.fps, rate),
+        audio_bins=bins,
+        strides=strides,
+        fps=size.fps,
+        guided=False,
+    )
+
+
+def _schema(path: str | None) -> Schema | None:
+    return read_schema(path) if path is not None and Path(path).is_dir() else None
+
+
+def pixels_of(request: Request) -> tuple[int, int, int]:
+    """(frames, height, width) of a clip."""
+    frames, *grid = request.video_shape
+    return ((frames - 1) * request.strides[0] + 1,
+            *(n * stride for n, stride in zip(grid, request.strides[1:], strict=True)))  # fmt: skip
+
+
+def check(config: Config, request: Request, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the mesh divides heads, tokens and, of a feed-forward, its features."""
+    checks.check_mesh(config.model.num_heads, math.prod(request.video_shape), mesh)
+
+
+def text_fields(config: Config, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """`training.TEXT_FIELDS` of a batch, as the dataset of this config has them."""
+    text = config.text
+    own = text.encoder.audio_dim is not None if text.generation == "random" else (
+        text.generation != "2.0"
+    )  # fmt: skip
+    rows = (batch, text.length)
+    fields = {"video_text": jax.ShapeDtypeStruct((*rows, text.video_connector.width), jnp.bfloat16)}
+    if own:
+        shape = (*rows, text.audio_connector.width)
+        fields["audio_text"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return fields | {"text_mask": jax.ShapeDtypeStruct(rows, jnp.bool)}
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def train_state(config: Config, mesh: jax.sharding.Mesh) -> training.State:
+    """Shapes, dtypes and shardings of the train state."""
+    key = jax.eval_shape(jax.random.key, 0)
+    return abstract_state(partial(training.init_state, config=config), key, mesh=mesh)
+
+
+def train_program(
+    config: Config, request: Request, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Lowered, training.State]:
+    """The step of `train` for one batch of clips, and its state.
+
+    Raises:
+      UserError: the mesh does not divide batch, heads or tokens, or weights cannot be split so.
+    """
+    batch, null_text = train_inputs(config, request, mesh)
+    state = train_state(config, mesh)
+    with jax.set_mesh(mesh):
+        step = training.make_train_step(config, request.strides)
+        return step.lower(state, batch, null_text), state
+
+
+def train_inputs(
+    config: Config, request: Request, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """A batch of clips and the text fields of the empty caption, as `train` places them.
+
+    Raises:
+      UserError: the mesh does not divide batch, heads or tokens.
+    """
+    checks.check_batch(config, mesh)
+    check(config, request, mesh)
+    size = config.data.batch_size
+    channels = config.model.audio_in_channels // request.audio_bins
+    text = text_fields(config, size)
+    fields = {
+        "video": jax.ShapeDtypeStruct(
+            (size, *request.video_shape, config.model.in_channels), jnp.float32
+        ),
+        "audio": jax.ShapeDtypeStruct(
+            (size, request.audio_length, request.audio_bins, channels), jnp.float32
+        ),
+        "fps": jax.ShapeDtypeStruct((size,), jnp.float32),
+        **text,
+    }
+    batch = {k: _on(mesh, x, "batch", *[None] * (x.ndim - 1)) for k, x in fields.items()}
+    null_text = {
+        k: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), *[None] * (x.ndim - 1))
+        for k, x in text.items()
+    }
+    return batch, null_text
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def sample_program(
+    config: Config,
+    request: Request,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: int,
+    passes: int,
+    steps: int,
+) -> tuple[jax.stages.Lowered, Any]:
+    """Text features to clean latents of `batch` clips, as `pipeline.generate`, and the weights.
+
+    Four passes are those of the released pipelines: under the prompt, without one, with one
+    self-attention skipped, and with each stream on its own.
+
+    Raises:
+      UserError: the mesh does not divide heads or tokens, or weights cannot be split so.
+    """
+    check(config, request, mesh)
+    params = training.abstract_params(config, mesh, for_sampling=True)
+    text = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, batch).items()}
+    null = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, 1).items()}
+    scalar = _on(mesh, jax.ShapeDtypeStruct((), jnp.float32))
+    key = _on(mesh, jax.eval_shape(jax.random.key, 0))
+    rows = _on(mesh, jax.ShapeDtypeStruct((batch,), jnp.int32), None)
+    sigmas = _on(mesh, jax.ShapeDtypeStruct((steps + 1,), jnp.float32), None)
+    request = dataclasses.replace(request, guided=passes == 2)
+    with jax.set_mesh(mesh):
+        graphdef = training.graph(config)
+        if passes in (1, 2):
+            program = pipeline.make_generate().lower(
+                params, text, null, rows, key, sigmas, (scalar, scalar),
+                graphdef=graphdef, request=request,
+            )  # fmt: skip
+        else:
+            static = ("graphdef", "request")
+            jitted = jax.jit(
+                four_passes, static_argnames=static, compiler_options=compiler_options()
+            )
+            program = jitted.lower(
+                params, text, null, rows, key, sigmas, graphdef=graphdef, request=request
+            )
+    return program, params
+
+
+def four_passes(params, text, null_text, rows, key, sigmas, *, graphdef, request):
+    """As `pipeline.generate`, in four passes."""
+    model = nnx.merge(graphdef, params)
+    clips, layers = rows.shape[0], model.transformer.cfg.num_layers
+    null_text = {k: jnp.broadcast_to(x, (clips, *x.shape[1:])) for k, x in null_text.items()}
+    every = jnp.ones((clips, layers), jnp.bool)
+    no_self = every.at[:, min(PERTURBED_BLOCK, layers - 1)].set(False)
+    keeps = [
+        Keep(video_self=own, audio_self=own, audio_to_video=cross, video_to_audio=cross)
+        for own, cross in ((every, every), (every, every), (no_self, every), (every, ~every))
+    ]
+    texts = [text, null_text, text, text]
+
+    def combine(prompt: Latents, *others: Latents) -> Latents:
+        def guided(x, *rest):
+            return x + sum(s * (x - y) for s, y in zip(GUIDANCE, rest, strict=True))
+
+        return jax.tree.map(guided, prompt, *others)
+
+    predict = in_passes(
+        lambda condition: pipeline.network(model, request, *condition),
+        list(zip(texts, keeps, strict=True)),
+        combine,
+    )
+    start = pipeline.noise(model, request, rows, key)
+    return pipeline.unpatchify(denoise(predict, start, sigmas), request)
+
+
+def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str | None) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(mesh, *names))
