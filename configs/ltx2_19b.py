@@ -46,7 +46,7 @@ def get_config(arg: str | None = None) -> Config:
         ),
         data=DataConfig(path="data/clips", batch_size=batch, read_threads=16),
         mesh=mesh,
-        flow=FlowConfig(caption_dropout=0.1),
+        flow=FlowConfig(first_frame_prob=0.1, caption_dropout=0.1),
         optim=OptimConfig(learning_rate=1e-4, warmup_steps=1000),
         checkpoint=CheckpointConfig(every_steps=1000, keep=3),
         sample=SampleConfig(num_clips=8, batch_size=8, steps=40),

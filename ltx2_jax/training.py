@@ -211,13 +211,14 @@ def as_modality(
     stream: Stream, context: Array, context_mask: Array | None, keyframes: Any
 ) -> Modality:
     """The noised stream as the network takes it: given tokens are clean and have timestep 0."""
-    timesteps = stream.sigma[:, None]  # [B, 1]: one AdaLN vector per sample
+    levels = stream.sigma[:, None]  # [B, 1]
     if stream.clean is not None:
-        timesteps = jnp.where(stream.clean, 0.0, timesteps)
+        levels = jnp.where(stream.clean, 0.0, levels)
     return Modality(
-        latent=flow.noised(stream.x0, stream.noise, timesteps),
+        latent=flow.noised(stream.x0, stream.noise, levels),
         sigma=stream.sigma,
-        timesteps=timesteps,
+        timesteps=stream.sigma[:, None],
+        clean=stream.clean,
         positions=stream.positions,
         context=context,
         context_mask=context_mask,

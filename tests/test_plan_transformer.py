@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ltx2_jax import chips, config, flops, plan, topology
+from ltx2_jax import checks, chips, config, flops, plan, topology
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodecConfig
@@ -170,6 +171,29 @@ def test_more_chips_and_stricter_policies_need_less_memory():
     saves = [change["saves"] for change in helps]
     assert saves == sorted(saves, reverse=True)
     assert "--config.model.remat=block" in [change["change"] for change in helps]
+
+
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b"])
+@pytest.mark.parametrize(
+    ("variant", "slice_name", "frames"),
+    [
+        ("", "v5p:4x4x4", 121),
+        (":v5p256", "v5p:4x4x8", 121),
+        (":v6e256", "v6e:16x16", 121),
+        (":v7x128", "tpu7x:4x4x4", 121),
+        (":20s", "v5p:8x8x8", 481),
+    ],
+)
+def test_presets_should_fit_the_slices_that_they_are_for(name, variant, slice_name, frames):
+    preset = config.load(f"{Path(__file__).parents[1]}/configs/{name}.py{variant}")
+    checks.check_text(preset)
+    where = topology.slice_of(slice_name)
+    request = programs.request_of(preset, num_frames=frames)
+    mesh = changes.mesh_of(preset, where)
+    checks.check_batch(preset, mesh)
+    programs.check(preset, request, mesh)
+    guess = estimate.estimate(preset, request, mesh, where.chip)
+    assert guess.peak < where.chip.device_hbm_bytes
 
 
 def test_a_search_ranks_what_fits_and_compiles_the_best(monkeypatch):

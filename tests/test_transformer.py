@@ -110,6 +110,25 @@ def test_one_sigma_per_sample_equals_the_same_sigma_on_every_token():
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+def test_clean_tokens_equal_tokens_of_timestep_zero():
+    """Also in their gradients: the choice of a level is what a level of each token says."""
+    cfg = dataclasses.replace(SMALL, modulated_text_attention=True, prompt_adaln=True)
+    video, audio = inputs(cfg)
+    params = weights(cfg)
+    clean = jnp.arange(8)[None] < jnp.asarray([[3], [0]])
+    chosen = dataclasses.replace(video, clean=clean, timesteps=video.timesteps[:, :1])
+    spread = dataclasses.replace(video, timesteps=jnp.where(clean, 0.0, video.timesteps))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
+
+    def loss(p, video):
+        v, a = nnx.merge(graphdef, p)(video, audio)
+        return jnp.sum(v**2) + jnp.sum(a**2)
+
+    compute = jax.jit(jax.value_and_grad(loss))
+    for x, y in zip(*(jax.tree.leaves(compute(params, v)) for v in (chosen, spread)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()) + 1e-7)
+
+
 def test_masked_text_is_not_read():
     video, audio = inputs()
     params = weights(SMALL)

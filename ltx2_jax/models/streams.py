@@ -32,6 +32,7 @@ from ltx2_jax.sharding import pin
         "context_mask",
         "attention_mask",
         "keyframes_mask",
+        "clean",
     ),
     meta_fields=("enabled",),
 )
@@ -41,6 +42,8 @@ class Modality:
 
     They differ when some tokens are clean: `timesteps` then holds 0 there, while `sigma` (which
     modulates the prompt and gates the *other* stream's cross-attention) stays the stream's own.
+    Where no third level occurs, timesteps [B, 1] and `clean` say the same for less: a modulation
+    of two levels and a choice, instead of one per token.
     """
 
     latent: Array  # [B, T, C]
@@ -51,6 +54,7 @@ class Modality:
     context_mask: Array | None = None  # integer or bool [B, S]: 1 = attend; or additive float bias
     attention_mask: Array | None = None  # [B, T, T] strengths in [0, 1]
     keyframes_mask: Array | None = None  # [B, T]: marked where > 0
+    clean: Array | None = None  # [B, T] bool: these have timestep 0, the others timesteps [B, 1]
     enabled: bool = True  # False: the stream stays as it is, only read by the other one
 
 
@@ -98,20 +102,30 @@ class Fixed:
         "cross_modulation",
         "cross_gate",
         "prompt_modulation",
+        "clean",
     ),
     meta_fields=("enabled",),
 )
 @dataclass(frozen=True)
 class Conditioning:
-    """What the blocks read of one stream besides its tokens; computed once, before block 0."""
+    """What the blocks read of one stream besides its tokens; computed once, before block 0.
+
+    N noise levels: one of all tokens (1), one of each (T), or that of the others and that of clean
+    tokens (2).
+    """
 
     fixed: Fixed
-    modulation: Array  # [B, T or 1, R, D]
-    embedded_timestep: Array  # [B, T or 1, D], for the output head
-    cross_modulation: Array | None  # [B, T or 1, 4, D]: scale, shift of a2v, scale, shift of v2a
+    modulation: Array  # [B, N, R, D]
+    embedded_timestep: Array  # [B, N, D], for the output head
+    cross_modulation: Array | None  # [B, N, 4, D]: scale, shift of a2v, scale, shift of v2a
     cross_gate: Array | None  # [B, 1, 1, D], from the other stream's sigma
     prompt_modulation: Array | None  # [B, 1, 2, text width]: shift, scale
+    clean: Array | None  # [B, T, 1] bool, if N is 2
     enabled: bool
+
+    def of_tokens(self, x: Array) -> Array:
+        """[B, N, D] -> what broadcasts over tokens."""
+        return x if self.clean is None else jnp.where(self.clean, x[:, 1:2], x[:, 0:1])
 
 
 FixedPair = tuple[Fixed | None, Fixed | None]  # of video, of audio
@@ -174,14 +188,16 @@ class Stem(nnx.Module):
             mark = pin(self.keyframe[...].astype(dtype), None, None)
             h = h + jnp.where(x.keyframes_mask[..., None] > 0, mark, 0)
         # One sigma for all tokens is one AdaLN vector, broadcast; not a row per token.
-        lead = self.lead if x.timesteps.shape[1] > 1 else ("batch", None)
-        once = ("batch", None)
-        modulation, embedded = self.adaln(x.timesteps * cfg.timestep_scale, dtype, lead)
+        once, timesteps = ("batch", None), x.timesteps
+        lead = self.lead if timesteps.shape[1] > 1 else once
+        if x.clean is not None:
+            timesteps = jnp.concatenate([timesteps, jnp.zeros_like(timesteps)], axis=1)
+        modulation, embedded = self.adaln(timesteps * cfg.timestep_scale, dtype, lead)
         prompt = cross = gate = None
         if self.prompt_adaln is not None:
             prompt, _ = self.prompt_adaln(x.sigma[:, None] * cfg.timestep_scale, dtype, once)
         if other is not None and self.cross_adaln is not None:
-            cross, _ = self.cross_adaln(x.timesteps * cfg.timestep_scale, dtype, lead)
+            cross, _ = self.cross_adaln(timesteps * cfg.timestep_scale, dtype, lead)
             other_sigma = other.sigma[:, None] * cfg.cross_gate_timestep_scale
             gate, _ = self.cross_gate_adaln(other_sigma, dtype, once)
         return h, Conditioning(
@@ -191,13 +207,14 @@ class Stem(nnx.Module):
             cross_modulation=cross,
             cross_gate=gate,
             prompt_modulation=prompt,
+            clean=None if x.clean is None else x.clean[..., None],
             enabled=x.enabled,
         )
 
     def head(self, x: Array, stream: Conditioning) -> Array:
         """Tokens [B, T, D] -> velocity [B, T, C]."""
         table = pin(self.head_table[...].astype(x.dtype), None, None)
-        shift, scale = table[0] + stream.embedded_timestep, table[1] + stream.embedded_timestep
+        shift, scale = (stream.of_tokens(row + stream.embedded_timestep) for row in table)
         return self.project_out(modulate(layer_norm(x, self.cfg.norm_eps), scale, shift), self.lead)
 
     def _context(self, context: Array) -> Array:

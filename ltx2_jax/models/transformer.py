@@ -114,7 +114,7 @@ class Block(nnx.Module):
         return v, a
 
     def _self_attention(self, x, attention, table, stream, keep):
-        shift, scale, gate = _rows(table[0:3], stream.modulation[:, :, 0:3])
+        shift, scale, gate = _rows(table[0:3], stream.modulation[:, :, 0:3], stream)
         h = modulate(rms_norm(x, self.eps), scale, shift)
         fixed = stream.fixed
         return x + gate * attention(h, rope=fixed.rope, bias=fixed.self_bias, keep=keep)
@@ -122,7 +122,7 @@ class Block(nnx.Module):
     def _text(self, x, attention, table, prompt_table, stream):
         h, fixed, gate = rms_norm(x, self.eps), stream.fixed, None
         if prompt_table is not None:
-            shift, scale, gate = _rows(table[6:9], stream.modulation[:, :, 6:9])
+            shift, scale, gate = _rows(table[6:9], stream.modulation[:, :, 6:9], stream)
             h = modulate(h, scale, shift)
         keys_values = fixed.keys_values
         if keys_values is None:
@@ -146,8 +146,8 @@ class Block(nnx.Module):
         nv, na = rms_norm(v, self.eps), rms_norm(a, self.eps)
         # Scale before shift here, the opposite of every other table. Rows 0-1 serve audio -> video,
         # rows 2-3 video -> audio, row 4 is the gate.
-        v_rows = _rows(self.video_cross_table[0:4], video.cross_modulation)
-        a_rows = _rows(self.audio_cross_table[0:4], audio.cross_modulation)
+        v_rows = _rows(self.video_cross_table[0:4], video.cross_modulation, video)
+        a_rows = _rows(self.audio_cross_table[0:4], audio.cross_modulation, audio)
         (v_gate,) = _rows(self.video_cross_table[4:5], video.cross_gate)
         (a_gate,) = _rows(self.audio_cross_table[4:5], audio.cross_gate)
         if video.enabled:
@@ -161,7 +161,7 @@ class Block(nnx.Module):
         return v, a
 
     def _feed_forward(self, x, mlp, table, stream, tokens):
-        shift, scale, gate = _rows(table[3:6], stream.modulation[:, :, 3:6])
+        shift, scale, gate = _rows(table[3:6], stream.modulation[:, :, 3:6], stream)
         return x + gate * mlp(modulate(rms_norm(x, self.eps), scale, shift), ("batch", tokens))
 
 
@@ -169,12 +169,18 @@ def _runs(stream: Conditioning | None) -> bool:
     return stream is not None and stream.enabled
 
 
-def _rows(table: Array, modulation: Array | None) -> list[Array]:
-    """Table rows [R, D] (+ modulation [B, T or 1, R, D]) -> R arrays that broadcast over tokens."""
+def _rows(
+    table: Array, modulation: Array | None, stream: Conditioning | None = None
+) -> list[Array]:
+    """Table rows [R, D] (+ modulation [B, N, R, D]) -> R arrays that broadcast over tokens.
+
+    `stream` is given where its clean tokens have a modulation of their own.
+    """
     table = pin(table, None, None)
     if modulation is None:
         return list(table)
-    return [row + modulation[:, :, i] for i, row in enumerate(table.astype(modulation.dtype))]
+    rows = [row + modulation[:, :, i] for i, row in enumerate(table.astype(modulation.dtype))]
+    return rows if stream is None else [stream.of_tokens(row) for row in rows]
 
 
 def _modulated_text(context: Array, table: Any, modulation: Array | None) -> Array:
