@@ -104,6 +104,11 @@ def _request(topology: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
         )
+    if any(size not in (1, 2) and size % 4 for size in shape):
+        raise UserError(
+            f"--topology={topology}: no such slice: sizes are 1, 2 or a multiple of 4; "
+            f"{_valid(generation)}"
+        )
     # Left alone, libtpu takes every slice for a mesh without closed rings.
     options: dict[str, Any] = {"wrap": (*chips.wraps(chip, shape), False)[:3]}
     if generation == "v4":  # a chip's two cores as one device, as in jax on a v4

@@ -29,6 +29,9 @@ CONFIG = dataclasses.replace(
     tiny.config(),
     data=config.DataConfig(synthetic=CLIPS, codec=CODEC, batch_size=8),
     mesh=config.MeshConfig(2, 2, 2),
+    text=dataclasses.replace(
+        tiny.TEXT, encoder=config.RandomEncoderConfig(video_dim=32, audio_dim=16)
+    ),
 )
 REQUEST = programs.request_of(CONFIG)
 
@@ -82,6 +85,16 @@ def test_sampling_is_compiled_with_its_passes_and_steps(eight_devices, passes):
     terms = flops.forward_flops(CONFIG.model, 16, REQUEST.audio_length, 6)
     assert facts["model_flops"] == 2 * passes * 3 * sum(terms.values())
     assert f"3 steps of {passes} pass" in transformer.describe(facts)
+
+
+def test_a_sampler_that_does_not_fit_is_told_what_helps(eight_devices, monkeypatch):
+    monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**10)
+    option = changes.changed(CONFIG, mesh=(4, 2, 1))
+    facts = transformer.plan_sample(option, REQUEST, "v5p:2x2x2", Sampling(4, 1, 1))
+    assert not facts["fits"]
+    assert [change["change"] for change in facts["helps"]] == ["--mesh=2,4,1"]
+    assert "does not fit: 0.00 GiB too much" in transformer.describe(facts)
+    assert "by estimate    --mesh=2,4,1 saves 0.0 GiB" in transformer.describe(facts)
 
 
 def test_four_passes_combine_as_guidance_does():
@@ -165,7 +178,7 @@ def test_more_chips_and_stricter_policies_need_less_memory():
     policies = ["attention_offload", "block", "attention", "projections"]
     peaks = [peak(remat=p, mesh=(64, 1, 1)) for p in policies]
     assert peaks == sorted(peaks)
-    helps = changes.what_helps(
+    helps = changes.what_helps_training(
         changes.changed(CONFIG, remat="projections", batch=128, mesh=(32, 2, 1)), REQUEST, where
     )
     saves = [change["saves"] for change in helps]
@@ -271,6 +284,8 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:2x2x2", "--what=text"], "--config, --mesh and --search are not of"),
         (["--topology=v5p:2x2x2", "--frames=8"], "num_frames=8 is not 4*k+1"),
         (["--topology=v5p:2x2x2", "--config.mesh.model=3"], "mesh (data=2, model=3, sequence=2)"),
+        (["--topology=v5p:2x2x2", "--config.data.batch_size=3"], "data.batch_size=3 is not a mult"),
+        (["--topology=v5p:2x2x2", "--config.model.context_dim=7"], "but model.context_dim=7"),
         (["--topology=v5p:2x2x2", "--nonsense"], "unknown flag --nonsense"),
     ],
 )  # fmt: skip

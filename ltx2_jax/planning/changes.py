@@ -1,6 +1,8 @@
 """Configs like a given one that need other memory, by estimate."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
-from ltx2_jax.sharding import abstract_mesh, mesh_sizes
+from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
 from ltx2_jax.topology import Slice
+from ltx2_jax.training import abstract_params
 
 
 def sizes_of(config: Config) -> tuple[int, int, int]:
@@ -45,7 +48,7 @@ def changed(
     return config if mesh is None else dataclasses.replace(config, mesh=MeshConfig(*mesh))
 
 
-def what_helps(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
+def what_helps_training(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
     """Single changes that make the peak of a train step smaller, by estimate, the best first.
 
     Each is {"change": flags, "saves": bytes of a device}.
@@ -66,18 +69,42 @@ def what_helps(config: Config, request: Request, where: Slice) -> list[dict[str,
         for mesh in ((data // 2, model, 2 * sequence), (data // 2, 2 * model, sequence)):
             flags = f"--mesh={','.join(map(str, mesh))} --config.data.batch_size={batch // 2}"
             options[flags] = {"mesh": mesh, "batch": batch // 2}
-    now, found = _peak(config, request, where), []
+
+    def peak(config: Config) -> float:
+        mesh = mesh_of(config, where)
+        check(config, request, mesh)
+        return estimate(config, request, mesh, where.chip).peak
+
+    return _ranked(config, options, peak)
+
+
+def what_helps_sampling(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
+    """As `what_helps_training`: weights split over more devices, or activations."""
+    data, model, sequence = mesh_of(config, where).shape.values()
+    meshes = {(data // 2, 2 * model, sequence), (data, 2 * model, sequence // 2)}
+    options = {
+        f"--mesh={','.join(map(str, mesh))}": {"mesh": mesh}
+        for mesh in sorted(meshes)
+        if math.prod(mesh) == where.devices
+    }
+
+    def weights(config: Config) -> float:
+        mesh = mesh_of(config, where)
+        check(config, request, mesh)
+        return bytes_per_chip(abstract_params(config, mesh, for_sampling=True))
+
+    return _ranked(config, options, weights)
+
+
+def _ranked(
+    config: Config, options: dict[str, Any], size: Callable[[Config], float]
+) -> list[dict[str, Any]]:
+    now, found = size(config), []
     for flags, change in options.items():
         try:
-            saves = now - _peak(changed(config, **change), request, where)
+            saves = now - size(changed(config, **change))
         except UserError:
             continue
         if saves > 0:
             found.append({"change": flags, "saves": saves})
     return sorted(found, key=lambda change: -change["saves"])
-
-
-def _peak(config: Config, request: Request, where: Slice) -> float:
-    mesh = mesh_of(config, where)
-    check(config, request, mesh)
-    return estimate(config, request, mesh, where.chip).peak

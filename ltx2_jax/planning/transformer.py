@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import flops
+from ltx2_jax import checks, flops
 from ltx2_jax.accounting.compiled import describe as describe_program
 from ltx2_jax.accounting.compiled import program_facts
 from ltx2_jax.accounting.memory import (
@@ -18,7 +18,12 @@ from ltx2_jax.accounting.memory import (
 )
 from ltx2_jax.config import Config
 from ltx2_jax.pipeline import Request
-from ltx2_jax.planning.changes import mesh_of, sizes_of, what_helps
+from ltx2_jax.planning.changes import (
+    mesh_of,
+    sizes_of,
+    what_helps_sampling,
+    what_helps_training,
+)
 from ltx2_jax.planning.estimate import estimate
 from ltx2_jax.planning.programs import check, pixels_of, sample_program, train_program
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
@@ -49,9 +54,12 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     """What one step of `train` needs on a slice.
 
     Raises:
-      UserError: no such slice, or a mesh that does not divide devices, batch, heads or tokens.
+      UserError: no such slice; a mesh that does not divide devices, batch, heads or tokens; text
+        features that do not fit the model.
     """
     where = slice_of(topology)
+    checks.check_text(config)
+    checks.check_batch(config, mesh_of(config, where))
     facts = _facts(config, request, where, "train", config.data.batch_size)
     facts["model_flops"] = config.data.batch_size * flops.train_flops(
         config.model, facts["video_tokens"], facts["audio_tokens"], facts["text_tokens"]
@@ -65,7 +73,7 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     facts["replicated"] = replicated(state, WHOLE) if mesh.size > 1 else []
     facts = _compile(facts, lowered, mesh)
     if not facts["fits"]:
-        facts["helps"] = what_helps(config, request, where)
+        facts["helps"] = what_helps_training(config, request, where)
     return facts
 
 
@@ -100,7 +108,10 @@ def plan_sample(
         config, request, mesh,
         batch=sampling.batch, passes=sampling.passes, steps=sampling.steps,
     )  # fmt: skip
-    return _compile(facts, lowered, mesh)
+    facts = _compile(facts, lowered, mesh)
+    if not facts["fits"]:
+        facts["helps"] = what_helps_sampling(config, request, where)
+    return facts
 
 
 def describe(facts: dict[str, Any]) -> str:
