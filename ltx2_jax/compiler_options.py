@@ -1,23 +1,26 @@
-"""What we ask of the TPU compiler beyond its defaults."""
+"""What we ask of the TPU compiler beyond its defaults, by chip.
+
+Only what releases of it from 0.0.42 to 0.0.50 accept and call supported: the older way to run
+collectives beside matrix products, `xla_tpu_enable_async_collective_fusion`, the newer ones refuse
+on all chips but v5e, as it may give wrong results there.
+"""
 
 from ltx2_jax import chips
 from ltx2_jax.sharding import target
 
-# Weights of the next matrix products are gathered while the present one runs.
-_GATHER_AHEAD = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
+# Sparse cores gather weights and reduce gradients while the matrix units go on; a v7x does so by
+# itself. (On v5p, releases before 0.0.50 still gather on the matrix units' time.)
+_ON_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
 }
 # Otherwise the stacked weights of a v7x are copied into another layout before the loop over them.
 _STORED_LAYOUT = {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
 OPTIONS: dict[str, dict[str, bool | int]] = {
-    "v4": _GATHER_AHEAD,
-    "v5e": _GATHER_AHEAD,
-    "v5p": _GATHER_AHEAD,
-    "v6e": _GATHER_AHEAD,
+    "v5p": _ON_SPARSE_CORES,
+    "v6e": _ON_SPARSE_CORES,
     "v7x": _STORED_LAYOUT,
 }
 

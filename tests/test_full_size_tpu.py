@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 
+import jax
 import pytest
 
 from ltx2_jax import flops, sharding
@@ -17,8 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYERS = 6  # more than the connectors have, so that their loops are told apart
-# A third of the time to compile, for a slower program: what it moves and keeps is the same.
-QUICK = {"exec_time_optimization_effort": -1.0}
 CONFIG = Config(
     workdir="unused",
     model=dataclasses.replace(LTX2_19B, num_layers=LAYERS),
@@ -27,6 +26,15 @@ CONFIG = Config(
 )
 REQUEST = programs.request_of(CONFIG, num_frames=17, height=512, width=768)
 TOKENS = 3 * 16 * 24
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """A third of the time to compile, for a slower program: what it moves and keeps is the same."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1")
+    yield
+    jax.config.update("jax_optimization_level", before)
 
 
 def in_layers(facts, kind, *axes):
@@ -46,7 +54,7 @@ def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
     mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("v5p:2x2x1"))
     config = dataclasses.replace(CONFIG, data=DataConfig(path="unused", batch_size=1))
     lowered, state = programs.train_program(config, REQUEST, mesh)
-    compiled = lowered.compile(compiler_options=QUICK)
+    compiled = lowered.compile()
     facts = program_facts(compiled, mesh, layers=LAYERS)
     assert sharding.replicated(state, 2**20) == []
 
@@ -71,7 +79,7 @@ def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
 def test_the_sampler_keeps_its_weights_and_sends_little():
     mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("v6e:2x2"))
     lowered, params = programs.sample_program(CONFIG, REQUEST, mesh, batch=1, passes=1, steps=1)
-    compiled = lowered.compile(compiler_options=QUICK)
+    compiled = lowered.compile()
     facts = program_facts(compiled, mesh, layers=LAYERS)
     assert in_layers(facts, "all-gather", "sequence") == (0, 0)
     assert in_layers(facts, "all-gather", "model") == (0, 0)
