@@ -263,7 +263,7 @@ def test_without_the_compiler_arithmetic_is_printed(command):
     assert code == 0
     assert "estimate       peak" in out
     assert "the TPU compiler is not installed" in out
-    code, out, _ = command("--topology=v5p:2x2x2", "--what=sample", "--json")
+    code, out, _ = command("--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--json")
     assert code == 0
     facts = json.loads(out)
     assert facts["weight_bytes_per_device"] > 0
@@ -281,6 +281,8 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:3x4"], "v5p slices have three sizes; slices are v5p:2x2x1, "),
         (["--topology=v9:2x2"], "no such slice; slices are named GENERATION:SHAPE"),
         (["--topology=v5p:2x2x2", "--what=sample", "--search"], "--search ranks train steps"),
+        (["--topology=v5p:2x2x2", "--what=sample", "--mesh=8,1,1", "--passes=2", "--batch=2"],
+         "data=8 does not divide 2 clips x 2 passes; sizes that do: 1, 2, 4"),
         (["--topology=v5p:2x2x2", "--what=text"], "--config, --mesh and --search are not of"),
         (["--topology=v5p:2x2x2", "--frames=8"], "num_frames=8 is not 4*k+1"),
         (["--topology=v5p:2x2x2", "--config.mesh.model=3"], "mesh (data=2, model=3, sequence=2)"),

@@ -33,7 +33,13 @@ from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.models.transformer import Block
 from ltx2_jax.models.transformer_config import LTX2_3_22B, LTX2_19B
 from ltx2_jax.pipeline import Request
-from ltx2_jax.planning.programs import DEFAULT_SIZE, check, request_of, text_fields
+from ltx2_jax.planning.programs import (
+    DEFAULT_SIZE,
+    check,
+    check_passes,
+    request_of,
+    text_fields,
+)
 from ltx2_jax.sharding import make_mesh, pin, spec
 from ltx2_jax.training import abstract_params
 
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
     config, request = config_of(args)
     mesh = make_mesh(*(args.mesh or (-1, 1, 1)))
     check(config, request, mesh)
+    check_passes(args.batch, 1, mesh)
     with jax.set_mesh(mesh):
         params = random_params(abstract_params(config, mesh, for_sampling=True))
         rate = matmul_rate(args.calls)

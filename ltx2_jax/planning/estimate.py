@@ -57,10 +57,7 @@ class Estimate:
 
 
 def estimate(
-    config: Config,
-    request: Request,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-    chip: Chip,
+    config: Config, request: Request, mesh: jax.sharding.AbstractMesh, chip: Chip
 ) -> Estimate:
     """Of the train step of `config` for clips as `request` says, at practical rates.
 
@@ -80,12 +77,11 @@ def estimate(
     small = clips * (audio + 2 * config.text.length) * cfg.audio_width / cfg.width
     kept = 2 * cfg.num_layers * (tokens + small) * (whole + split / model)
     on_host = kept if cfg.remat == "attention_offload" else 0.0
-    working = 2 * WORKING_ROWS * tokens * cfg.width / (1 if model == 1 else model**0.5)
+    width = cfg.width / model**0.5  # about half of what a block works on is split over model
+    working = 2 * WORKING_ROWS * tokens * width
     compute = _compute(config, request, chip, data, model, sequence)
-    hbm = (
-        2 * MOVED_ROWS * cfg.num_layers * tokens * cfg.width * config.optim.accumulate_steps
-        / model**0.5 / chip.device_hbm_bandwidth / HBM_EFFICIENCY
-    )  # fmt: skip
+    moved = 2 * MOVED_ROWS * cfg.num_layers * tokens * width * config.optim.accumulate_steps
+    hbm = moved / chip.device_hbm_bandwidth / HBM_EFFICIENCY
     links = _links(config, chip, shape, block, tokens)
     host = 2 * on_host * config.optim.accumulate_steps / chip.host_bandwidth  # there and back
     hidden = links["gathered"] + (links["reduced"] if chip.name in SCATTERS else 0.0)

@@ -16,6 +16,7 @@ from ltx2_jax.config import Config
 from ltx2_jax.data.records import Schema, read_schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
+from ltx2_jax.errors import UserError
 from ltx2_jax.models.streams import Keep
 from ltx2_jax.pipeline import ClipSize, Request
 from ltx2_jax.sharding import abstract_state, sharding_of
@@ -78,7 +79,7 @@ def pixels_of(request: Request) -> tuple[int, int, int]:
 
 
 def check(config: Config, request: Request, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the mesh divides heads, tokens and, of a feed-forward, its features."""
+    """UserError unless the mesh divides the attention heads and the video tokens."""
     checks.check_mesh(config.model.num_heads, math.prod(request.video_shape), mesh)
 
 
@@ -169,9 +170,10 @@ def sample_program(
     self-attention skipped, and with each stream on its own.
 
     Raises:
-      UserError: the mesh does not divide heads or tokens, or weights cannot be split so.
+      UserError: the mesh does not divide passes, heads or tokens, or weights cannot be split so.
     """
     check(config, request, mesh)
+    check_passes(batch, passes, mesh)
     params = training.abstract_params(config, mesh, for_sampling=True)
     text = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, batch).items()}
     null = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, 1).items()}
@@ -196,6 +198,17 @@ def sample_program(
                 params, text, null, rows, key, sigmas, graphdef=graphdef, request=request
             )
     return program, params
+
+
+def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the passes of all clips fill the shards of data."""
+    data, rows = mesh.shape["data"], batch * passes
+    if rows % data:
+        sizes = ", ".join(str(n) for n in range(1, mesh.size + 1) if rows % n == mesh.size % n == 0)
+        raise UserError(
+            f"mesh: data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
+            f"pass{'es'[: 2 * (passes > 1)]}; sizes that do: {sizes}"
+        )
 
 
 def four_passes(params, text, null_text, rows, key, sigmas, *, graphdef, request):

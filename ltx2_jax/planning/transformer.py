@@ -25,7 +25,13 @@ from ltx2_jax.planning.changes import (
     what_helps_training,
 )
 from ltx2_jax.planning.estimate import estimate
-from ltx2_jax.planning.programs import check, pixels_of, sample_program, train_program
+from ltx2_jax.planning.programs import (
+    check,
+    check_passes,
+    pixels_of,
+    sample_program,
+    train_program,
+)
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
 from ltx2_jax.topology import (
     NO_COMPILER,
@@ -86,6 +92,7 @@ def plan_sample(
       UserError: as `plan_train`.
     """
     where = slice_of(topology)
+    check_passes(sampling.batch, sampling.passes, mesh_of(config, where))
     facts = _facts(config, request, where, "sample", sampling.batch)
     terms = flops.forward_flops(
         config.model, facts["video_tokens"], facts["audio_tokens"], facts["text_tokens"]
