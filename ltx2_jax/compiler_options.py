@@ -18,18 +18,23 @@ _ON_SPARSE_CORES = {
 }
 # Otherwise the stacked weights of a v7x are copied into another layout before the loop over them.
 _STORED_LAYOUT = {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
-OPTIONS: dict[str, dict[str, bool | int]] = {
+Options = dict[str, bool | int]
+SAMPLING: dict[str, Options] = {"v7x": _STORED_LAYOUT}
+TRAINING: dict[str, Options] = {
     "v5p": _ON_SPARSE_CORES,
     "v6e": _ON_SPARSE_CORES,
     "v7x": _STORED_LAYOUT,
 }
 
 
-def compiler_options() -> dict[str, bool | int] | None:
+def compiler_options(*, training: bool) -> Options | None:
     """For the `compiler_options` of `jax.jit`, by the chip of the mesh in context; None: defaults.
 
-    To be called under the `jax.set_mesh` that the program runs under.
+    To be called under the `jax.set_mesh` that the program runs under. A sampler gathers no weights,
+    and what it sends, the next instruction waits for.
     """
     platform, kind = target()
     chip = chips.of_kind(kind)
-    return OPTIONS.get(chip.name) if platform == "tpu" and chip is not None else None
+    if platform != "tpu" or chip is None:
+        return None
+    return (TRAINING if training else SAMPLING).get(chip.name)

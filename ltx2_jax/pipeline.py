@@ -215,7 +215,7 @@ class Request:
 
 def make_generate() -> Callable[..., tuple[Array, Array]]:
     """The jitted `generate`, for the mesh in context."""
-    options, static = compiler_options(), ("graphdef", "request")
+    options, static = compiler_options(training=False), ("graphdef", "request")
     return jax.jit(generate, static_argnames=static, compiler_options=options)
 
 

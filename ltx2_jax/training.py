@@ -328,7 +328,9 @@ def make_train_step(
         }
         return new, metrics
 
-    return jax.jit(train_step, donate_argnames="state", compiler_options=compiler_options())
+    return jax.jit(
+        train_step, donate_argnames="state", compiler_options=compiler_options(training=True)
+    )
 
 
 def gradients(

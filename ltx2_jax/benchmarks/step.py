@@ -164,7 +164,7 @@ def parts(
     config: Config, request: Request, params: Any, batch: int
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of every part; a call runs it in all blocks."""
-    graphdef, options = training.graph(config), compiler_options()
+    graphdef, options = training.graph(config), compiler_options(training=False)
     text, x = inputs(config, request, batch)
 
     def fixed(params, text):
@@ -203,7 +203,7 @@ def steps(
         model = nnx.merge(graphdef, params)
         return denoise(unguided(partial(pipeline.network, model, request), text), x, sigmas)
 
-    jitted = jax.jit(run, compiler_options=compiler_options())
+    jitted = jax.jit(run, compiler_options=compiler_options(training=False))
     sigmas = jnp.linspace(1.0, 0.5, count + 1)
     return partial(jitted, params, *inputs(config, request, batch), sigmas)
 

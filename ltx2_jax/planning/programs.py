@@ -192,7 +192,9 @@ def sample_program(
         else:
             static = ("graphdef", "request")
             jitted = jax.jit(
-                four_passes, static_argnames=static, compiler_options=compiler_options()
+                four_passes,
+                static_argnames=static,
+                compiler_options=compiler_options(training=False),
             )
             program = jitted.lower(
                 params, text, null, rows, key, sigmas, graphdef=graphdef, request=request
