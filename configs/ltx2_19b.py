@@ -3,8 +3,12 @@
     python -m ltx2_jax.train --config=configs/ltx2_19b.py \\
         --config.data.path=/data/clips --config.workdir=/checkpoints/run
 
-runs on every host of the slice; `--config.init_from=ltx-2-19b-dev.safetensors` starts from released
-weights. Variants, after a colon, differ in mesh, batch and remat policy alone.
+is the launch line, for every host of the slice (a slice of several hosts wants
+`jax.distributed.initialize()` before, which train does not call yet);
+`--config.init_from=ltx-2-19b-dev.safetensors` starts from released weights. Variants, after a
+colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured:
+
+PRESET
 """
 
 import dataclasses

@@ -104,7 +104,8 @@ def _request(topology: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
         )
-    if any(size not in (1, 2) and size % 4 for size in shape):
+    odd = any(size not in (1, 2) and size % 4 for size in shape)
+    if odd or (math.prod(shape) < 4 and found[2] not in SLICES[generation][1]):
         raise UserError(
             f"--topology={topology}: no such slice: sizes are 1, 2 or a multiple of 4; "
             f"{_valid(generation)}"

@@ -65,7 +65,7 @@ def test_a_wrong_shape_lists_the_slices_of_its_generation(requests, name):
     assert not requests
 
 
-@pytest.mark.parametrize("name", ["v6e:4x5", "v5p:4x4x9"])
+@pytest.mark.parametrize("name", ["v6e:4x5", "v5p:4x4x9", "v5p:1x2x1", "v5p:1x1x1"])
 def test_chips_come_in_powers_of_two_and_cubes(requests, name):
     with pytest.raises(UserError, match=r"sizes are 1, 2 or a multiple of 4; slices are v"):
         topology.tpu_devices(name)
@@ -85,7 +85,7 @@ def test_a_slice_has_as_many_sizes_as_its_network_dimensions(requests):
         ("JAX TPU support not installed; cannot generate", "pip install 'ltx2-jax"),
         (
             "INVALID_ARGUMENT: not divisible by the given",
-            "--topology=v5p:1x2x1: refused .*v5p:2x2x1, ",
+            "--topology=v5p:2x2x1: refused .*v5p:2x2x1, ",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_refusal_is_one_line(monkeypatch, raised, message):
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
     with pytest.raises(UserError, match=message):
-        topology.tpu_devices("v5p:1x2x1")
+        topology.tpu_devices("v5p:2x2x1")
 
 
 @needs_compiler
@@ -111,9 +111,3 @@ def test_every_slice_of_the_list_is_known_to_the_compiler(generation):
         assert len(devices) == count * chip.devices
         assert topology.chips.of_kind(devices[0].device_kind) == chip
         assert {d.core_on_chip for d in devices} == set(range(chip.devices))
-
-
-@needs_compiler
-def test_a_slice_of_no_whole_hosts_is_refused_by_the_compiler():
-    with pytest.raises(UserError, match=r"refused by the TPU compiler .*not divisible"):
-        topology.tpu_devices("v5p:1x2x1")
