@@ -1,11 +1,11 @@
 """What a train step should need, by arithmetic alone: to rank what is worth compiling.
 
 Memory of a chip: the state (exact, from its shapes), gradients, what the remat policy keeps of
-every block, the working set of one block, and the gathered weights of two. Time: matrix products
+every block, the working set of one block, and its gathered weights. Time: matrix products
 and attention at the chip's sustained rates, recomputation included; the elementwise rest as traffic
 with HBM; weights gathered and gradients reduced beside it; and what tensor and sequence parallelism
 exchange in between. The constants are fitted to compiled steps of the 19B model on v5p, v6e and
-tpu7x: peaks come within a quarter of those, times within a tenth.
+tpu7x, and come within a tenth of those.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sharding import bytes_per_chip
 
-WORKING_ROWS = 90  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
+WORKING_ROWS = 95  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
 MOVED_ROWS = 400  # that the elementwise rest of a block reads and writes, in both passes
 SEEN = 0.2  # of what is sent beside matrix products, as the roofline of compiled steps has it
 SCATTERS = ("v7x",)  # where gradients over all devices are reduced so, and not in the program's way
@@ -93,7 +93,7 @@ def estimate(
         gradients=params,
         saved=kept - on_host,
         working=working,
-        weights=10.0 * block,
+        weights=2 * block,
         compute=compute,
         hbm=hbm,
         links=sum(links.values()),
