@@ -143,3 +143,11 @@ def test_synthetic_files_have_the_official_layout(small):
         assert release.config("transformer") == SMALL
         kinds = {s.stored.dtype for s in release.networks["transformer"].tensors.values()}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_cpu_device_takes_over_the_memory_that_was_read_into():
+    buffer = placing.aligned((1000, 3), np.dtype(np.float32))
+    array = jax.make_array_from_callback(
+        buffer.shape, jax.sharding.SingleDeviceSharding(jax.devices()[0]), lambda _: buffer
+    )
+    assert array.unsafe_buffer_pointer() == buffer.ctypes.data

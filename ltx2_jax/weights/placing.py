@@ -28,6 +28,7 @@ from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 
 PIECE_BYTES = 2**29  # of a stack, that a host reads and hands over at a time
 READ_BYTES = 2**22  # of a system call: what it brings is checked while it is in the cache
+ALIGNMENT = 64  # bytes, of arrays on CPU devices
 WHOLE_BYTES = 2**16  # smaller tensors are read whole by every host
 
 # Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
@@ -90,6 +91,14 @@ def dtype_for(parameter: Parameter, dtype: Any) -> np.dtype | None:
     """What a `dtype` of `stream` says of one parameter."""
     dtype = dtype(parameter) if inspect.isfunction(dtype) else dtype
     return None if dtype is None else np.dtype(dtype)
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that an array of a CPU device takes over as it is; jax copies what numpy aligns."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def finite(values: np.ndarray) -> bool:
@@ -195,7 +204,7 @@ class _Loader:
             if str(index) in piece.buffers:  # that of another device, too
                 continue
             bounds = [s.indices(n)[:2] for s, n in zip(index, piece.shape, strict=True)]
-            buffer = np.empty([stop - start for start, stop in bounds], piece.dtype)
+            buffer = aligned([stop - start for start, stop in bounds], piece.dtype)
             piece.buffers[str(index)] = buffer
             row = bounds[stacked][0] if len(bounds) > stacked else 0
             for name, out in zip(piece.names, buffer if stacked else [buffer], strict=True):
