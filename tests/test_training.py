@@ -80,8 +80,9 @@ def test_given_first_frames_are_clean_and_not_learned():
     modality = training.as_modality(video, None, None, None)
     np.testing.assert_array_equal(modality.latent[:, :8], video.x0[:, :8])
     assert not np.array_equal(modality.latent[:, 8:], video.x0[:, 8:])
-    assert (np.asarray(modality.timesteps)[:, :8] == 0).all()
-    np.testing.assert_array_equal(modality.timesteps[:, 8:], np.tile(video.sigma, (8, 1)).T)
+    # The network is told which they are, and one noise level of all others.
+    np.testing.assert_array_equal(modality.clean, video.clean)
+    np.testing.assert_array_equal(modality.timesteps[:, 0], video.sigma)
     np.testing.assert_array_equal(modality.sigma, video.sigma)
     np.testing.assert_array_equal(training.learned_mask(video), np.tile(~first, (8, 1)))
 
