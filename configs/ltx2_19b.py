@@ -15,6 +15,8 @@ colon, differ in mesh, batch and remat policy alone. What plan says of them, com
     :v7x128  tpu7x:4x4x4  121 frames of 768x512     37.8 of 94.8 GiB   1.08 s a step, 47.9% MFU
     :v7x128  tpu7x:4x4x4  121 frames of 1280x704    81.2 of 94.8 GiB   2.71 s a step, 51.4% MFU
     :20s     v5p:8x8x8    481 frames of 1280x704    77.0 of 95.7 GiB  10.40 s a step, 58.5% MFU
+
+:v5p256, for v5p:4x4x8, has not been compiled.
 """
 
 import dataclasses

@@ -9,6 +9,8 @@ is the launch line, for every host of the slice (a slice of several hosts wants
 colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured:
 
     (none)   v5p:4x4x4    121 frames of 1280x704    86.7 of 95.7 GiB   5.86 s a step, 59.9% MFU
+
+The other variants have not been compiled.
 """
 
 import dataclasses

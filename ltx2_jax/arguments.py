@@ -20,7 +20,7 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
-def mesh_sizes(text: str) -> tuple[int, int, int]:
+def mesh_flag(text: str) -> tuple[int, int, int]:
     """ "16,2,2": the sizes of data, model and sequence, for the `type` of an argument."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.removeprefix("-").isdecimal() for part in parts):

@@ -1,7 +1,7 @@
 """What we ask of the TPU compiler beyond its defaults, by chip.
 
-Only what releases of it from 0.0.42 to 0.0.50 accept and call supported: the older way to run
-collectives beside matrix products, `xla_tpu_enable_async_collective_fusion`, the newer ones refuse
+Only what its releases 0.0.42 and 0.0.50 both accept: the older way to run
+collectives beside matrix products, `xla_tpu_enable_async_collective_fusion`, the newer refuses
 on all chips but v5e, as it may give wrong results there.
 """
 
@@ -9,7 +9,7 @@ from ltx2_jax import chips
 from ltx2_jax.sharding import target
 
 # Sparse cores gather weights and reduce gradients while the matrix units go on; a v7x does so by
-# itself. (On v5p, releases before 0.0.50 still gather on the matrix units' time.)
+# itself. (On v5p, 0.0.42 still gathers on the matrix units' time; 0.0.50 does not.)
 _ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ltx2_jax import config as config_lib
-from ltx2_jax.arguments import count, mesh_sizes
+from ltx2_jax.arguments import count, mesh_flag
 from ltx2_jax.config import Config, MeshConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.planning import search, text, transformer, vae
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE.py[:ARG]", help="of train and sample, as for train")
     add(
         "--mesh",
-        type=mesh_sizes,
+        type=mesh_flag,
         metavar="D,M,S",
         help="data, model, sequence instead of the config's",
     )

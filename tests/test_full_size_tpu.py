@@ -22,7 +22,7 @@ CONFIG = Config(
     workdir="unused",
     model=dataclasses.replace(LTX2_19B, num_layers=LAYERS),
     text=TextConfig(generation="2.0"),
-    data=DataConfig(path="unused", batch_size=2),
+    data=DataConfig(path="unused", batch_size=1),
 )
 REQUEST = programs.request_of(CONFIG, num_frames=17, height=512, width=768)
 TOKENS = 3 * 16 * 24
@@ -52,8 +52,7 @@ def block_parameters():
 
 def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
     mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("v5p:2x2x1"))
-    config = dataclasses.replace(CONFIG, data=DataConfig(path="unused", batch_size=1))
-    lowered, state = programs.train_program(config, REQUEST, mesh)
+    lowered, state = programs.train_program(CONFIG, REQUEST, mesh)
     compiled = lowered.compile()
     facts = program_facts(compiled, mesh, layers=LAYERS)
     assert sharding.replicated(state, 2**20) == []

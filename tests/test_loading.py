@@ -147,7 +147,11 @@ def test_synthetic_files_have_the_official_layout(small):
 
 def test_a_cpu_device_takes_over_the_memory_that_was_read_into():
     buffer = placing.aligned((1000, 3), np.dtype(np.float32))
+    buffer[...] = np.arange(3)
     array = jax.make_array_from_callback(
         buffer.shape, jax.sharding.SingleDeviceSharding(jax.devices()[0]), lambda _: buffer
     )
     assert array.unsafe_buffer_pointer() == buffer.ctypes.data
+    # And a train step that is given it to write into does so safely.
+    want = buffer.copy() + 1
+    np.testing.assert_array_equal(jax.jit(lambda x: x + 1, donate_argnums=0)(array), want)

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
-from ltx2_jax import checks, chips, config, flops, plan, topology
+from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology, training
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.mel import MelConfig
-from ltx2_jax.models.transformer import Block
+from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.models.streams import Keep, Modality
+from ltx2_jax.models.transformer import Block, LTX2Transformer
 from ltx2_jax.planning import changes, estimate, programs, search, transformer
 from ltx2_jax.planning.text import connector_flops
 from ltx2_jax.planning.transformer import Sampling
@@ -107,8 +110,6 @@ def test_four_passes_combine_as_guidance_does():
     model = dataclasses.replace(CONFIG.model, audio_video_attention=False, num_layers=1)
     cfg = dataclasses.replace(single, model=model)
     params = tiny.params(cfg)
-    from ltx2_jax import pipeline, training
-
     # A zero output projection of self-attention hides that the third pass skips it.
     for name in ("video_self", "audio_self"):
         out = params["transformer"]["blocks"][name]["to_out"]
@@ -125,12 +126,6 @@ def test_four_passes_combine_as_guidance_does():
 @pytest.mark.parametrize("remat", ["block", "attention", "projections"])
 def test_a_policy_saves_as_many_numbers_as_estimated(remat):
     """Counted in the residuals of one block: arrays with a row per video token and clip."""
-    from flax import nnx
-
-    from ltx2_jax.models.remat import REMAT_POLICIES
-    from ltx2_jax.models.streams import Keep, Modality
-    from ltx2_jax.models.transformer import LTX2Transformer
-
     cfg = dataclasses.replace(CONFIG.model, num_layers=1, remat=remat, gated_attention=False)
     tokens, clips = 13, 3
     model = nnx.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0)))
@@ -162,8 +157,6 @@ def test_a_policy_saves_as_many_numbers_as_estimated(remat):
 
 
 def _block(cfg):
-    from flax import nnx
-
     return nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0)))
 
 
@@ -288,6 +281,8 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:2x2x2", "--config.mesh.model=3"], "mesh (data=2, model=3, sequence=2)"),
         (["--topology=v5p:2x2x2", "--config.data.batch_size=3"], "data.batch_size=3 is not a mult"),
         (["--topology=v5p:2x2x2", "--config.model.context_dim=7"], "but model.context_dim=7"),
+        (["--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--config.model.context_dim=7"],
+         "but model.context_dim=7"),
         (["--topology=v5p:2x2x2", "--nonsense"], "unknown flag --nonsense"),
     ],
 )  # fmt: skip

@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from ltx2_jax import training
 from ltx2_jax.config import FlowConfig, OptimConfig
+from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.train import place
 
@@ -134,3 +137,20 @@ def test_average_of_weights_follows_its_decay():
     )
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(state["ema"]), strict=True):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_moment_may_be_short():
+    """Its type is kept by a step; weights and second moment stay float32."""
+    config = small(optim=OptimConfig(first_moment_dtype="bfloat16"))
+    transform = training.optimizer(config)
+    params = {"weight": jnp.ones(3)}
+    state = transform.init(params)
+    updates, state = transform.update({"weight": jnp.arange(3.0)}, state, params)
+    moments = optax.tree.get_all_with_path(state, "mu"), optax.tree.get_all_with_path(state, "nu")
+    (first,), (second,) = ([tree["weight"].dtype for _, tree in found] for found in moments)
+    assert (first, second, updates["weight"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+
+
+def test_another_type_of_the_first_moment_is_refused():
+    with pytest.raises(UserError, match="first_moment_dtype='float16': use float32 or bfloat16"):
+        OptimConfig(first_moment_dtype="float16")

@@ -5,7 +5,6 @@ released sizes. The first call, which compiles, is not counted; the best of the 
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from flax import nnx
 
 from ltx2_jax.arguments import count
 from ltx2_jax.audio_codec import AudioCodec
+from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.chips import peak_flops
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
@@ -133,16 +133,6 @@ def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:
         ]
 
     return tree.unflatten(draw())
-
-
-def best_of(call: Callable[[], Any], calls: int) -> tuple[float, float]:
-    """Seconds of the fastest of `calls` calls, and of the one before them."""
-    seconds = []
-    for _ in range(calls + 1):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:]), seconds[0]
 
 
 def measured_peak() -> int:

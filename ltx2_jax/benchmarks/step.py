@@ -19,8 +19,8 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax import chips, flops, pipeline, training
-from ltx2_jax.arguments import count, mesh_sizes
-from ltx2_jax.benchmarks.codec import best_of
+from ltx2_jax.arguments import count, mesh_flag
+from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
@@ -73,7 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=count, default=DEFAULT_SIZE.height, metavar="PIXELS", help="(%(default)s)")
     add("--width", type=count, default=DEFAULT_SIZE.width, metavar="PIXELS", help="(%(default)s)")
     add("--batch", type=count, default=1, metavar="N", help="clips (%(default)s)")
-    add("--mesh", type=mesh_sizes, metavar="D,M,S", help="(default: all devices in data)")
+    add("--mesh", type=mesh_flag, metavar="D,M,S", help="(default: all devices in data)")
 
 
 def config_of(args: argparse.Namespace, **changes: Any) -> tuple[Config, Request]:

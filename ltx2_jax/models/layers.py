@@ -53,6 +53,7 @@ class Linear(nnx.Module):
         std = 1 / math.sqrt(n_in) if std is None else std
         self.axes = axes
         self.weight = parameter(rngs, (n_out, n_in), axes[::-1], std=std)
+        # Where its features are not split, neither it nor its moments need be whole on every chip.
         split = axis_size(axes[1]) > 1
         self.bias = parameter(rngs, (n_out,), (axes[1] if split else "fsdp",)) if bias else None
         self.adapter = nnx.data(None)  # or one of `models.lora`

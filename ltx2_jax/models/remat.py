@@ -32,8 +32,8 @@ def _attention_saveable(saved: Callable[..., Any]) -> Callable[..., Any]:
 # - "attention_offload" moves these to the host's memory until they are needed. The statistics, one
 #   float32 per attention, head and token, are 1 % of it and stay, as does what cuDNN returns;
 # - "projections" keeps queries, keys and values before their norms and the feed-forward before its
-#   GELU as well: 53248. Matrix products that still run twice are those that give attention and
-#   text back to the stream, a sixth of the block's.
+#   GELU as well: 53248. Matrix products that still run twice are those behind attention, which
+#   give its result back to the stream: a sixth of the block's.
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,

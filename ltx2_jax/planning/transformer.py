@@ -64,7 +64,6 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
         features that do not fit the model.
     """
     where = slice_of(topology)
-    checks.check_text(config)
     checks.check_batch(config, mesh_of(config, where))
     facts = _facts(config, request, where, "train", config.data.batch_size)
     facts["model_flops"] = config.data.batch_size * flops.train_flops(
@@ -153,6 +152,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 def _facts(config: Config, request: Request, where: Slice, what: str, batch: int) -> dict[str, Any]:
     mesh = mesh_of(config, where)
+    checks.check_text(config)
     check(config, request, mesh)
     frames, height, width = pixels_of(request)
     video, audio, text = (
