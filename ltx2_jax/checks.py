@@ -8,6 +8,7 @@ import jax
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import Records, read_schema
+from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 
@@ -19,7 +20,9 @@ def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
         ("sequence", video_tokens, "video tokens of a clip"),
     ):
         if count % mesh.shape[axis]:
-            sizes = ", ".join(str(n) for n in range(1, mesh.size + 1) if count % n == 0)
+            sizes = ", ".join(
+                str(n) for n in range(1, mesh.size + 1) if count % n == mesh.size % n == 0
+            )
             raise UserError(
                 f"mesh: {axis}={mesh.shape[axis]} does not divide {count} {things}; "
                 f"sizes that do: {sizes}"
@@ -58,7 +61,15 @@ def check_text(config: Config) -> None:
 
 def check_synthetic(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless model and mesh fit the clips that are yet to be rendered and encoded."""
-    clips, codec, model = config.data.synthetic, config.data.codec, config.model
+    check_codec(config)
+    clips, strides = config.data.synthetic, config.data.codec.video_strides
+    shape = video_latent_shape(clips.num_frames, clips.height, clips.width, strides)
+    check_mesh(config.model.num_heads, math.prod(shape), mesh)
+
+
+def check_codec(config: Config) -> None:
+    """UserError unless the model has the channels of the codec that is yet to be fitted."""
+    codec, model = config.data.codec, config.model
     for ours, theirs in (
         ("in_channels", "video_channels"),
         ("audio_in_channels", "audio_channels"),
@@ -68,31 +79,37 @@ def check_synthetic(config: Config, mesh: jax.sharding.Mesh) -> None:
                 f"model.{ours}={getattr(model, ours)} is not "
                 f"data.codec.{theirs}={getattr(codec, theirs)}"
             )
-    shape = video_latent_shape(clips.num_frames, clips.height, clips.width, codec.video_strides)
-    check_mesh(model.num_heads, math.prod(shape), mesh)
 
 
 def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
+    check_schema(config, records.schema, records.folder)
+    *grid, _ = records.schema.fields["video"].shape
+    check_mesh(config.model.num_heads, math.prod(grid), mesh)
+
+
+def check_schema(config: Config, schema: Schema, folder: Path) -> None:
+    """UserError unless the records of a dataset fit the model's channels and text."""
     model = config.model
-    *grid, channels = records.schema.fields["video"].shape
-    _, bins, audio_channels = records.schema.fields["audio"].shape
+    schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
+    channels = schema.fields["video"].shape[-1]
+    _, bins, audio_channels = schema.fields["audio"].shape
     if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
         raise UserError(
-            f"{records.folder}: latents have {channels} video and {bins * audio_channels} audio "
+            f"{folder}: latents have {channels} video and {bins * audio_channels} audio "
             f"channels, but model.in_channels={model.in_channels} and "
             f"model.audio_in_channels={model.audio_in_channels}"
         )
-    text, fields = config.text, records.schema.fields
-    records.require(
+    text = config.text
+    schema.require(
+        folder,
         text="features",
         text_generation=text.generation,
         video_text=(text.length, text.video_connector.width),
         text_mask=(text.length,),
     )
-    audio = "audio_text" if "audio_text" in fields else "video_text"
-    records.require(**{audio: (text.length, text.audio_connector.width)})
-    check_mesh(model.num_heads, math.prod(grid), mesh)
+    audio = "audio_text" if "audio_text" in schema.fields else "video_text"
+    schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
 
 
 def check_same_makers(records: Records, assets: Path) -> None:

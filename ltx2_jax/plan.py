@@ -37,18 +37,34 @@ example:
   python -m ltx2_jax.plan --what=vae --topology=v6e:2x4 --frames=481 --half=encode --json
   python -m ltx2_jax.plan --what=text --topology=v6e:2x4 --batch=8
 
-Fields of the config can be changed with --config.FIELD=VALUE, as in train.
+Fields of the config can be changed with --config.FIELD=VALUE, as in train. The exit code is 0 if
+the program fits, 1 if it does not, 2 for a mistake in the command.
 """
 
 GENERATIONS = ("2.0", "2.3", "2.5")
+TO_COMPILE = 3  # rows of a search
+# Programs that a flag is of, and its default.
+FLAGS = {
+    "config": (("train", "sample"), None),
+    "mesh": (("train", "sample"), None),
+    "frames": (("train", "sample", "vae"), None),
+    "height": (("train", "sample", "vae"), None),
+    "width": (("train", "sample", "vae"), None),
+    "search": (("train",), False),
+    "compile": (("train",), None),
+    "batch": (("sample", "text"), 1),
+    "passes": (("sample",), 1),
+    "steps": (("sample",), None),
+    "generation": (("vae", "text"), "2.3"),
+    "half": (("vae",), "decode"),
+}
 
 
 def main(args: argparse.Namespace, overrides: dict[str, str]) -> bool:
     """Compiles, prints; returns whether it fits."""
     jax.config.update("jax_platforms", "cpu")
+    _check_flags(args, overrides)
     if args.what in ("vae", "text"):
-        if args.config or overrides or args.mesh or args.search:
-            raise UserError(f"--config, --mesh and --search are not of --what={args.what}")
         facts, lines = _fixed_network(args)
     else:
         if args.config is None:
@@ -56,6 +72,24 @@ def main(args: argparse.Namespace, overrides: dict[str, str]) -> bool:
         facts, lines = _of_config(args, config_lib.load(args.config, overrides))
     print(json.dumps(facts, indent=2) if args.json else lines)
     return facts["fits"]
+
+
+def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """UserError for a flag of another program; fills in what was not given."""
+    for flag, (programs, default) in FLAGS.items():
+        given = getattr(args, flag)
+        if given is not None and args.what not in programs:
+            raise UserError(
+                f"--{flag} is not of --what={args.what}, but of {' and '.join(programs)}"
+            )
+        if given is None:
+            setattr(args, flag, default)
+    if overrides and args.what not in FLAGS["config"][0]:
+        raise UserError(f"--config.{next(iter(overrides))} is not of --what={args.what}")
+    if args.compile and not args.search:
+        raise UserError("--compile is a number of the rows of --search")
+    if args.search and args.mesh:
+        raise UserError("--search tries all meshes: leave --mesh out")
 
 
 def _fixed_network(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -76,9 +110,7 @@ def _of_config(args: argparse.Namespace, config: Config) -> tuple[dict[str, Any]
         config = dataclasses.replace(config, mesh=MeshConfig(*args.mesh))
     request = request_of(config, num_frames=args.frames, height=args.height, width=args.width)
     if args.search:
-        if args.what != "train":
-            raise UserError("--search ranks train steps: --what=train")
-        facts = search.search(config, request, args.topology, compiled=args.compile)
+        facts = search.search(config, request, args.topology, compiled=args.compile or TO_COMPILE)
         return facts, search.describe(facts)
     if args.what == "train":
         facts = transformer.plan_train(config, request, args.topology)
@@ -120,13 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--frames", type=count, metavar="N", help="(default: those of the dataset, or 121)")
     add("--height", type=count, metavar="PIXELS", help="(default: the dataset's, or 704)")
     add("--width", type=count, metavar="PIXELS", help="(default: the dataset's, or 1280)")
-    add("--search", action="store_true", help="rank meshes, remat policies, batch sizes of train")
-    add("--compile", type=count, default=3, metavar="N", help="of them to compile (%(default)s)")
-    add("--batch", type=count, default=1, metavar="N", help="clips of sample, prompts of text (1)")
-    add("--passes", type=int, choices=(1, 2, 4), default=1, help="of guidance, of sample (1)")
+    add(
+        "--search",
+        action="store_true",
+        default=None,
+        help="rank meshes, remat policies and batch sizes of train, in place of the config's",
+    )
+    add("--compile", type=count, metavar="N", help=f"of them to compile ({TO_COMPILE})")
+    add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
+    add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
-    add("--generation", choices=GENERATIONS, default="2.3", help="of vae and text (%(default)s)")
-    add("--half", choices=("decode", "encode"), default="decode", help="of vae (%(default)s)")
+    add("--generation", choices=GENERATIONS, help="of vae and text (2.3)")
+    add("--half", choices=("decode", "encode"), help="of vae (decode)")
     add("--json", action="store_true", help="print all facts as JSON")
     return parser
 

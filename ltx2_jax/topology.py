@@ -91,7 +91,7 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
 
 def _request(topology: str) -> tuple[str, dict[str, Any]]:
     """A slice's name as libtpu wants it, and what libtpu does not guess right from the name."""
-    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})", topology)
+    found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     generation = found and _ALIASES.get(found[1], found[1])
     if generation not in SLICES:
         part = topology.split(":")[0].split("-")[0]
@@ -105,6 +105,12 @@ def _request(topology: str) -> tuple[str, dict[str, Any]]:
             f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
         )
     odd = any(size not in (1, 2) and size % 4 for size in shape)
+    whole_pod = max(math.prod(map(int, size.split("x"))) for size in SLICES[generation][1])
+    if math.prod(shape) > whole_pod:
+        raise UserError(
+            f"--topology={topology}: no such slice: the largest is of {whole_pod:,} chips; "
+            f"{_valid(generation)}"
+        )
     if odd or (math.prod(shape) < 4 and found[2] not in SLICES[generation][1]):
         raise UserError(
             f"--topology={topology}: no such slice: sizes are 1, 2 or a multiple of 4; "

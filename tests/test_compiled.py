@@ -175,7 +175,8 @@ def layers(x, ws):
         hidden = jnp.tanh(jnp.einsum("td,df->tf", x, first))
         return jnp.einsum("tf,fd->td", hidden, second, out_sharding=P("data", None)), None
 
-    return jax.lax.scan(layer, x, ws)[0]
+    with jax.named_scope("layers"):
+        return jax.lax.scan(layer, x, ws)[0]
 
 
 def layers_facts(mesh, **options):
@@ -184,7 +185,7 @@ def layers_facts(mesh, **options):
         ((6, 64, 16), P(None, "model", ("data", "sequence"))),
     )
     function = lambda x, *ws: layers(x, ws)  # noqa: E731
-    return facts_of(function, mesh, ((8, 16), P("data", None)), *weights, layers=6, **options)
+    return facts_of(function, mesh, ((8, 16), P("data", None)), *weights, **options)
 
 
 def test_collectives_of_a_loop_run_every_round(mesh):
@@ -203,13 +204,14 @@ def test_collectives_of_a_loop_run_every_round(mesh):
 
 def test_facts_are_told_in_lines(mesh):
     facts = layers_facts(mesh, model_flops=1e6, chip=CHIPS["v5p"])
-    text = describe(facts)
-    assert "100.0% in the 6 layers" in text
+    text = describe(facts, "a step")
+    assert "100.0% in the layers" in text
     assert "data x sequence (4), all-gather: f32, in the layers" in text
     assert "MFU" in text
     assert facts["roofline"]["ideal"]["bound"] == "waited"
     json.dumps(facts)
-    unknown = describe(facts | {"loops": [{"name": "search", "trips": None}]})
+    assert " a step, " in text
+    unknown = describe(facts | {"loops": [{"name": "search", "trips": None}]}, "a step")
     assert "unknown loop   search" in unknown
 
 
@@ -286,7 +288,7 @@ def test_a_forward_pass_has_the_flops_of_its_analytic_count():
     video, audio = modality(96, config.in_channels, 3), modality(10, config.audio_in_channels, 1)
     forward = jax.jit(lambda params, *streams: nnx.merge(graphdef, params)(*streams))
     compiled = forward.lower(params, video, audio).compile()
-    facts = module_facts(hlo.parse(compiled.as_text()), layers=3)
+    facts = module_facts(hlo.parse(compiled.as_text()))
     analytic = 2 * sum(flops.forward_flops(config, 96, 10, 16).values())
     assert facts["flops"] == pytest.approx(analytic, rel=0.01)
-    assert facts["flops_in_layers"] < facts["flops"]
+    assert 0.5 * facts["flops"] < facts["flops_in_layers"] < facts["flops"]

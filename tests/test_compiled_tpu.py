@@ -48,7 +48,8 @@ def layer(x, w):
 def train_step(params, x):
     def loss(params):
         body = jax.checkpoint(layer, prevent_cse=False)
-        return jnp.mean(jax.lax.scan(body, x, params)[0].astype(jnp.float32) ** 2)
+        with jax.named_scope("layers"):
+            return jnp.mean(jax.lax.scan(body, x, params)[0].astype(jnp.float32) ** 2)
 
     return jax.tree.map(lambda p, g: p - 1e-3 * g, params, jax.grad(loss)(params))
 
@@ -61,7 +62,7 @@ def train_facts(topology, *sizes):
     params = {n: array(mesh, shapes[n], *specs[n], dtype=jnp.float32) for n in shapes}
     x = array(mesh, (ROWS, TOKENS, WIDTH), "data", "sequence", None)
     compiled = compile_for(mesh, train_step, params, x, donate_argnums=0)
-    facts = program_facts(compiled, mesh, layers=LAYERS, model_flops=1e12)
+    facts = program_facts(compiled, mesh, model_flops=1e12)
     json.dumps(facts)
     return facts
 
@@ -121,11 +122,12 @@ def test_what_is_offloaded_crosses_to_the_host_and_back_once():
 
     def loss(ws, x):
         body = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        return jnp.sum(jax.lax.scan(body, x, ws)[0].astype(jnp.float32))
+        with jax.named_scope("layers"):
+            return jnp.sum(jax.lax.scan(body, x, ws)[0].astype(jnp.float32))
 
     shapes = ((LAYERS, WIDTH, WIDTH), ()), ((4 * TOKENS, WIDTH), ("data", None))
     arguments = [array(mesh, shape, *spec) for shape, spec in shapes]
-    facts = program_facts(compile_for(mesh, jax.grad(loss), *arguments), mesh, layers=LAYERS)
+    facts = program_facts(compile_for(mesh, jax.grad(loss), *arguments), mesh)
     kept = LAYERS * TOKENS * WIDTH * 2
     assert facts["host_traffic_bytes"] == 2 * kept
     # Forward, forward again, and the gradients of both sides; the input's first is not needed. A
@@ -166,10 +168,11 @@ def test_kernels_count_what_they_claim_and_attention_what_it_multiplies():
 
     def function(x):
         sharded = jax.shard_map(local, in_specs=P("data"), out_specs=P("data"), check_vma=False)
-        return jax.lax.scan(lambda x, _: (sharded(x), None), x, None, length=rounds)[0]
+        with jax.named_scope("layers"):
+            return jax.lax.scan(lambda x, _: (sharded(x), None), x, None, length=rounds)[0]
 
     compiled = compile_for(mesh, function, array(mesh, (4, heads, tokens, width), "data"))
-    facts = program_facts(compiled, mesh, layers=rounds)
+    facts = program_facts(compiled, mesh)
     kernels = {kernel["name"]: kernel for kernel in facts["kernels"]}
     assert kernels["double"]["times"] == rounds
     assert kernels["double"]["flops"] == rounds * 1000

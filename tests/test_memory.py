@@ -93,4 +93,4 @@ def test_donated_memory_counts_once(monkeypatch):
     facts = [memory.memory_facts(program, "cpu") for program in (kept, donated)]
     assert [f["aliased_bytes_per_device"] for f in facts] == [0, 4096]
     assert facts[0]["peak_bytes_per_device"] == facts[1]["peak_bytes_per_device"] + 4096
-    assert "(0.00 in place)" in memory.describe_memory(facts[1], "results")
+    assert "(0.00 in place)" in memory.describe_memory(facts[1], "given", "results")

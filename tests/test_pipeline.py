@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ltx2_jax.data.pipeline import make_dataset, seek
-from ltx2_jax.data.records import Field, RecordWriter, Schema
+from ltx2_jax.data.records import RecordWriter
+from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
 
 

@@ -29,7 +29,7 @@ def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
     # A float32 picture of [9, 128, 128, 3], an eighth on each chip.
     assert facts["output_bytes_per_device"] == 9 * 128 * 128 * 3 * 4 // 8
     # bfloat16 matrices of the half that is compiled.
-    assert facts["parameters"] < facts["weight_bytes_per_device"] < 2 * facts["parameters"]
+    assert facts["parameters"] < facts["argument_bytes_per_device"] < 2 * facts["parameters"]
     # Each convolution fetches the border of its neighbours, rows and columns one after another.
     assert set(facts["collective_counts"]) == {"collective-permute"}
     assert sorted(row["axes"] for row in facts["collectives"]) == [["columns"], ["rows"]]

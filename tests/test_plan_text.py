@@ -68,7 +68,7 @@ def test_a_plan_says_what_a_chip_holds_and_sends_and_whether_it_fits(monkeypatch
     assert (facts["rows"], facts["devices"]) == (4, 8)
     # Two bfloat16 contexts of 32 numbers, two rows a chip; and a few bytes of bookkeeping.
     assert 0 <= facts["output_bytes_per_device"] - 2 * 2 * 32 * 32 * 2 < 64
-    whole, split = 2 * facts["parameters"], facts["weight_bytes_per_device"]
+    whole, split = 2 * facts["parameters"], facts["argument_bytes_per_device"]
     assert whole / 8 < split < whole / 3
     assert {name.split("/")[-1] for name in facts["whole_on_every_chip"]} == {"weight"}  # of norms
     assert facts["flops_of_batch"] == 4 * forward_flops(GEMMA_4, 32)

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 
 from ltx2_jax.data import records
-from ltx2_jax.data.records import Field, RecordWriter, Schema, open_records
+from ltx2_jax.data.records import RecordWriter, open_records
+from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
 
 

@@ -162,6 +162,8 @@ def test_bfloat16_activations_stay_close_to_float32(prompt_adaln):
         ({"dtype": "float16"}, "dtype"),
         ({"rope_type": "x"}, "rope_type"),
         ({"audio_num_heads": 16}, "must equal num_heads"),
+        ({"num_layers": 0}, "num_layers=0 must be above 0"),
+        ({"audio_head_dim": 23}, "audio_head_dim=23 must be an even number above 0"),
     ],
 )
 def test_impossible_configs_are_refused_by_name(change, message):

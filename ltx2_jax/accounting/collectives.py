@@ -25,7 +25,7 @@ _NAMED_GROUPS = r", replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction that moves data between devices, run `times` times inside loops of `trips`.
+    """One instruction that moves data between devices, run `times` times inside `loops`.
 
     `axes` are the mesh axes that a group of `group` devices spans; if `group` is less than their
     product, it spans a part of them. `members` are the devices of one group, as positions in the
@@ -36,7 +36,7 @@ class Collective:
     dtype: str
     bytes: int
     times: int
-    trips: tuple[int, ...]
+    loops: tuple[str, ...]
     axes: tuple[str, ...]
     group: int
     members: tuple[int, ...]
@@ -86,7 +86,7 @@ def _collective(
         arrays[0].dtype,
         sum(shape.bytes for shape in arrays),
         step.times,
-        step.trips,
+        step.loops,
         axes_of(groups, mesh),
         len(members),
         tuple(members),
@@ -166,7 +166,7 @@ def _mesh_groups(axes: str, device_ids: str | None, grouped: str) -> Groups:
     return places.reshape(-1, int(np.prod([shape[axis] for axis in chosen]))).tolist()
 
 
-def table(found: Sequence[Collective], layers: int | None = None) -> list[dict[str, Any]]:
+def table(found: Sequence[Collective]) -> list[dict[str, Any]]:
     """Collectives of one kind, dtype, axes and place as one row each, most bytes first.
 
     "bytes" are of all executions together; "in_layers" inside a loop over the layers; "depth" the
@@ -179,8 +179,8 @@ def table(found: Sequence[Collective], layers: int | None = None) -> list[dict[s
             "dtype": c.dtype,
             "axes": list(c.axes),
             "group": c.group,
-            "depth": len(c.trips),
-            "in_layers": in_layer_loop(c.trips, layers),
+            "depth": len(c.loops),
+            "in_layers": in_layer_loop(c.loops),
             "asynchronous": c.asynchronous,
         }
         start = {**key, "times": 0, "bytes": 0, "op_names": []}

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import chips
+from ltx2_jax import chips, units
 from ltx2_jax.accounting import roofline
 from ltx2_jax.accounting.collectives import by_kind, collectives, table
 from ltx2_jax.accounting.execution import (
@@ -36,15 +36,13 @@ def program_facts(
     compiled: jax.stages.Compiled,
     mesh: jax.sharding.Mesh,
     *,
-    layers: int | None = None,
     model_flops: float | None = None,
     chip: Chip | None = None,
 ) -> dict[str, Any]:
     """Facts of one execution on one device of `mesh`; everything in it is JSON.
 
-    `layers` is the number of rounds that tells a loop over the layers from others; `model_flops`
-    what the model needs for the step on all devices together, for the MFU. `chip` is that of the
-    mesh's devices unless given; a CPU has none, and its facts no "roofline".
+    `model_flops` is what the model needs for one execution on all devices together, for the MFU.
+    `chip` is that of the mesh's devices unless given; a CPU has none, and its facts no "roofline".
     """
     module, axes = parse(compiled.as_text()), dict(mesh.shape)
     devices = list(mesh.devices.flat)
@@ -54,9 +52,8 @@ def program_facts(
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "mesh": axes,
-        "layers": layers,
-        **module_facts(module, layers),
-        "collectives": table(found, layers),
+        **module_facts(module),
+        "collectives": table(found),
         "collective_counts": by_kind(found),
     }
     if chip is not None:
@@ -66,7 +63,7 @@ def program_facts(
     return facts
 
 
-def module_facts(module: Module, layers: int | None = None) -> dict[str, Any]:
+def module_facts(module: Module) -> dict[str, Any]:
     """The facts that need no mesh: FLOPs, bytes, loops, kernels, copies of weights."""
     names = ("flops", "kernel_flops", "hbm_read_bytes", "hbm_written_bytes", "host_traffic_bytes")
     totals = dict.fromkeys((*names, "flops_in_layers", "hbm_bytes_in_layers"), 0.0)
@@ -80,14 +77,14 @@ def module_facts(module: Module, layers: int | None = None) -> dict[str, Any]:
         totals["hbm_read_bytes"] += step.times * read
         totals["hbm_written_bytes"] += step.times * written
         totals["host_traffic_bytes"] += step.times * host_bytes(module, computation, instruction)
-        in_layers = in_layer_loop(step.trips, layers)
+        in_layers = in_layer_loop(step.loops)
         if in_layers:
             totals["flops_in_layers"] += work
             totals["hbm_bytes_in_layers"] += step.times * (read + written)
         if is_kernel(instruction):
             totals["kernel_flops"] += work
             _count_kernel(kernels, step, work, in_layers)
-        if not step.trips:
+        if not step.loops:
             _note_copy(copies, module, computation, instruction)
     return {
         **totals,
@@ -163,11 +160,11 @@ def _only_moves(module: Module, instruction: Instruction) -> bool:
 # ------------------------------------------------------------------------------------ for a person
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """`program_facts` as lines."""
+def describe(facts: dict[str, Any], execution: str) -> str:
+    """`program_facts` as lines; `execution` says what takes the time told, such as "a step"."""
     lines = [
-        f"  as compiled    {facts['flops'] / 1e12:,.2f} TFLOP per device, "
-        f"{facts['kernel_flops'] / 1e12:,.2f} T of them in kernels{_in_layers(facts)}",
+        f"  as compiled    {units.flops(facts['flops'])}FLOP per device, "
+        f"{units.flops(facts['kernel_flops'])} of them in kernels{_in_layers(facts)}",
         f"  HBM traffic    {facts['hbm_read_bytes'] / 2**30:,.1f} GiB read, "
         f"{facts['hbm_written_bytes'] / 2**30:,.1f} written per device",
         *(
@@ -185,30 +182,30 @@ def describe(facts: dict[str, Any]) -> str:
         ),
     ]
     for rates, times in facts.get("roofline", {}).items():
-        lines.append(_roofline_line(rates, times))
+        lines.append(_roofline_line(rates, times, execution))
     return "\n".join(lines)
 
 
 def _in_layers(facts: dict[str, Any]) -> str:
-    if facts["layers"] is None or not facts["flops"]:
+    if not facts["flops_in_layers"]:
         return ""
-    return f"; {facts['flops_in_layers'] / facts['flops']:.1%} in the {facts['layers']} layers"
+    return f"; {facts['flops_in_layers'] / facts['flops']:.1%} in the layers"
 
 
 def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
     return [
         f"  kernel         {k['times']:,} x {k['name']}"
         + (f", heads of {k['head_width']}" if k["head_width"] else "")
-        + (f", {k['flops'] / 1e12:,.2f} T" if k["flops"] else ", FLOPs not said")
+        + (f", {units.flops(k['flops'])}" if k["flops"] else ", FLOPs not said")
         for k in kernels
     ]
 
 
-def _collective_lines(rows: list[dict[str, Any]]) -> list[str]:
+def _collective_lines(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
     if not rows:
         return ["  collectives    none"]
     lines = ["  collectives    times  GiB result  over (devices), kind"]
-    for row in rows:
+    for row in rows[:most]:
         place = "in the layers" if row["in_layers"] else ""
         hidden = "asynchronous" if row["asynchronous"] else ""
         notes = ", ".join(note for note in (row["dtype"], place, hidden) if note)
@@ -216,6 +213,9 @@ def _collective_lines(rows: list[dict[str, Any]]) -> list[str]:
             f"  {row['times']:20,} {row['bytes'] / 2**30:11.3f}  "
             f"{' x '.join(row['axes']) or '-'} ({row['group']}), {row['kind']}: {notes}"
         )
+    if rest := rows[most:]:
+        times, size = (sum(row[name] for row in rest) for name in ("times", "bytes"))
+        lines.append(f"  {times:20,} {size / 2**30:11.3f}  of {len(rest)} more kinds")
     return lines
 
 
@@ -228,12 +228,12 @@ def _copy_lines(copies: list[dict[str, Any]], most: int = 3) -> list[str]:
     return [f"  weight copies  {total:.2f} GiB outside the loops: {named}{more}"]
 
 
-def _roofline_line(rates: str, times: dict[str, Any]) -> str:
+def _roofline_line(rates: str, times: dict[str, Any], execution: str) -> str:
     mfu = f", {times['mfu']:.1%} MFU" if "mfu" in times else ""
     names = ("busy", "compute", "hbm", "waited", "stalled")
     busy, compute, hbm, waited, stalled = (_seconds(times[name]) for name in names)
     return (
-        f"  {rates:<14} {_seconds(times['step'])} a step{mfu}: busy {busy} (FLOPs {compute}, "
+        f"  {rates:<14} {_seconds(times['step'])} {execution}{mfu}: busy {busy} (FLOPs {compute}, "
         f"HBM {hbm}), waits {waited} for links, {stalled} for copies"
     )
 

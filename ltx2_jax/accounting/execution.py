@@ -34,12 +34,12 @@ _SAME = ("bitcast", "copy", "get-tuple-element")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An instruction of a computation that runs `times` times, inside loops of `trips`."""
+    """An instruction of a computation that runs `times` times, inside `loops`."""
 
     instruction: Instruction
     computation: Computation
     times: int = 1
-    trips: tuple[int, ...] = ()
+    loops: tuple[str, ...] = ()  # where in the traced function the loops around it come from
     asynchronous: bool = False  # on another unit of the chip, beside the instructions around it
 
 
@@ -62,10 +62,10 @@ def loops(module: Module) -> list[Loop]:
     """The program's loops, outer ones before inner ones."""
     return [
         Loop(
-            step.instruction.op_name or step.instruction.name,
+            _name(step.instruction),
             step.times,
             trip_count(module, step.computation, step.instruction),
-            len(step.trips),
+            len(step.loops),
         )
         for step in steps(module)
         if step.instruction.opcode == "while"
@@ -73,28 +73,37 @@ def loops(module: Module) -> list[Loop]:
 
 
 def _run(
-    module: Module, computation: Computation, times: int, trips: tuple[int, ...], asynchronous: bool
+    module: Module,
+    computation: Computation,
+    times: int,
+    around: tuple[str, ...],
+    asynchronous: bool,
 ) -> Iterator[Step]:
     for instruction in computation.instructions:
-        yield Step(instruction, computation, times, trips, asynchronous)
+        yield Step(instruction, computation, times, around, asynchronous)
         opcode, called = instruction.opcode, module.called(instruction)
         if opcode == "while":
             count = trip_count(module, computation, instruction) or 1
             body = module.computations[instruction.attribute("body").lstrip("%")]
-            yield from _run(module, body, times * count, (*trips, count), asynchronous)
+            within = (*around, _name(instruction))
+            yield from _run(module, body, times * count, within, asynchronous)
         elif opcode in ("call", "conditional"):
-            yield from _run(module, dearest(module, called), times, trips, asynchronous)
+            yield from _run(module, dearest(module, called), times, around, asynchronous)
         elif opcode.endswith("-start") and called and "fusion" not in opcode:
-            yield from _run(module, called[0], times, trips, True)
+            yield from _run(module, called[0], times, around, True)
 
 
-def in_layer_loop(trips: tuple[int, ...], layers: int | None) -> bool:
-    """Whether one of the loops of `trips` rounds is over the `layers` of a model.
+def _name(loop: Instruction) -> str:
+    return loop.op_name or loop.name
 
-    XLA takes the first or the last round out of a loop where that lets copies run ahead; such a
-    round counts as outside.
+
+def in_layer_loop(loops: tuple[str, ...]) -> bool:
+    """Whether one of these loops is over the layers of the model, by the name that it gives them.
+
+    XLA takes the first or the last round out of a loop where that lets copies run ahead, and makes
+    no loop of a single round; such rounds count as outside.
     """
-    return layers is not None and any(max(2, layers - 2) <= count <= layers for count in trips)
+    return any(re.search(r"\blayers\b", loop) for loop in loops)
 
 
 def dearest(module: Module, branches: list[Computation]) -> Computation:

@@ -24,7 +24,7 @@ _LARGEST = re.compile(
 def memory_facts(compiled: jax.stages.Compiled, device_kind: str) -> dict[str, Any]:
     """Bytes per jax device of a compiled program, and whether they fit.
 
-    "weight_bytes" are all arguments. Results that take the place of a donated argument are
+    Results that take the place of a donated argument are
     "aliased_bytes" and count once. "host_bytes" lie in the memory of the host.
     """
     memory = compiled.memory_analysis()
@@ -35,7 +35,7 @@ def memory_facts(compiled: jax.stages.Compiled, device_kind: str) -> dict[str, A
     hbm = chips.hbm_bytes(device_kind)
     host = ("argument", "output", "temp")
     return {
-        "weight_bytes_per_device": arguments,
+        "argument_bytes_per_device": arguments,
         "output_bytes_per_device": outputs,
         "aliased_bytes_per_device": aliased,
         "temporary_bytes_per_device": temporary,
@@ -48,8 +48,8 @@ def memory_facts(compiled: jax.stages.Compiled, device_kind: str) -> dict[str, A
     }
 
 
-def describe_memory(facts: dict[str, Any], output: str) -> str:
-    """Two lines about `memory_facts`, for a person; `output` is what the program makes."""
+def describe_memory(facts: dict[str, Any], arguments: str, output: str) -> str:
+    """Two lines about `memory_facts`, for a person: what the program is given, what it makes."""
     ends = "_bytes_per_device"
     gib = {name.removesuffix(ends): (facts[name] or 0) / 2**30 for name in facts if ends in name}
     excess = f"does not fit: {gib['peak'] - gib['hbm']:.2f} GiB too much"
@@ -58,8 +58,8 @@ def describe_memory(facts: dict[str, Any], output: str) -> str:
     host = f"; {gib['host']:.2f} GiB on the host" if facts["host_bytes_per_device"] else ""
     of_hbm = "" if facts["hbm_bytes_per_device"] is None else f" of {gib['hbm']:.2f}"
     return (
-        f"  per device     weights {gib['weight']:.2f}, {output} {gib['output']:.2f}{donated}, "
-        f"temporaries {gib['temporary']:.2f} GiB{host}\n"
+        f"  per device     {arguments} {gib['argument']:.2f}, {output} {gib['output']:.2f}{donated}"
+        f", temporaries {gib['temporary']:.2f} GiB{host}\n"
         f"  peak           {gib['peak']:.2f}{of_hbm} GiB per device: {verdict}\n"
     )
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ltx2_jax.arguments import count
+from ltx2_jax.arguments import count, positive
 from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.chips import peak_flops
@@ -153,5 +153,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=count, default=121, metavar="N", help="(default: %(default)s)")
     add("--height", type=count, default=704, metavar="PIXELS", help="(default: %(default)s)")
     add("--width", type=count, default=1280, metavar="PIXELS", help="(default: %(default)s)")
-    add("--fps", type=float, default=24.0, help="decides the sound's length (%(default)s)")
+    add("--fps", type=positive, default=24.0, help="decides the sound's length (%(default)s)")
     add("--calls", type=count, default=3, metavar="N", help="of which the best counts (3)")

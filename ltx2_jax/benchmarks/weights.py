@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from ltx2_jax.arguments import count, positive
+from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping, transformer
@@ -32,7 +34,11 @@ PREFIX = "model.diffusion_model."
 def run(args: argparse.Namespace) -> None:
     """Prints a line per way of reading: GB/s of the best call, and its share of plain reading."""
     config = sized(PRESETS[args.generation], args.gigabytes)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=args.folder)
+    except OSError as error:
+        raise UserError(f"--folder={args.folder}: {reason(error)}") from None
+    with scratch as folder:
         path = Path(folder) / "synthetic.safetensors"
         started = time.perf_counter()
         write_synthetic(path, config, progress=True)

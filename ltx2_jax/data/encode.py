@@ -23,12 +23,11 @@ from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
     INDEX_NAME,
-    Field,
     Records,
     RecordWriter,
-    Schema,
     content_hash,
 )
+from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig

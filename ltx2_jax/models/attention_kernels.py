@@ -116,7 +116,10 @@ def logits(q: Array, k: Array, bias: Array | None) -> Array:
 
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
     """[B, Tq, N, H], [B, Tk, N, H] twice -> as q."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    try:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    except RuntimeError as error:  # not installed, or too old
+        raise UserError(f"attention='cudnn': {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ splash

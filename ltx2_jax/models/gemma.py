@@ -212,7 +212,8 @@ class Gemma(nnx.Module):
             repeats = jax.tree.leaves(weights)[0].shape[0]
             indices = first + len(group.pattern) * jnp.arange(repeats, dtype=jnp.int32)
             body = partial(_run_pattern, step, graphdef)
-            carry, out = jax.lax.scan(body, carry, (weights, indices, cache))
+            with jax.named_scope("layers"):
+                carry, out = jax.lax.scan(body, carry, (weights, indices, cache))
             kept.append(out)
             first += len(group.pattern) * repeats
         return carry, tuple(kept)

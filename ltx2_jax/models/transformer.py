@@ -240,7 +240,8 @@ class LTX2Transformer(nnx.Module):
         def body(_, weights):
             return None, nnx.merge(graphdef, weights).text_keys_values(*contexts)
 
-        _, keys_values = jax.lax.scan(body, None, state)
+        with jax.named_scope("layers"):
+            _, keys_values = jax.lax.scan(body, None, state)
         return tuple(
             None if stream is None else dataclasses.replace(stream, keys_values=kv)
             for stream, kv in zip(fixed, keys_values, strict=True)
@@ -287,7 +288,8 @@ class LTX2Transformer(nnx.Module):
             # prevent_cse guards against XLA undoing the recomputation; scan already does.
             policy = REMAT_POLICIES[self.cfg.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        (v, a), _ = jax.lax.scan(body, (v, a), (state, keep, *keys_values))
+        with jax.named_scope("layers"):  # a name by which plan tells this loop from others
+            (v, a), _ = jax.lax.scan(body, (v, a), (state, keep, *keys_values))
         return v, a
 
 

@@ -54,6 +54,15 @@ class TransformerConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        sizes = ("num_layers", "num_heads", "head_dim", "audio_head_dim", "in_channels",
+                 "out_channels", "audio_in_channels", "audio_out_channels", "context_dim",
+                 "audio_context_dim", "ff_mult")  # fmt: skip
+        for field in sizes:
+            # RoPE turns pairs of a head's features.
+            even = field.endswith("head_dim")
+            if getattr(self, field) < 1 or even and getattr(self, field) % 2:
+                wanted = "an even number above 0" if even else "above 0"
+                raise ValueError(f"{field}={getattr(self, field)} must be {wanted}")
         if self.audio_num_heads != self.num_heads:
             raise ValueError(
                 f"audio_num_heads={self.audio_num_heads} must equal num_heads={self.num_heads}: "

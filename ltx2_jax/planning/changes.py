@@ -79,7 +79,7 @@ def what_helps_training(config: Config, request: Request, where: Slice) -> list[
 
 
 def what_helps_sampling(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
-    """As `what_helps_training`: weights split over more devices, or activations."""
+    """As `what_helps_training`: weights split over more devices, which is most of a sampler."""
     data, model, sequence = mesh_of(config, where).shape.values()
     meshes = {(data // 2, 2 * model, sequence), (data, 2 * model, sequence // 2)}
     options = {

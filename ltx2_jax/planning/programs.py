@@ -13,7 +13,8 @@ from flax import nnx
 from ltx2_jax import checks, pipeline, training
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Schema, read_schema
+from ltx2_jax.data.records import read_schema
+from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
 from ltx2_jax.errors import UserError
@@ -39,23 +40,33 @@ def request_of(config: Config, **given: int | None) -> Request:
     synthetic clips if there is no path, else 121 frames of 1280x704.
 
     Raises:
-      UserError: a size that the codec cannot encode.
+      UserError: a size that the codec cannot encode; a dataset or a codec whose latents or text
+        features the model does not take.
     """
     path, codec = config.data.path, config.data.codec
     synthetic, schema = config.data.synthetic, _schema(path)
+    checks.check_text(config)
     if path is None:
+        checks.check_codec(config)
         size = ClipSize(synthetic.num_frames, synthetic.height, synthetic.width, synthetic.fps)
         strides, bins = codec.video_strides, 1
         rate = codec.mel.sample_rate / (codec.mel.hop * codec.mel_frames_per_latent)
     else:
         size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
     if schema is not None:
+        checks.check_schema(config, schema, Path(path))
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
         frames, rows, columns, _ = schema.fields["video"].shape
         length, bins, _ = schema.fields["audio"].shape
         first = (size.num_frames - 1) // max(1, frames - 1)
         strides = (first or strides[0], size.height // rows, size.width // columns)
-        rate = length / (size.num_frames / size.fps)
+        if schema.generation == "linear":
+            rate = length / (size.num_frames / size.fps)
+    elif config.model.audio_in_channels % bins:
+        raise UserError(
+            f"model.audio_in_channels={config.model.audio_in_channels} is not a multiple of the "
+            f"{bins} bins of audio latents"
+        )
     size = dataclasses.replace(size, **{k: v for k, v in given.items() if v is not None})
     return Request(
         video_shape=geometry.video_latent_shape(size.num_frames, size.height, size.width, strides),

@@ -9,7 +9,7 @@ from ltx2_jax.planning.changes import changed, mesh_of
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.transformer import plan_train
-from ltx2_jax.topology import has_compiler, slice_of
+from ltx2_jax.topology import NO_COMPILER, has_compiler, slice_of
 
 CLIPS = (1, 2, 4)  # per data shard
 MOST_SPLIT = 16  # model x sequence; beyond it a clip is on more chips than any plan gains from
@@ -54,13 +54,15 @@ def search(config: Config, request: Request, topology: str, *, compiled: int) ->
         option = changed(config, remat=row["remat"], batch=row["batch"], mesh=tuple(row["mesh"]))
         row["plan"] = plan_train(option, request, topology)
     done = [row for row in rows if row["plan"]]
-    done.sort(key=lambda row: -_mfu(row))
+    failed = [row for row in done if not row["plan"]["fits"]]
+    fit = [row for row in done if row["plan"]["fits"]]
+    fit.sort(key=lambda row: -row["plan"]["roofline"]["practical"]["mfu"])
     return {
         "topology": topology,
         "devices": where.devices,
         "compiled": has_compiler(),
-        "fits": any(row["plan"]["fits"] for row in done) if done else True,
-        "rows": done + [row for row in rows if not row["plan"]],
+        "fits": bool(fit) or not done,
+        "rows": fit + [row for row in rows if not row["plan"]] + failed,
     }
 
 
@@ -81,6 +83,8 @@ def describe(facts: dict[str, Any], most: int = 12) -> str:
         )
     if len(facts["rows"]) > most:
         lines.append(f"  and {len(facts['rows']) - most} more that should fit")
+    if not facts["compiled"]:
+        lines.append(f"  not compiled   {NO_COMPILER}")
     return "\n".join(lines)
 
 
@@ -93,11 +97,6 @@ def _compiled(row: dict[str, Any]) -> str:
     times = plan["roofline"]["practical"]
     peak = plan["peak_bytes_per_device"] / GIB
     return f"{peak:17.1f} {times['mfu']:6.1%} {row['batch'] / times['step']:8.2f}"
-
-
-def _mfu(row: dict[str, Any]) -> float:
-    plan = row["plan"]
-    return plan["roofline"]["practical"]["mfu"] if plan["fits"] else -1.0
 
 
 def _meshes(devices: int) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax import text_flops
+from ltx2_jax import text_flops, units
 from ltx2_jax.accounting.compiled import describe as describe_program
 from ltx2_jax.accounting.compiled import program_facts
 from ltx2_jax.accounting.memory import (
@@ -136,11 +136,11 @@ def describe(facts: dict[str, Any]) -> str:
     return (
         f"{facts['program']} on {facts['topology']} ({facts['devices']} x {facts['device_kind']})\n"
         f"  split          {facts['rows']} rows over {describe_counts(facts['split'])}\n"
-        f"  parameters     {facts['parameters'] / 1e6:,.0f} M; whole on every chip: "
+        f"  parameters     {units.parameters(facts['parameters'])}; whole on every chip: "
         f"{', '.join(facts['whole_on_every_chip']) or 'none'}\n"
-        + describe_memory(facts, "contexts")
-        + f"  FLOPs          {facts['flops_of_batch'] / 1e12:,.1f} T for the batch\n"
-        f"{describe_program(facts)}\n"
+        + describe_memory(facts, "weights", "contexts")
+        + f"  FLOPs          {units.flops(facts['flops_of_batch'])} for the batch\n"
+        f"{describe_program(facts, 'a batch')}\n"
         f"  compiled in    {facts['compile_seconds']:.0f} s"
     )
 

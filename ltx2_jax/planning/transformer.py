@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ltx2_jax import checks, flops
+from ltx2_jax import checks, flops, units
 from ltx2_jax.accounting.compiled import describe as describe_program
 from ltx2_jax.accounting.compiled import program_facts
 from ltx2_jax.accounting.memory import (
@@ -72,14 +73,13 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     guess = estimate(config, request, mesh_of(config, where), where.chip)
     facts["estimate"] = guess.facts()
     if not has_compiler():
-        return facts | {"compiled": False, "fits": guess.peak <= where.chip.device_hbm_bytes}
+        facts |= {"compiled": False, "fits": guess.peak <= where.chip.device_hbm_bytes}
+        return facts | _what_helps(facts, what_helps_training, config, request, where)
     mesh = make_mesh(*sizes_of(config), devices=tpu_devices(topology))
     lowered, state = train_program(config, request, mesh)
     facts["replicated"] = replicated(state, WHOLE) if mesh.size > 1 else []
     facts = _compile(facts, lowered, mesh)
-    if not facts["fits"]:
-        facts["helps"] = what_helps_training(config, request, where)
-    return facts
+    return facts | _what_helps(facts, what_helps_training, config, request, where)
 
 
 def plan_sample(
@@ -98,7 +98,7 @@ def plan_sample(
     )
     runs = sampling.passes * sampling.steps
     facts |= {
-        "program": f"{facts['program']}, {sampling.steps} step{'s'[: sampling.steps > 1]} of "
+        "program": f"{facts['program']}, {_steps(sampling.steps)} of "
         f"{sampling.passes} pass{'es'[: 2 * (sampling.passes > 1)]}",
         "passes": sampling.passes,
         "steps": sampling.steps,
@@ -108,16 +108,15 @@ def plan_sample(
         params = abstract_params(config, mesh_of(config, where), for_sampling=True)
         weights = bytes_per_chip(params)
         fits = weights <= where.chip.device_hbm_bytes
-        return facts | {"compiled": False, "weight_bytes_per_device": weights, "fits": fits}
+        facts |= {"compiled": False, "weight_bytes_per_device": weights, "fits": fits}
+        return facts | _what_helps(facts, what_helps_sampling, config, request, where)
     mesh = make_mesh(*sizes_of(config), devices=tpu_devices(topology))
     lowered, _ = sample_program(
         config, request, mesh,
         batch=sampling.batch, passes=sampling.passes, steps=sampling.steps,
     )  # fmt: skip
     facts = _compile(facts, lowered, mesh)
-    if not facts["fits"]:
-        facts["helps"] = what_helps_sampling(config, request, where)
-    return facts
+    return facts | _what_helps(facts, what_helps_sampling, config, request, where)
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -131,19 +130,21 @@ def describe(facts: dict[str, Any]) -> str:
         f"  split          {describe_counts(facts['split'])}{remat}",
         f"  tokens         {facts['video_tokens']:,} video and {facts['audio_tokens']:,} audio a "
         f"clip, {facts['text_tokens']:,} of text",
-        f"  parameters     {facts['parameters'] / 1e9:,.2f} B, the transformer's",
-        f"  model FLOPs    {facts['model_flops'] / 1e12:,.1f} T, "
-        f"{facts['model_flops'] / facts['devices'] / 1e12:,.1f} T a device; nothing recomputed",
+        f"  parameters     {units.parameters(facts['parameters'])}, the transformer's",
+        f"  model FLOPs    {units.flops(facts['model_flops'])}, "
+        f"{units.flops(facts['model_flops'] / facts['devices'])} a device; nothing recomputed",
     ]
     if train and facts["compiled"]:
         whole = ", ".join(facts["replicated"]) or "none"
         lines.append(f"  whole on every chip, of the train state above 1 MiB: {whole}")
     if not facts["compiled"]:
         return "\n".join([*lines, *_uncompiled(facts)])
-    memory = describe_memory(facts, "state" if train else "latents")
+    memory = describe_memory(
+        facts, *(("state and batch", "state") if train else ("weights", "latents"))
+    )
+    program = describe_program(facts, "a step" if train else f"for {_steps(facts['steps'])}")
     return "\n".join(lines) + (
-        f"\n{memory}{describe_program(facts)}\n  compiled in    {facts['compile_seconds']:.0f} s"
-        + _helps(facts)
+        f"\n{memory}{program}\n  compiled in    {facts['compile_seconds']:.0f} s{_helps(facts)}"
     )
 
 
@@ -152,7 +153,6 @@ def describe(facts: dict[str, Any]) -> str:
 
 def _facts(config: Config, request: Request, where: Slice, what: str, batch: int) -> dict[str, Any]:
     mesh = mesh_of(config, where)
-    checks.check_text(config)
     check(config, request, mesh)
     frames, height, width = pixels_of(request)
     video, audio, text = (
@@ -176,6 +176,7 @@ def _facts(config: Config, request: Request, where: Slice, what: str, batch: int
         "audio_tokens": audio,
         "text_tokens": text,
         "layers": config.model.num_layers,
+        "hbm_bytes_per_device": where.chip.device_hbm_bytes,
         "parameters": flops.total_parameters(config.model),
     }
 
@@ -190,39 +191,53 @@ def _compile(
     facts = {**facts, "compiled": True, "device_kind": kind, "compile_seconds": round(seconds, 1)}
     if isinstance(compiled, dict):
         return facts | compiled
-    layers, work = facts["layers"], facts["model_flops"]
     return {
         **facts,
         **memory_facts(compiled, kind),
-        **program_facts(compiled, mesh, layers=layers, model_flops=work),
+        **program_facts(compiled, mesh, model_flops=facts["model_flops"]),
     }
 
 
 def _uncompiled(facts: dict[str, Any]) -> list[str]:
     """Lines of what is known without the compiler."""
+    hbm = facts["hbm_bytes_per_device"]
     if "estimate" not in facts:
+        weights = facts["weight_bytes_per_device"]
+        excess = "" if facts["fits"] else f": {(weights - hbm) / GIB:.2f} GiB too much"
         return [
-            f"  per device     weights {facts['weight_bytes_per_device'] / GIB:.2f} GiB",
-            f"  not compiled   {NO_COMPILER}",
+            f"  per device     weights {weights / GIB:.2f} of {hbm / GIB:.2f} GiB{excess}",
+            f"  not compiled   {NO_COMPILER}{_helps(facts)}",
         ]
     guess = facts["estimate"]
     parts = ", ".join(
         f"{name} {guess[name] / GIB:.1f}"
         for name in ("state", "gradients", "saved", "working", "weights")
     )
-    verdict = "should fit" if facts["fits"] else "should not fit"
+    excess = f"should not fit: {(guess['peak'] - hbm) / GIB:.1f} GiB too much"
+    verdict = "should fit" if facts["fits"] else excess
     return [
-        f"  estimate       peak {guess['peak'] / GIB:.1f} GiB per device ({parts}): {verdict}",
+        f"  estimate       peak {guess['peak'] / GIB:.1f} of {hbm / GIB:.1f} GiB per device "
+        f"({parts}): {verdict}",
         f"  estimate       {guess['step']:.3g} s a step, {guess['mfu']:.1%} MFU at practical rates "
         f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g})",
-        f"  not compiled   {NO_COMPILER}; these are estimates",
+        f"  not compiled   {NO_COMPILER}; these are estimates{_helps(facts)}",
     ]
+
+
+def _what_helps(facts: dict[str, Any], search: Callable[..., Any], *where: Any) -> dict[str, Any]:
+    return {} if facts["fits"] else {"helps": search(*where)}
 
 
 def _helps(facts: dict[str, Any]) -> str:
     """What to change if a program does not fit."""
+    if facts["fits"]:
+        return ""
     lines = [
         f"  by estimate    {change['change']} saves {change['saves'] / GIB:.1f} GiB"
-        for change in facts.get("helps", [])[:4]
-    ]
+        for change in facts["helps"][:4]
+    ] or ["  by estimate    no single change helps on this slice: take a larger one"]
     return "".join(f"\n{line}" for line in lines)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s'[: count > 1]}"

@@ -6,6 +6,7 @@ The program is that of `VideoCodec`, which all chips run on one tile of a clip.
 import time
 from typing import Any
 
+from ltx2_jax import units
 from ltx2_jax.accounting.compiled import describe as describe_program
 from ltx2_jax.accounting.compiled import program_facts
 from ltx2_jax.accounting.memory import (
@@ -73,10 +74,10 @@ def describe(facts: dict[str, Any]) -> str:
         f"{facts['program']} on {facts['topology']} ({facts['devices']} x {facts['device_kind']})\n"
         f"  largest tile   {frames} frames of {width}x{height}, split over "
         f"{describe_counts(facts['split'])}\n"
-        f"  parameters     {facts['parameters'] / 1e6:,.0f} M in both halves\n"
-        + describe_memory(facts, "pixels" if facts["half"] == "decode" else "latents")
-        + f"  FLOPs          {facts['flops_of_clip'] / 1e12:,.1f} T for the clip; a tile "
-        f"{facts['flops_of_tile'] / 1e12:,.1f} T\n"
-        f"  the largest tile\n{describe_program(facts)}\n"
+        f"  parameters     {units.parameters(facts['parameters'])} in both halves\n"
+        + describe_memory(facts, "weights", "pixels" if facts["half"] == "decode" else "latents")
+        + f"  FLOPs          {units.flops(facts['flops_of_clip'])} for the clip; a tile "
+        f"{units.flops(facts['flops_of_tile'])}\n"
+        f"  the largest tile\n{describe_program(facts, 'a tile')}\n"
         f"  compiled in    {facts['compile_seconds']:.0f} s"
     )

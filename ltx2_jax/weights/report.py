@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ltx2_jax import units
 from ltx2_jax.errors import UserError
 from ltx2_jax.weights.lora import Lora
 from ltx2_jax.weights.mapping import in_short
@@ -52,7 +53,7 @@ def of_lora(lora: Lora) -> str:
     lines = [
         lora.name,
         f"{INDENT}LoRA of rank {', '.join(map(str, ranks))}, alpha / rank {', '.join(scales)}, "
-        f"{_number(parameters)} parameters",
+        f"{units.parameters(parameters)} parameters",
         f"{INDENT}metadata: {', '.join(f'{k}={v}' for k, v in lora.metadata.items()) or 'none'}",
     ]
     lines += [
@@ -63,14 +64,7 @@ def of_lora(lora: Lora) -> str:
 
 
 def _count(sources: Iterable[Source]) -> str:
-    return _number(sum(s.stored.nbytes // s.stored.dtype.itemsize for s in sources))
-
-
-def _number(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
+    return units.parameters(sum(s.stored.nbytes // s.stored.dtype.itemsize for s in sources))
 
 
 def _dtypes(held: Held) -> str:
