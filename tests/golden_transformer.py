@@ -70,6 +70,8 @@ def keep_masks(case: Case, layers: int, batch: int) -> Keep | None:
     # All four masks, also those of ones, so that one compiled program serves every case.
     masks = {name: np.ones((layers, batch), np.float32) for name in PERTURBATIONS.values()}
     for kind, blocks in perturbations:
+        if blocks is not None:  # a rule for released models may name blocks that a small one lacks
+            blocks = [block for block in blocks if block < layers]
         masks[PERTURBATIONS[kind]][slice(None) if blocks is None else blocks, samples] = 0
     return Keep(**{name: jnp.asarray(mask) for name, mask in masks.items()})
 

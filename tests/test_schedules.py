@@ -98,5 +98,5 @@ def test_mistakes_name_what_is_possible():
         schedules.make_sigmas("distilled", 30)
     with pytest.raises(UserError, match="steps=0"):
         schedules.make_sigmas("ltx2", 0)
-    with pytest.raises(UserError, match="linear_steps=8"):
-        schedules.linear_quadratic_sigmas(8, linear_steps=8)
+    with pytest.raises(UserError, match="linear_steps=9"):
+        schedules.linear_quadratic_sigmas(8, linear_steps=9)

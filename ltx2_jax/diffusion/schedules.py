@@ -1,7 +1,8 @@
 """Noise levels to visit when sampling: sigma falls from 1 (noise) to 0 (clean).
 
 A schedule of n steps is n + 1 values, float32 numpy, known before anything is traced. They are
-computed in float64 and rounded once.
+computed in float64 and rounded once, but for LTX-2's own, which rounds as the released code does:
+strong shifts magnify that.
 
 Sources: `ltx_core/components/schedulers.py`, `ltx_pipelines/utils/constants.py`.
 """
@@ -12,6 +13,7 @@ import numpy as np
 
 from ltx2_jax.diffusion.flow import shift_mu
 from ltx2_jax.errors import UserError
+from ltx2_jax.rounding import linspace
 
 # What the distilled checkpoints were distilled for; no shift is applied to them.
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
@@ -56,11 +58,12 @@ def ltx2_sigmas(
     last step however strong the shift. Source: `LTX2Scheduler`.
     """
     _check_steps(steps)
-    sigma = np.linspace(1.0, 0.0, steps + 1)[:-1]
-    shift = math.exp(shift_mu(tokens, base_shift, max_shift))
-    sigma = shift / (shift + 1.0 / sigma - 1.0)
+    one, shift = np.float32(1), np.float32(math.exp(shift_mu(tokens, base_shift, max_shift)))
+    sigma = linspace(1.0, 0.0, steps + 1)[:-1]
+    sigma = shift * (one / (one / sigma - one + shift))
     if stretch and steps > 1:  # one step has a single non-zero sigma, 1, and nothing to stretch
-        sigma = 1.0 - (1.0 - sigma) * (1.0 - terminal) / (1.0 - sigma[-1])
+        gone = one - sigma
+        sigma = one - gone / (gone[-1] / np.float32(1 - terminal))
     return _closed_by_zero(sigma)
 
 
@@ -76,10 +79,10 @@ def linear_quadratic_sigmas(
     if steps == 1:
         return np.asarray([1.0, 0.0], np.float32)
     linear = steps // 2 if linear_steps is None else linear_steps
-    if not 0 < linear < steps:
-        raise UserError(f"linear_steps={linear} must lie between 1 and steps-1={steps - 1}")
+    if not 0 < linear <= steps:
+        raise UserError(f"linear_steps={linear} must lie between 1 and steps={steps}")
     slope = threshold / linear
-    curve = (1.0 - slope * steps) / (steps - linear) ** 2
+    curve = (1.0 - slope * steps) / max(1, steps - linear) ** 2
     i = np.arange(steps, dtype=np.float64)
     return _closed_by_zero(1.0 - slope * i - curve * np.maximum(i - linear, 0.0) ** 2)
 

@@ -138,4 +138,5 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         hidden = checkpoint_name(self.linear_in(x, lead), PROJECTION)
-        return self.linear_out(jax.nn.gelu(hidden, approximate=True), lead)
+        out = self.linear_out(jax.nn.gelu(hidden, approximate=True), lead)
+        return checkpoint_name(out, PROJECTION)

@@ -8,7 +8,7 @@ import jax
 # Names of arrays that a policy may keep.
 ATTENTION = "attention"  # what attention returns
 STATISTICS = "attention_statistics"  # log-sum-exp of its logits, which a kernel's backward needs
-PROJECTION = "projection"  # what a Linear in front of attention, or of GELU, returns
+PROJECTION = "projection"  # what a Linear in front of attention, or of a feed-forward, returns
 BLOCK_INPUT = "block_input"
 
 
@@ -31,9 +31,10 @@ def _attention_saveable(saved: Callable[..., Any]) -> Callable[..., Any]:
 #   at 720p in bfloat16;
 # - "attention_offload" moves these to the host's memory until they are needed. The statistics, one
 #   float32 per attention, head and token, are 1 % of it and stay, as does what cuDNN returns;
-# - "projections" keeps queries, keys and values before their norms and the feed-forward before its
-#   GELU as well: 53248. Matrix products that still run twice are those behind attention, which
-#   give its result back to the stream: a sixth of the block's.
+# - "projections" keeps queries, keys and values before their norms and both products of the
+#   feed-forward as well (the second for the gradient of its gate): 57344. Matrix products that
+#   still run twice are those behind attention, which give its result back to the stream: a sixth of
+#   the block's.
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,

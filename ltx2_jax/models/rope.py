@@ -7,10 +7,12 @@ Source: `ltx_core/model/transformer/rope.py`; spec of the released model, paper 
 
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ltx2_jax.rounding import linspace
 from ltx2_jax.sharding import pin
 
 Rope = tuple[Array, Array]  # cos, sin: [B, T, N, H/2]
@@ -24,9 +26,11 @@ def frequency_grid(
 
     `precision` is that of the computation, "float64" or "float32"; released models use float64.
     """
-    dtype = np.dtype(precision).type
-    steps = np.linspace(0.0, 1.0, width // (2 * num_axes), dtype=dtype)
-    return (np.power(dtype(theta), steps) * dtype(np.pi / 2)).astype(np.float32)
+    count = width // (2 * num_axes)
+    if precision == "float64":
+        return (theta ** np.linspace(0.0, 1.0, count) * (np.pi / 2)).astype(np.float32)
+    powers = np.power(theta, linspace(0.0, 1.0, count).astype(np.float64)).astype(np.float32)
+    return powers * np.float32(np.pi) / np.float32(2)
 
 
 def rope_tables(
@@ -49,7 +53,10 @@ def rope_tables(
     positions = positions.astype(jnp.float32)
     if positions.ndim == 4:
         positions = positions.mean(-1)
-    fraction = 2 * positions / jnp.asarray(max_pos, jnp.float32)[:, None] - 1  # [B, axes, T]
+    # XLA would multiply by the reciprocal of a divisor that it sees is constant: the last bit of a
+    # fraction turns the fastest angle by 1e-3.
+    limits = jnp.zeros_like(positions) + jnp.asarray(max_pos, jnp.float32)[:, None]
+    fraction = 2 * positions / jax.lax.optimization_barrier(limits) - 1  # [B, axes, T]
     axes, shape = len(max_pos), (heads, width // heads // 2)
     grid = frequency_grid(width, axes, theta, precision)
     slots = np.arange(width // 2) - (width // 2 - axes * grid.size)  # negative: identity

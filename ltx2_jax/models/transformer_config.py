@@ -60,7 +60,7 @@ class TransformerConfig:
         for field in sizes:
             # RoPE turns pairs of a head's features.
             even = field.endswith("head_dim")
-            if getattr(self, field) < 1 or even and getattr(self, field) % 2:
+            if getattr(self, field) < 1 or (even and getattr(self, field) % 2):
                 wanted = "an even number above 0" if even else "above 0"
                 raise ValueError(f"{field}={getattr(self, field)} must be {wanted}")
         if self.audio_num_heads != self.num_heads:

@@ -121,8 +121,8 @@ def saved_rows(cfg: TransformerConfig) -> tuple[int, int]:
         "block": (width, 0),
         "attention": (width, attention),
         "attention_offload": (width, attention),
-        "projections": (width, attention + projections),
-    }.get(cfg.remat, (4 * width, attention + projections))
+        "projections": (2 * width, attention + projections),
+    }.get(cfg.remat, (5 * width, attention + projections))
 
 
 def recomputed(cfg: TransformerConfig) -> float:
