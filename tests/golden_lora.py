@@ -11,8 +11,7 @@ from golden_transformer import forward, streams
 from ltx2_jax.weights import mapping, transformer
 from ltx2_jax.weights.lora import fuse, read_lora
 
-# Into float32 weights, or into the weights as stored, most of them bfloat16. There the official code
-# rounds the difference before it adds it, which we do not: a loose comparison.
+# Into float32 weights, or into the weights as stored: matrices in bfloat16.
 KINDS = {"fused_float32": "float32", "fused_bfloat16_official": None}
 
 
