@@ -39,6 +39,27 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def part_of_batch(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
+    """Which part of a batch the devices of this process hold, of how many: (index, count).
+
+    Not its rank where several processes share one shard of the batch, as along a sequence axis that
+    spans hosts: replicas must hold the same rows. `sharding` is that of an array [batch].
+
+    Raises:
+      UserError: the rows are not one block, of which the batch is a whole number.
+    """
+    spans = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (span,) in spans for row in range(batch_size)[span]})
+    first, count = rows[0], len(rows)
+    if rows[-1] - first + 1 != count or first % count or batch_size % count:
+        raise UserError(
+            f"mesh: the devices of this host hold rows {str(rows)[1:-1]} of the batch of "
+            f"{batch_size}, which are not one block: use a mesh whose data axis goes through the "
+            "devices host by host, or the devices of one host"
+        )
+    return first // count, batch_size // count
+
+
 def check_text(config: Config) -> None:
     """UserError unless text features fit the connectors, and these the transformer."""
     text, model, encoder = config.text, config.model, config.text.encoder

@@ -49,6 +49,7 @@ def main(config: Config) -> None:
     # ------------------------------------------------------------------------------- mesh and data
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
     checks.check_batch(config, mesh)
+    part, parts = checks.part_of_batch(sharding_of(mesh, "batch"), config.data.batch_size)
     checks.check_text(config)
     initial.check(config)
     if config.data.path is None:
@@ -71,8 +72,8 @@ def main(config: Config) -> None:
                 records,
                 batch_size=config.data.batch_size,
                 seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=part,
+                process_count=parts,
                 threads=config.data.read_threads,
             )
         )
