@@ -31,7 +31,5 @@ def test_one_host_loads_the_whole_batch_whatever_the_mesh():
 
 @pytest.mark.parametrize("spans", [[(0, 1), (2, 3)], [(1, 3)], [(0, 3)]])
 def test_rows_that_are_not_an_equal_block_of_the_batch_are_refused(spans):
-    with pytest.raises(
-        UserError, match=r"hold rows .* of the batch of 8, .* not one block"
-    ):
+    with pytest.raises(UserError, match=r"hold rows .* of the batch of 8, .* not one block"):
         checks.part_of_batch(Sharding(*spans), 8)

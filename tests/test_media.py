@@ -251,6 +251,53 @@ def test_unreadable_files_are_named(tmp_path):
         media.read_wav(tmp_path / "none.wav")
 
 
+def write_encoded(path, *, codec="mpeg4", sound=None, title=None, stamps=range(12)):
+    """A small file at 10 frames per second, frame k at stamps[k] / 10; `sound` is a layout."""
+    with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
+        video = container.add_stream(codec, rate=10)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        track = container.add_stream("mp2", rate=16000, layout=sound) if sound else None
+        for stamp in stamps:
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = stamp, fractions.Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        if track:
+            channels = 1 if sound == "mono" else 2
+            frame = media._audio_frame(np.zeros((16000, channels), np.float32), 16000)
+            frame = av.AudioResampler("s16", layout=sound).resample(frame)[0]
+            container.mux(track.encode(frame))
+            container.mux(track.encode())
+
+
+def test_metadata_in_another_encoding_does_not_matter(tmp_path):
+    write_encoded(tmp_path / "a.avi", title="café!")
+    content = (tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(content.replace("café!".encode(), b"caf\xe9! "))
+    assert b"caf\xe9!" in (tmp_path / "a.avi").read_bytes()
+    assert len(media.read_clip(tmp_path / "a.avi").video) == 12
+
+
+def test_whatever_is_wrong_with_a_file_names_the_file(tmp_path):
+    for layout in ("mono", "stereo"):
+        write_encoded(tmp_path / f"{layout}.ts", sound=layout)
+    parts = [(tmp_path / f"{layout}.ts").read_bytes() for layout in ("mono", "stereo")]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match=r"both\.ts: not a readable video file"):
+        media.read_clip(tmp_path / "both.ts", fps=10.0)
+    with pytest.raises(UserError, match=r"nn\.mp4: not a readable video file \(File name too long"):
+        media.read_clip(tmp_path / f"{'n' * 300}.mp4")
+
+
+def test_frames_that_leave_the_stated_rate_need_a_rate_to_resample_to(tmp_path):
+    write_encoded(tmp_path / "a.mkv", stamps=[0, 1, 2, 3, 5, 6, 9, 10])
+    with pytest.raises(UserError, match=r"a\.mkv: .* number \d is at \d\.\d+ s, .*\(--fps\)"):
+        media.read_clip(tmp_path / "a.mkv")
+    assert len(media.read_clip(tmp_path / "a.mkv", fps=10.0).video) == 11
+
+
 def test_short_and_empty_videos_are_refused(tmp_path):
     media.write_mp4(tmp_path / "a.mp4", make_clip(num_frames=12))
     with pytest.raises(UserError, match=r"a\.mp4: 25 frames wanted, but it has only 12"):

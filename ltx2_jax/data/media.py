@@ -105,7 +105,7 @@ def read_clip(
     trimmed or padded with zeros; it is None where the file has no audio stream.
 
     Raises UserError, naming the file, when it is missing, unreadable, has no video stream, no
-    frames, or fewer frames than asked for.
+    frames, fewer frames than asked for, or, with fps None, frames that do not keep to its rate.
     """
     path = Path(path)
     if (height is None) != (width is None):
@@ -243,17 +243,27 @@ def write_wav(
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """An open container; whatever libav finds wrong inside the block becomes a UserError."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a video file")
+    """An open container; whatever is found wrong inside the block becomes a UserError."""
     _quiet()
     try:
-        with av.open(str(path)) as container:
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, not a video file")
+        # Titles and the like, in any encoding, are not looked at.
+        with av.open(str(path), metadata_errors="ignore") as container:
             yield container
-    except (av.error.FFmpegError, OSError) as error:
+    except UserError:
+        raise
+    # Not only libav's errors: PyAV refuses sound that changes its format on the way, for one. A bad
+    # clip among thousands must not end the work on all.
+    except Exception as error:
         raise UserError(f"{path}: not a readable video file ({reason(error)})") from None
+
+
+def _check_codec(stream: av.stream.Stream) -> None:
+    if stream.codec_context is None:
+        raise ValueError(f"this libav has no decoder for its {stream.type}")
 
 
 def _decode_video(
@@ -264,6 +274,7 @@ def _decode_video(
 ) -> tuple[np.ndarray, float, float]:
     """-> uint8 [F, H, W, 3], the first frame's time in seconds, the output's frames per second."""
     stream = container.streams.video[0]
+    _check_codec(stream)
     if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
         stream.thread_type = "AUTO"  # for small pictures, starting threads takes longer
     source_rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -287,6 +298,12 @@ def _decode_video(
             start = time
         time -= start
         if fps is None:
+            if source_rate and abs(time * source_rate - index) > 0.5:
+                raise UserError(
+                    f"{container.name}: its frames do not keep to {source_rate:g} per second: "
+                    f"number {index} is at {time:.2f} s, not {index / source_rate:.2f} s; give "
+                    "one frame rate for all (--fps)"
+                )
             images.append(_to_rgb(frame, size))
         else:
             take_until((previous_time + time) / 2)
@@ -325,6 +342,7 @@ def _decode_audio(
 ) -> tuple[np.ndarray, int]:
     """-> float32 [samples, 2] from `start` on, a little longer than `duration`; its sample rate."""
     stream = container.streams.audio[0]
+    _check_codec(stream)
     rate = int(stream.codec_context.sample_rate)
     # Interleaved, because PyAV 18 reads past the planes of a planar frame of eight channels.
     to_float = av.AudioResampler(format="flt")
