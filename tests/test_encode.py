@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 
 from ltx2_jax.data import encode
-from ltx2_jax.data.encode import ClipReader, PrepareConfig, Row, prepare_dataset, read_table
+from ltx2_jax.data.encode import ClipReader, PrepareConfig, prepare_dataset
 from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import open_records
+from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
 
 CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=24)
@@ -82,6 +83,8 @@ BAD_JSONL = {
     '{"video": "a", "caption": "b"}\n{"video": }': "2: not JSON",
     '{"video": "a", "caption": "b"}\n7': "2: must be an object",
     '{"caption": "b"}': "1: no column 'video'",
+    '{"video": "a\\ud800.mp4", "caption": "b"}': "1: column 'video': half a surrogate pair at",
+    '{"video": "a.mp4", "caption": "\\udfff"}': "1: column 'caption': half a surrogate pair at",
 }
 
 
