@@ -7,6 +7,7 @@ import jax
 
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
+from ltx2_jax.data.media import check_even
 from ltx2_jax.data.records import Records, read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
@@ -113,6 +114,7 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
     model = config.model
     schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
+    check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
     channels = schema.fields["video"].shape[-1]
     _, bins, audio_channels = schema.fields["audio"].shape
     if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:

@@ -1,9 +1,14 @@
 """What is refused before any long work starts."""
 
+from pathlib import Path
+
 import jax
+import numpy as np
 import pytest
+from resume_config import get_config
 
 from ltx2_jax import checks
+from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh, sharding_of
 
@@ -33,3 +38,15 @@ def test_one_host_loads_the_whole_batch_whatever_the_mesh():
 def test_rows_that_are_not_an_equal_block_of_the_batch_are_refused(spans):
     with pytest.raises(UserError, match=r"hold rows .* of the batch of 8, .* not one block"):
         checks.part_of_batch(Sharding(*spans), 8)
+
+
+def test_records_of_odd_size_are_refused_before_the_training_that_ends_in_an_mp4():
+    fields = {"video": np.zeros((5, 3, 2, 8)), "audio": np.zeros((11, 1, 8))}
+    schema = Schema(
+        **dict.fromkeys(("generation", "text", "text_generation", "codec", "codec_hash"), ""),
+        **dict.fromkeys(("text_encoder", "text_encoder_hash"), ""),
+        **{"num_frames": 9, "height": 33, "width": 16, "fps": 8.0},
+        fields={name: Field.of(value) for name, value in fields.items()},
+    )
+    with pytest.raises(UserError, match=r"a/set: .* even sizes; height 33 x width 16 is not"):
+        checks.check_schema(get_config(), schema, Path("a/set"))

@@ -123,6 +123,7 @@ def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
     [
         (["--num-frames", "10"], "num_frames"),
         (["--height", "20"], "height"),
+        (["--height", "9", "--video-strides", "4,9,8"], "needs even sizes; height 9 x width 16"),
         (["--num-frames", "81"], "none of the 5 clips can be used; the first: 0.mp4: 81 frames"),
         (["--video-channels", "4000"], "video_channels"),
         (["--vocab-size", "200"], "vocab_size"),

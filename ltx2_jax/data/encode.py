@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ltx2_jax.caption_encoder import RandomEncoder, caption_features
 from ltx2_jax.config import RandomEncoderConfig
-from ltx2_jax.data.media import Clip, read_clip
+from ltx2_jax.data.media import Clip, check_even, read_clip
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
     INDEX_NAME,
@@ -339,6 +339,7 @@ def prepare_dataset(
 
 def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
     video_latent_shape(config.num_frames, config.height, config.width, strides)
+    check_even(config.height, config.width)
     if config.fps is not None and not 0 < config.fps < float("inf"):
         raise UserError(f"fps {config.fps} must be above 0")
     for name in ("text_length", "batch_size"):

@@ -420,11 +420,7 @@ def _check_clip(clip: Clip, name: str) -> None:
         raise UserError(f"{name}: the clip has no pictures to write")
     if not clip.fps > 0:
         raise UserError(f"{name}: fps must be positive, not {clip.fps}")
-    _, height, width, _ = video.shape
-    if height % 2 or width % 2:
-        raise UserError(
-            f"{name}: H.264 in yuv420p needs even sizes; height {height} x width {width} is not"
-        )
+    check_even(*video.shape[1:3], name)
     if audio is None:
         return
     if audio.ndim != 2 or audio.shape[1] not in (1, 2):
@@ -433,6 +429,14 @@ def _check_clip(clip: Clip, name: str) -> None:
         rates = ", ".join(map(str, AAC_SAMPLE_RATES))
         raise UserError(f"{name}: AAC has no sample rate {clip.sample_rate}; resample to {rates}")
     _check_finite(audio, name)
+
+
+def check_even(height: int, width: int, name: str = "clips") -> None:
+    """UserError, about `name`, for a size that an mp4 cannot have."""
+    if height % 2 or width % 2:
+        raise UserError(
+            f"{name}: H.264 in yuv420p needs even sizes; height {height} x width {width} is not"
+        )
 
 
 def _check_finite(audio: np.ndarray, name: str) -> None:
