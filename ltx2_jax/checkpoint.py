@@ -4,7 +4,11 @@ A checkpoint is the train state, the position in the data and the config, writte
 atomically under `<workdir>/checkpoints/<step>`. It restores onto any mesh.
 """
 
+import contextlib
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from ltx2_jax.config import Config, from_json, to_json
 from ltx2_jax.errors import UserError
 
 FOLDER = "checkpoints"
+# How TensorStore begins to say that a file is not what it wrote.
+_DAMAGE = ("OUT_OF_RANGE: ", "DATA_LOSS: ", "NOT_FOUND: ", "FAILED_PRECONDITION: ")
 
 
 class Checkpoints:
@@ -37,12 +43,14 @@ class Checkpoints:
         self._keep = keep
         self._checkpointer = ocp.training.Checkpointer(self.folder)
         self._writes = False
+        self._pending: Any = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+        with self._writing():
+            self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -50,10 +58,36 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: Any, config: Config) -> None:
-        """Starts writing; returns as soon as the arrays are copied off the devices."""
+        """Starts writing; returns as soon as the arrays are copied off the devices.
+
+        Raises:
+          UserError: the disk did not take this checkpoint or the one before.
+        """
         self._open_for_writing()
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
-        self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+        with self._writing():
+            self._pending = self._checkpointer.save_async(
+                step, state, force=True, custom_metadata=metadata
+            )
+
+    def wait(self) -> None:
+        """Returns when the checkpoint of the last `save` is on disk; errors as `save`."""
+        if self._pending is not None:
+            with self._writing():
+                self._pending.result()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong while writing is the disk's; what it left unfinished is removed."""
+        try:
+            yield
+        except (ValueError, OSError) as error:  # a full disk is a ValueError of TensorStore
+            if self._writes:
+                for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({_reason(error)})"
+            ) from error
 
     def _open_for_writing(self) -> None:
         """Before the first write only: what follows removes files, and an early exit must not.
@@ -72,27 +106,53 @@ class Checkpoints:
         self._writes = True
 
     def config(self, step: int) -> Config:
-        """The config stored with a checkpoint."""
-        return from_json(Config, json.dumps(self._metadata(step)["config"]))
+        """The config stored with a checkpoint.
+
+        Raises:
+          UserError: the checkpoint is damaged, or of another version.
+        """
+        text = json.dumps(self._metadata(step)["config"])
+        try:
+            return from_json(Config, text)
+        except UserError as error:
+            raise UserError(f"{self.folder / str(step)}: {error}") from None
 
     def data_position(self, step: int) -> int:
-        """Batches that the run had taken when the checkpoint was written."""
+        """Batches that the run had taken when the checkpoint was written; errors as `config`."""
         return self._metadata(step)["data"]["next_index"]
 
     def _metadata(self, step: int) -> dict[str, Any]:
-        return self._checkpointer.metadata(step).custom_metadata
+        """What `save` noted beside the state."""
+        try:
+            found = self._checkpointer.metadata(step).custom_metadata or {}
+            return {name: found[name] for name in ("config", "data")}
+        except (ValueError, KeyError, OSError):
+            raise self._damaged(step, "its metadata is missing or cannot be read") from None
+
+    def _stored(self, step: int) -> Any:
+        """Shapes and dtypes of the state."""
+        with contextlib.suppress(ValueError, KeyError, OSError):
+            if (stored := self._checkpointer.metadata(step).metadata) is not None:
+                return stored
+        raise self._damaged(step, "its arrays are missing or cannot be read")
+
+    def _damaged(self, step: int, how: str) -> UserError:
+        return UserError(
+            f"{self.folder / str(step)}: damaged checkpoint ({how}): remove this folder, and the "
+            "checkpoint before it is taken"
+        )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state, with the shapes, dtypes and shardings of `abstract_state`.
 
         Raises:
-          UserError: the checkpoint holds other arrays.
+          UserError: the checkpoint holds other arrays, or is damaged.
         """
         return self._load(step, abstract_state, "the state of this config")
 
     def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
         """Some entries of the state, the rest left on disk; errors as `restore`."""
-        stored = self._checkpointer.metadata(step).metadata
+        stored = self._stored(step)
         placeholders = {
             name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
             for name, tree in stored.items()
@@ -104,10 +164,11 @@ class Checkpoints:
     def _load(self, step: int, abstract: Any, what: str) -> Any:
         try:
             return self._checkpointer.load(step, abstract)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{self.folder / str(step)} does not hold {what}: {_first_line(error)}"
-            ) from error
+        except (ValueError, KeyError, OSError) as error:
+            why, _ = _reason(error), self._stored(step)
+            if why.startswith(_DAMAGE):
+                raise self._damaged(step, why) from error
+            raise UserError(f"{self.folder / str(step)} does not hold {what}: {why}") from error
 
 
 def weights_of_run(
@@ -145,7 +206,10 @@ def weights_of_run(
 
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
     """Writes arrays by name into a folder that does not exist; an OSError is the disk's."""
-    ocp.save(folder.resolve(), arrays)
+    try:
+        ocp.save(folder.resolve(), arrays)
+    except ValueError as error:  # of TensorStore, when the disk is full
+        raise OSError(_reason(error)) from error
 
 
 def describe_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -155,10 +219,12 @@ def describe_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
       UserError: no such folder, or another one.
     """
     try:
-        stored = ocp.metadata(folder.resolve()).metadata
+        stored = ocp.metadata(folder.resolve()).metadata or {}
+        if not stored:
+            raise ValueError("its arrays cannot be read")
         return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
     except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise UserError(f"{folder}: is no checkpoint of arrays ({_first_line(error)})") from None
+        raise UserError(f"{folder}: is no checkpoint of arrays ({_reason(error)})") from None
 
 
 def load_arrays(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -171,10 +237,14 @@ def load_arrays(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict
     wanted = {name: abstract.get(name, ocp.PLACEHOLDER) for name in names}
     try:
         arrays = ocp.load(folder.resolve(), wanted)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error
+    except Exception as error:  # no narrower one for numbers that cannot be read
+        raise UserError(f"{folder}: cannot be read ({_reason(error)})") from error
     return {name: arrays[name] for name in abstract}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r" \[\w+='.*", "", line)[:400]  # TensorStore ends with all its settings
