@@ -1,6 +1,10 @@
-"""What can be refused before any long work: configs, meshes and data that do not fit each other."""
+"""What can be refused before any long work: configs, meshes and data that do not fit each other.
+
+And, at the end, a run that is lost.
+"""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -156,3 +160,23 @@ def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
         )
     for line in changed:
         print(f"changed since the checkpoint: {line}")
+
+
+def check_finite(values: Mapping[str, float], step: int, start: int, checkpoints: Path) -> None:
+    """UserError if loss or gradients at `step` of a run from step `start` are not finite."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise diverged(f"{name} is {values[name]}", step, start, checkpoints)
+
+
+def diverged(what: str, step: int, start: int, checkpoints: Path) -> UserError:
+    """What to do about a run from step `start`, kept in `checkpoints`, that is lost at `step`."""
+    if start and step == start + 1:
+        return UserError(
+            f"{what} at step {step}, the first from the checkpoint: remove "
+            f"{checkpoints / str(start)}, and the same command goes on from the one before"
+        )
+    return UserError(
+        f"{what} at step {step}: lower optim.learning_rate or optim.clip_norm; the same command "
+        "goes on from the last checkpoint"
+    )

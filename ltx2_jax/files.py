@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and locks."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -32,6 +33,46 @@ def replacing(path: str | os.PathLike, *errors: type[Exception]) -> Iterator[Pat
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[bool]:
+    """Holds a file, which is made, or a folder that exists; False if somebody else holds it.
+
+    The system lets go when the process ends, however it ends. On a disk that knows no locks,
+    everybody gets True.
+    """
+    flags = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor, held = os.open(path, flags, 0o666), True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held = not isinstance(error, BlockingIOError)
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_run(workdir: str | os.PathLike, process_index: int = 0) -> Iterator[None]:
+    """Keeps a second run out of a workdir, which is made: each would destroy what the other saves.
+
+    Only process 0 of a run looks.
+
+    Raises:
+      UserError: another run is writing there, or nobody can.
+    """
+    with contextlib.ExitStack() as stack:
+        if process_index == 0:
+            try:
+                Path(workdir).mkdir(parents=True, exist_ok=True)
+                free = stack.enter_context(locked(Path(workdir) / ".lock"))
+            except OSError as error:
+                raise UserError(f"{workdir}: cannot be a workdir ({reason(error)})") from None
+            if not free:
+                raise UserError(f"{workdir}: another run is writing here")
+        yield
 
 
 def reason(error: Exception) -> str:

@@ -18,12 +18,12 @@ from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data import synthetic
-from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
+from ltx2_jax.data.encode import OtherDataset, PrepareConfig, prepare_dataset
 from ltx2_jax.data.media import read_clip
 from ltx2_jax.data.pipeline import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
+from ltx2_jax.files import only_run, replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
@@ -56,11 +56,15 @@ def main(config: Config) -> None:
         checks.check_synthetic(config, mesh)
     else:
         checks.check_records(config, open_records(config.data.path), mesh)
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+    with (
+        only_run(workdir, jax.process_index()),
+        Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+        jax.set_mesh(mesh),
+    ):
         start = checkpoints.latest_step or 0
         if start:
             checks.check_same_run(config, checkpoints.config(start), workdir)
-        records = dataset(config)
+        records = dataset(config, anew=not start)
         checks.check_records(config, records, mesh)
         if start:
             checks.check_same_makers(records, workdir / ASSETS)
@@ -97,6 +101,7 @@ def main(config: Config) -> None:
 
         # ------------------------------------------------------------------------------------ loop
         timer, pending, step = step_timer(config, records), None, start
+        lost = {"start": start, "checkpoints": checkpoints.folder}
         with (
             MetricsLogger(
                 workdir,
@@ -106,23 +111,27 @@ def main(config: Config) -> None:
             ) as logger,
             StopSignals() as stop,
         ):
-            batch = place(next(examples), mesh)
+            batch = training.place(next(examples), mesh)
             while step < config.num_steps:
                 state, metrics = train_step(state, batch, null_text)
                 step += 1
                 # While the devices work: the next batch, then the log of the step before.
-                batch = place(next(examples), mesh)
+                batch = training.place(next(examples), mesh)
                 if pending is not None:
-                    log(logger, timer, *pending)
+                    checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
                 pending = (step, metrics)
                 last = step == config.num_steps or stop.requested
                 if last or step % config.checkpoint.every_steps == 0:
-                    # Logged first: a state whose loss is not finite is not worth keeping.
-                    log(logger, timer, *pending)
+                    # Looked at first: a state that is not finite is not worth keeping.
+                    checks.check_finite(log(logger, timer, *pending), step, **lost)
                     pending = None
+                    if not training.all_finite(state):
+                        raise checks.diverged("a weight is not finite", step, **lost)
                     checkpoints.save(step, state, config)
+                    timer.restart()
                 if last:
                     break
+        checkpoints.wait()
         if step < config.num_steps:
             print(f"stopped and saved at step {step}; the same command resumes", flush=True)
             return
@@ -161,8 +170,11 @@ def cli(argv: Sequence[str] | None = None) -> int:
 # -------------------------------------------------------------------------------------------- data
 
 
-def dataset(config: Config) -> Records:
-    """The records to train on; the synthetic set is rendered and prepared on the first run."""
+def dataset(config: Config, anew: bool = False) -> Records:
+    """The records to train on; the synthetic set is rendered and prepared on the first run.
+
+    `anew` allows to replace it where other settings than those of this config made it.
+    """
     if config.data.path is not None:
         return open_records(config.data.path)
     folder = Path(config.workdir) / "data"
@@ -176,13 +188,16 @@ def dataset(config: Config) -> Records:
             width=clips.width,
             text_length=config.text.length,
         )
-        records = prepare_dataset(
-            table,
-            folder / "records",
-            sizes,
-            codec=config.data.codec,
-            text_encoder=config.text.encoder,
-        )
+        makers = {"codec": config.data.codec, "text_encoder": config.text.encoder}
+        try:
+            records = prepare_dataset(table, folder / "records", sizes, **makers)
+        except OtherDataset:
+            if not anew:
+                raise UserError(
+                    f"{folder / 'records'}: made by another version of this program: remove it, or "
+                    "choose another --config.workdir"
+                ) from None
+            records = prepare_dataset(table, folder / "records", sizes, **makers, overwrite=True)
         for clip in records.skipped:
             print(f"skipped {clip['source']}: {clip['reason']}")
     return open_records(folder / "records")
@@ -196,17 +211,6 @@ def keep_assets(records: Records, assets: Path) -> Path:
             with replacing(assets / source.name) as temporary:
                 shutil.copyfile(source, temporary)
     return assets
-
-
-def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> training.Batch:
-    """A host's part of a batch -> global arrays, rows over the data axis."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value
-        )
-        for name, value in batch.items()
-        if name != "id"
-    }
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -224,8 +228,10 @@ def step_timer(config: Config, records: Records) -> StepTimer:
     )
 
 
-def log(logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]) -> None:
-    """Waits for a step's metrics and writes them; UserError once the loss is not finite."""
+def log(
+    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]
+) -> dict[str, float]:
+    """Waits for a step's metrics, writes them and returns them."""
     values: dict[str, float] = {}
     for name, value in jax.device_get(metrics).items():
         if np.ndim(value):
@@ -233,11 +239,7 @@ def log(logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, A
         else:
             values[name] = float(value)
     logger.log(step, values | timer.tick())
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"the loss is {values['loss']} at step {step}: lower optim.learning_rate or "
-            "optim.clip_norm; the same command goes on from the last checkpoint"
-        )
+    return values
 
 
 # ------------------------------------------------------------------------------------------ reports

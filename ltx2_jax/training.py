@@ -25,12 +25,23 @@ from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.models.connectors import Connectors
 from ltx2_jax.models.streams import Modality
 from ltx2_jax.models.transformer import LTX2Transformer
-from ltx2_jax.sharding import abstract_state, pin, resident_weights, spec
+from ltx2_jax.sharding import abstract_state, pin, resident_weights, sharding_of, spec
 
 State = dict[str, Any]  # "params", "opt", "step", and "ema" if the config averages weights
 Batch = dict[str, Array]  # what data.pipeline yields, placed on the mesh
 # Of a batch: features [B, S, Dv], [B, S, Da] (absent where audio receives those of video), [B, S].
 TEXT_FIELDS = ("video_text", "audio_text", "text_mask")
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
+    """A host's part of what `data.pipeline` yields -> global arrays, rows over the data axis."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value
+        )
+        for name, value in batch.items()
+        if name != "id"
+    }
 
 
 class LTX2(nnx.Module):
@@ -106,6 +117,13 @@ def state_of(params: dict[str, Any], config: Config) -> State:
     if config.optim.ema_decay is not None:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state
+
+
+@jax.jit
+def all_finite(state: State) -> Array:
+    """Whether every number of a state is finite: bool []. Reads it once, where it lies."""
+    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
 
 
 # --------------------------------------------------------------------------------------- optimizer

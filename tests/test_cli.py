@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import ltx2_jax
 from ltx2_jax import prepare, sample, train
 from ltx2_jax.checks import check_same_makers
 from ltx2_jax.config import load
+from ltx2_jax.data.encode import OtherDataset
 from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import open_records
 
@@ -142,6 +144,26 @@ def test_train_refuses_a_dataset_of_other_text(refused, workdir, tmp_path):
     error = refused(train.cli, *flags, "--config.text.length=8")
     assert error.endswith("records: video_text is (16, 24), (8, 24) is needed")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_train_replaces_its_own_dataset_only_where_nothing_was_trained_on_it(monkeypatch, tmp_path):
+    made = []
+
+    def prepare_dataset(table, out, config, overwrite=False, **makers):
+        made.append(overwrite)
+        if not overwrite:
+            raise OtherDataset(f"{out}: choose another folder or overwrite it (--overwrite)")
+        return SimpleNamespace(skipped=[])
+
+    monkeypatch.setattr(train, "prepare_dataset", prepare_dataset)
+    monkeypatch.setattr(train, "open_records", lambda folder: folder)
+    monkeypatch.setattr(train.synthetic, "write_dataset", lambda folder, config: None)
+    config = load(str(SMALL), {"workdir": str(tmp_path)})
+    records = tmp_path / "data" / "records"
+    with pytest.raises(ltx2_jax.UserError, match=f"{records}: .*: remove it, or choose another"):
+        train.dataset(config)
+    assert train.dataset(config, anew=True) == records
+    assert made == [False, False, True]
 
 
 def test_a_run_does_not_continue_on_features_of_another_encoder(workdir, tmp_path):

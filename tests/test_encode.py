@@ -334,9 +334,9 @@ def test_the_same_settings_reuse_the_dataset(tmp_path, capsys, files):
     ("names", "change", "message"),
     [
         (["b0.mp4"], {"fps": 24.0}, r"with fps None, not 24\.0"),
-        (["b0.mp4"], {"text_encoder": Other()}, "with text_encoder '.*', not '.*'"),
-        (["b1.mp4"], {}, "with table '.*', not '.*'"),
-        (["b0.mp4"], {"codec": Codec(2.0)}, "with codec '.*', not '.*'"),
+        (["b0.mp4"], {"text_encoder": Other()}, "with another text_encoder"),
+        (["b1.mp4"], {}, "with another table"),
+        (["b0.mp4"], {"codec": Codec(2.0)}, "with another codec"),
     ],
 )
 def test_other_settings_are_refused_until_overwrite(tmp_path, names, change, message):

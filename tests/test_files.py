@@ -3,7 +3,7 @@ import os
 import pytest
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
+from ltx2_jax.files import locked, only_run, replacing
 
 
 def test_a_file_appears_when_the_block_ends_with_the_folders_on_the_way(tmp_path):
@@ -58,3 +58,25 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
     with replacing(replaced) as temporary:
         temporary.write_text("")
     assert replaced.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path):
+    for path in (tmp_path / "file", tmp_path):
+        with locked(path) as first, locked(path) as second:
+            assert (first, second) == (True, False)
+        with locked(path) as third:
+            assert third
+
+
+def test_a_second_run_in_a_workdir_is_refused(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    with only_run(workdir):
+        with pytest.raises(UserError, match=r"run: another run is writing here"):
+            only_run(workdir).__enter__()
+        with only_run(workdir, process_index=1):  # of the same run
+            pass
+    with only_run(workdir):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot be a workdir \(.+\)"):
+        only_run(tmp_path / "file").__enter__()

@@ -12,8 +12,7 @@ import tiny
 from ltx2_jax import training
 from ltx2_jax.config import FlowConfig, OptimConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.sharding import make_mesh
-from ltx2_jax.train import place
+from ltx2_jax.sharding import make_mesh, sharding_of
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=1)
 
@@ -29,7 +28,7 @@ def small(**changes):
 
 
 def on_mesh(batch):
-    return place(batch, jax.sharding.get_mesh())
+    return training.place(batch, jax.sharding.get_mesh())
 
 
 def run(config, steps, batch=None):
@@ -60,6 +59,19 @@ def test_micro_batches_on_a_mesh_add_up_to_one_batch_on_one_device():
     # Adam's first update is the sign of the gradient: compare the moments, which are linear in it.
     for x, y in zip(jax.tree.leaves(state["opt"]), jax.tree.leaves(cut_state["opt"]), strict=True):
         np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-6)
+
+
+def test_a_state_is_finite_when_all_its_numbers_are():
+    mesh = make_mesh(2, 2, 2)
+    state = {
+        "params": jax.device_put(jnp.ones((4, 8)), sharding_of(mesh, "heads", "fsdp")),
+        "opt": {"mu": jax.device_put(jnp.ones(3, jnp.bfloat16), sharding_of(mesh))},
+        "step": jax.device_put(jnp.int32(7), sharding_of(mesh)),
+    }
+    with jax.set_mesh(mesh):
+        assert training.all_finite(state)
+        assert not training.all_finite(state | {"params": jnp.inf * state["params"]})
+        assert not training.all_finite(state | {"opt": {"mu": jnp.nan * state["opt"]["mu"]}})
 
 
 def test_every_step_draws_new_noise_and_the_same_step_the_same():

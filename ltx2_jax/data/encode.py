@@ -40,6 +40,10 @@ TEXT_ENCODER_NAME = "text_encoder.safetensors"
 # ---- reading clips -------------------------------------------------------------------------------
 
 
+class OtherDataset(UserError):
+    """The folder holds a dataset that was made with other settings."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     """What to make of every clip.
@@ -293,7 +297,7 @@ def prepare_dataset(
 
     Raises:
       UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
-        clip; `out` holds something else.
+        clip; `out` holds something else. `OtherDataset` if that is one made with other settings.
     """
     codec = LinearCodecConfig() if codec is None else codec
     fits = isinstance(codec, LinearCodecConfig)
@@ -374,11 +378,16 @@ def _identity(maker: Any) -> Any:
 def _check_settings(records: Records, settings: dict[str, Any]) -> None:
     found, settings = _flat(records.settings), _flat(settings)
     for name in sorted(found.keys() | settings.keys()):
-        if found.get(name) != settings.get(name):
-            raise UserError(
-                f"{records.folder}: holds a dataset with {name} {found.get(name)!r}, not "
-                f"{settings.get(name)!r}; choose another folder or overwrite it (--overwrite)"
-            )
+        ours, theirs = settings.get(name), found.get(name)
+        if ours == theirs:
+            continue
+        # Of the table and of makers that are files, only hashes are known.
+        hashes = name in ("table", "codec", "text_encoder")
+        held = f"another {name}" if hashes else f"{name} {theirs!r}, not {ours!r}"
+        raise OtherDataset(
+            f"{records.folder}: holds a dataset with {held}; "
+            "choose another folder or overwrite it (--overwrite)"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
