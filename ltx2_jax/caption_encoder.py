@@ -58,6 +58,12 @@ def caption_features(
     return features
 
 
+def tell_cut(masks: Sequence[np.ndarray], what: str, flag: str) -> None:
+    """Prints how many texts, of `text_mask`s bool [S], use all their tokens; nothing if none do."""
+    if full := sum(bool(mask.all()) for mask in masks):
+        print(f"{full} {what} fill all {len(masks[0])} tokens: what is longer is cut ({flag})")
+
+
 class RandomEncoder(TextEncoder):
     """A small Gemma and a projection of its hidden states, with weights that are never trained.
 

@@ -23,7 +23,7 @@ from jax import Array
 from tqdm import tqdm
 
 from ltx2_jax import training
-from ltx2_jax.caption_encoder import caption_features, load_caption_encoder
+from ltx2_jax.caption_encoder import caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.checkpoint import weights_of_run
 from ltx2_jax.checks import check_mesh
 from ltx2_jax.clips import decode_clip, write_clip
@@ -35,6 +35,7 @@ from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
+from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.sharding import make_mesh, pin
@@ -89,7 +90,7 @@ class Pipeline:
         it is then loaded for new prompts only, and freed before the clips are sampled.
 
         Raises:
-          UserError: no workdir, no checkpoint there, or none of `step`.
+          UserError: no workdir, no checkpoint or assets there, or none of `step`.
         """
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
         config, params, _ = weights_of_run(workdir, mesh, step=step, for_sampling=True)
@@ -105,6 +106,11 @@ class Pipeline:
         text_cache: str | Path | None = None,
     ) -> "Pipeline":
         """Weights in memory with the codec, text encoder and clip size of a dataset folder."""
+        if not Path(assets).is_dir():
+            raise UserError(
+                f"{assets}: no such folder; train writes it beside the checkpoints, and sampling "
+                "needs both: copy the whole workdir"
+            )
         schema = read_schema(assets)
         codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
         text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh, text_cache)
@@ -149,6 +155,7 @@ class Pipeline:
         sample = sample or self.config.sample
         # All at once, so that a prompt that cannot be encoded is refused before any clip is made.
         text = caption_features(self.text_encoder, [*prompts, ""])
+        tell_cut(text["text_mask"][:-1], "prompts", "text.length of the training")
         if isinstance(self.text_encoder, TextCache):
             self.text_encoder.release()
         # Batches of one size, the last padded, so that one compiled program serves all. Guidance

@@ -217,6 +217,15 @@ def prepare(folder, names, config=CONFIG, **options):
     return prepare_dataset(path, folder / "set", config, **options)
 
 
+def test_captions_that_fill_the_text_length_are_counted(tmp_path, capsys):
+    prepare(tmp_path, ["b0000000001.mp4", "b2.mp4", "b0000000003.mp4"])
+    assert (
+        "2 captions fill all 24 tokens: what is longer is cut (--text-" in capsys.readouterr().out
+    )
+    prepare(tmp_path, ["b2.mp4"], overwrite=True)
+    assert "tokens" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_records_hold_what_codec_and_text_encoder_made(tmp_path, batch_size):
     names = [f"b{i}.mp4" for i in range(7)]

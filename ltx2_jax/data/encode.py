@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from ltx2_jax.caption_encoder import RandomEncoder, caption_features
+from ltx2_jax.caption_encoder import RandomEncoder, caption_features, tell_cut
 from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.media import Clip, check_even, read_clip
 from ltx2_jax.data.records import (
@@ -194,7 +194,7 @@ def encode_clips(
     Raises:
       UserError: no clip can be used.
     """
-    schema = None
+    schema, masks = None, []
     usable = len(clips.rows) - len(clips.bad)
     with tqdm(desc="encoding clips", total=usable, unit="clip", disable=None) as bar:
         for batch in _batches(iter(clips), _fitting(config.batch_size, config)):
@@ -206,7 +206,9 @@ def encode_clips(
                     schema = _schema(record, writer.staging, config)
                     writer.start(schema)
                 writer.write(record)
+                masks.append(record["text_mask"])
             bar.update(len(batch))
+    tell_cut(masks, "captions", "--text-length of prepare, text.length of train")
     for index, reason in sorted(clips.bad.items()):
         writer.skip(clips.rows[index].name, reason)
     if schema is None:
