@@ -20,6 +20,21 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
+def finite(text: str) -> float:
+    """A number, for the `type` of an argument."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def seed_flag(text: str) -> int:
+    """A whole number of 32 bits, for the `type` of an argument."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def mesh_flag(text: str) -> tuple[int, int, int]:
     """ "16,2,2": the sizes of data, model and sequence, for the `type` of an argument."""
     parts = text.split(",")

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import json
+import math
 import runpy
 import traceback
 import types
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.data.synthetic import SyntheticConfig, check_seed
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
@@ -41,6 +42,7 @@ class RandomEncoderConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_seed(self)
         for name in self.gemma.layers:
             if name not in ("sliding", "full"):
                 raise UserError(f"gemma.layers: {name!r} is not one of sliding, full")
@@ -162,6 +164,10 @@ class SampleConfig:
 
     def __post_init__(self):
         _check_least(self, num_clips=1, batch_size=1)
+        check_seed(self)
+        for name in ("video_guidance", "audio_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)} is not a number")
         schedules.make_sigmas(self.schedule, self.steps)  # refused now, not after the training
 
 
@@ -186,6 +192,7 @@ class Config:
 
     def __post_init__(self):
         _check_least(self, num_steps=1)
+        check_seed(self)
 
 
 def _check_least(config: Any, **least: int) -> None:

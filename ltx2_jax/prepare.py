@@ -15,6 +15,7 @@ from ltx2_jax.data.records import Records
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import LENGTH, TextEncoder
 
@@ -38,30 +39,39 @@ example:
 """
 
 
+def main(args: argparse.Namespace) -> None:
+    """Make or load the codec and the text encoder, prepare, report."""
+    codec, text_encoder = _codec(args), _text_encoder(args)
+    config = PrepareConfig(
+        num_frames=args.num_frames,
+        height=args.height,
+        width=args.width,
+        fps=args.fps,
+        text_length=args.text_length or 32,
+    )
+    records = prepare_dataset(
+        args.table,
+        args.out,
+        config,
+        codec=codec,
+        text_encoder=text_encoder,
+        overwrite=args.overwrite,
+    )
+    _report(records)
+
+
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
-        codec, text_encoder = _codec(args), _text_encoder(args)
-        config = PrepareConfig(
-            num_frames=args.num_frames,
-            height=args.height,
-            width=args.width,
-            fps=args.fps,
-            text_length=args.text_length or 32,
-        )
-        records = prepare_dataset(
-            args.table,
-            args.out,
-            config,
-            codec=codec,
-            text_encoder=text_encoder,
-            overwrite=args.overwrite,
-        )
-        _report(records)
+        with termination_interrupts():
+            main(args)
     except UserError as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -84,6 +94,8 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomE
     """The text encoder of --text-encoder, or what to make."""
     paths, default = args.text_encoder, RandomEncoderConfig()
     own = {name: getattr(args, name) for name in ("text_length", "vocab_size", "text_widths")}
+    if args.text_cache and not paths:
+        raise UserError("--text-cache: for a released text encoder only (--text-encoder)")
     if not paths:
         video, audio = args.text_widths or (default.video_dim, default.audio_dim)
         vocabulary = args.vocab_size or default.gemma.vocab_size
@@ -95,7 +107,10 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomE
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
     if len(paths) == 1:
-        return load_caption_encoder(paths[0], make_mesh())
+        encoder = load_caption_encoder(paths[0], make_mesh(), args.text_cache)
+        if args.text_cache and not isinstance(encoder, TextCache):
+            raise UserError(f"--text-cache: {paths[0]} holds a random text encoder, not a released")
+        return encoder
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
     return released_encoder(

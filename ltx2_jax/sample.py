@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ltx2_jax.arguments import finite, seed_flag
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.pipeline import Pipeline, write_clips
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.sync import sync_report
 
 DESCRIPTION = """\
@@ -69,10 +71,14 @@ def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
-        main(args)
+        with termination_interrupts():
+            main(args)
     except UserError as error:
         print(f"sample: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sample: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -143,11 +149,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="keeps features of prompts; a released text encoder is loaded for new ones only",
     )
-    add("--seed", type=int, help="of the noise, and of the captions made up")
+    add("--seed", type=seed_flag, help="of the noise, and of the captions made up")
     add("--steps", type=int, metavar="N", help="calls of the model for each clip")
     add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
-    add("--video-guidance", type=float, metavar="SCALE", help="how strictly to the prompt; 1 = off")
-    add("--audio-guidance", type=float, metavar="SCALE", help="the same for the sound")
+    add("--video-guidance", type=finite, metavar="SCALE", help="how close to the prompt; 1 = off")
+    add("--audio-guidance", type=finite, metavar="SCALE", help="the same for the sound")
     add(
         "--mesh",
         type=_mesh,

@@ -1,11 +1,26 @@
-"""Ctrl-C and SIGTERM as a request: the step that runs is finished and saved first."""
+"""What Ctrl-C and SIGTERM do."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """While in context, SIGTERM is what Ctrl-C is, so that half-written folders are removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopSignals:
-    """While in context, SIGINT and SIGTERM set `requested`; a second SIGINT interrupts at once."""
+    """While in context, SIGINT and SIGTERM set `requested`; a second SIGINT interrupts at once.
+
+    So the training step that runs is finished and saved first.
+    """
 
     def __enter__(self) -> "StopSignals":
         self.requested = False

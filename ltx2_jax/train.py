@@ -27,7 +27,7 @@ from ltx2_jax.files import only_run, replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
-from ltx2_jax.stop_signals import StopSignals
+from ltx2_jax.stop_signals import StopSignals, termination_interrupts
 from ltx2_jax.sync import sync_report
 from ltx2_jax.weights import initial
 
@@ -156,7 +156,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     try:
         started = time.perf_counter()
-        main(config_lib.load(args.config, config_lib.overrides(rest)))
+        with termination_interrupts():
+            main(config_lib.load(args.config, config_lib.overrides(rest)))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     except UserError as error:
         print(f"train: error: {error}", file=sys.stderr)

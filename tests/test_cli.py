@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_help_shows_an_example(name, capsys):
         ("sample", ["a ball"], "--workdir"),
         ("sample", ["--workdir=x", "--mesh=1,2"], "--mesh"),
         ("sample", ["--workdir=x", "--steps=some"], "--steps"),
+        ("sample", ["--workdir=x", "--seed=-1"], "--seed"),
+        ("sample", ["--workdir=x", "--seed=4294967296"], "--seed"),
+        ("sample", ["--workdir=x", "--video-guidance=nan"], "--video-guidance"),
         ("prepare", ["table.csv", "out"], "--num-frames"),
     ],
 )
@@ -101,6 +105,10 @@ def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsy
         (["--config.sample.schedule=euler"], "no schedule is called 'euler': choose from ltx2, "),
         (["--config.sample.schedule=distilled"], "the distilled schedule has 8 steps, not 30"),
         (["--config.data.path=no/where"], "no/where: no dataset here"),
+        (["--config.seed=-1"], "seed=-1 is not from 0 to 4294967295"),
+        (["--config.sample.seed=4294967296"], "seed=4294967296 is not from 0 to"),
+        (["--config.text.encoder.seed=-1"], "seed=-1 is not from 0 to"),
+        (["--config.sample.audio_guidance=1e999"], "audio_guidance=inf is not a number"),
         (["--config.text.generation=2.3"], "text.generation='2.3': synthetic clips have 'random'"),
         (
             ["--config.text.encoder.video_dim=64"],
@@ -272,6 +280,12 @@ def test_sample_names_a_workdir_without_a_checkpoint(refused, tmp_path):
     assert error.startswith(f"sample: error: {tmp_path}: no checkpoint")
 
 
+def test_sample_names_what_a_copied_workdir_lacks(workdir, refused, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    error = refused(sample.cli, f"--workdir={tmp_path}", "a ball")
+    assert error.startswith(f"sample: error: {tmp_path}/assets: no such folder; train writes it")
+
+
 def test_sample_never_writes_over_clips(refused, tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "file").write_text("")
@@ -310,6 +324,24 @@ def test_prepare_with_bad_clips_only_names_the_first(refused, tmp_path):
     error = refused(prepare.cli, table, tmp_path / "out", *SIZE)
     assert "none of the 2 clips can be used; the first: silent.mp4: no sound" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_cache_needs_a_released_text_encoder(refused, workdir, tmp_path):
+    flags = ("clips.csv", tmp_path / "out", *SIZE, f"--text-cache={tmp_path}/features")
+    assert "--text-cache: for a released text encoder only" in refused(prepare.cli, *flags)
+    file = workdir / "data" / "records" / "text_encoder.safetensors"
+    error = refused(prepare.cli, *flags, f"--text-encoder={file}")
+    assert f"--text-cache: {file} holds a random text encoder" in error
+
+
+@pytest.mark.parametrize(("module", "name"), [(prepare, "prepare"), (sample, "sample")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_ends_a_command_in_one_line(module, name, number, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "main", lambda args: signal.raise_signal(number))
+    assert entry(name)(["--workdir=x"] if name == "sample" else ["t.csv", "out", *SIZE]) == 130
+    assert capsys.readouterr().err.startswith(f"{name}: interrupted")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- the package ---------------------------------------------------------------------------------

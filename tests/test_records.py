@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import threading
 
 import ml_dtypes
@@ -168,6 +169,23 @@ def test_a_process_killed_while_writing_leaves_no_dataset(tmp_path):
         open_records(tmp_path / "set")
     write(tmp_path / "set", count=2)  # the next attempt is not in the way of what was left
     assert len(open_records(tmp_path / "set")) == 2
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    with RecordWriter(tmp_path / "set") as alive:
+        killed = alive.staging.with_name(".set.0123abcd.partial")
+        other = alive.staging.with_name(".other.0123abcd.partial")
+        for folder in (killed, other):
+            folder.mkdir()
+            (folder / "shard-0").touch()
+        write(tmp_path / "set", count=2)
+        assert alive.staging.exists()
+        assert other.exists()
+        assert not killed.exists()
+        alive.start(make_schema(make_record(0)))
+        alive.write(make_record(0))
+        shutil.rmtree(tmp_path / "set")
+    assert len(open_records(tmp_path / "set")) == 1
 
 
 def test_a_failed_rename_puts_the_old_dataset_back(tmp_path, monkeypatch):

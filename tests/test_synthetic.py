@@ -216,6 +216,7 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
         ({"families": ("dance",)}, "dance"),
         ({"families": ()}, "families"),
         ({"num_clips": 0}, "num_clips"),
+        ({"seed": -1}, "synthetic: seed=-1 is not from 0 to 4294967295"),
     ],
 )
 def test_bad_configs_are_refused_by_name(change, message):

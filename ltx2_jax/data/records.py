@@ -23,6 +23,8 @@ channels; S text tokens; Dv Da widths of the text features for video and audio):
     source      str                    the clip's path as its table gives it
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -40,7 +42,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import reason
+from ltx2_jax.files import locked, reason
 
 VERSION = 2
 INDEX_NAME = "dataset.json"
@@ -152,13 +154,16 @@ class RecordWriter:
         self._schema: Schema | None = None
         self._shard: ArrayRecordWriter | None = None
         self._shards: list[dict[str, Any]] = []
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
         self._check_target()
+        self._remove_abandoned()
         try:
             self.staging.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{self.staging.parent}: cannot write here: {error.strerror}") from None
+        self._held.enter_context(locked(self.staging))
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -169,6 +174,7 @@ class RecordWriter:
                 self._finish()
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
+            self._held.close()
 
     def start(self, schema: Schema) -> None:
         """Sets what every record must look like; once, before the first `write`."""
@@ -199,6 +205,14 @@ class RecordWriter:
     def skip(self, source: str, reason: str) -> None:
         """Notes that a clip was left out."""
         self.skipped.append({"source": source, "reason": reason})
+
+    def _remove_abandoned(self) -> None:
+        """What writers of the same dataset left that were killed; those alive hold theirs."""
+        pattern = f".{glob.escape(self._folder.name)}.*.partial"
+        for staging in self._folder.parent.glob(pattern):
+            with contextlib.suppress(OSError), locked(staging) as abandoned:
+                if abandoned:
+                    shutil.rmtree(staging, ignore_errors=True)
 
     def _check_target(self) -> None:
         if not self._folder.exists():

@@ -23,6 +23,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -85,11 +86,17 @@ WORDINGS = {
 }
 
 
+def check_seed(config: Any, where: str = "") -> None:
+    """UserError unless `config.seed` is what all generators of random numbers take."""
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"{where}seed={config.seed} is not from 0 to {2**32 - 1}")
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
     """What to render. Sizes in pixels (at least 16), fps in frames per second, sample_rate in Hz.
 
-    Raises UserError for a size, rate, count or family that cannot be rendered.
+    Raises UserError for a size, rate, count, seed or family that cannot be rendered.
     """
 
     num_clips: int = 512
@@ -107,6 +114,7 @@ class SyntheticConfig:
                 raise UserError(f"synthetic: {name} must be at least {least}")
         if not (self.fps > 0 and self.sample_rate > 0):
             raise UserError("synthetic: fps and sample_rate must be positive")
+        check_seed(self, "synthetic: ")
         object.__setattr__(self, "families", tuple(self.families))
         unknown = sorted(set(self.families) - set(FAMILIES))
         if unknown or not self.families:
