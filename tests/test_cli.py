@@ -21,6 +21,7 @@ from ltx2_jax.config import load
 from ltx2_jax.data.encode import OtherDataset
 from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import open_records
+from ltx2_jax.text_cache import TextCache
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
@@ -332,6 +333,13 @@ def test_a_text_cache_needs_a_released_text_encoder(refused, workdir, tmp_path):
     file = workdir / "data" / "records" / "text_encoder.safetensors"
     error = refused(prepare.cli, *flags, f"--text-encoder={file}")
     assert f"--text-cache: {file} holds a random text encoder" in error
+
+
+def test_a_dataset_that_names_a_released_text_encoder_is_read_through_the_cache(monkeypatch):
+    caches = {"features": object.__new__(TextCache)}
+    monkeypatch.setattr(prepare, "load_caption_encoder", lambda path, mesh, folder: caches[folder])
+    flags = ["t.csv", "out", *SIZE, "--text-encoder=text.safetensors", "--text-cache=features"]
+    assert prepare._text_encoder(prepare._parser().parse_args(flags)) is caches["features"]
 
 
 @pytest.mark.parametrize(("module", "name"), [(prepare, "prepare"), (sample, "sample")])
