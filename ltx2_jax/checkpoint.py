@@ -63,9 +63,9 @@ class Checkpoints:
         Raises:
           UserError: the disk did not take this checkpoint or the one before.
         """
-        self._open_for_writing()
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
         with self._writing():
+            self._open_for_writing()
             self._pending = self._checkpointer.save_async(
                 step, state, force=True, custom_metadata=metadata
             )

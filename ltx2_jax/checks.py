@@ -57,10 +57,11 @@ def part_of_batch(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int
     rows = sorted({row for (span,) in spans for row in range(batch_size)[span]})
     first, count = rows[0], len(rows)
     if rows[-1] - first + 1 != count or first % count or batch_size % count:
+        some = ", ".join(map(str, rows[:8])) + (", ..." if count > 8 else "")
         raise UserError(
-            f"mesh: the devices of this host hold rows {str(rows)[1:-1]} of the batch of "
-            f"{batch_size}, which are not one block: use a mesh whose data axis goes through the "
-            "devices host by host, or the devices of one host"
+            f"mesh: the devices of this host hold rows {some} of the batch of {batch_size}, which "
+            "are not one block: use a mesh whose data axis goes through the devices host by host, "
+            "or the devices of one host"
         )
     return first // count, batch_size // count
 

@@ -36,11 +36,11 @@ def replacing(path: str | os.PathLike, *errors: type[Exception]) -> Iterator[Pat
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[bool]:
-    """Holds a file, which is made, or a folder that exists; False if somebody else holds it.
+def locked(path: str | os.PathLike) -> Iterator[bool | None]:
+    """True: holds a file, which is made, or a folder that exists. False: somebody else holds it.
 
-    The system lets go when the process ends, however it ends. On a disk that knows no locks,
-    everybody gets True.
+    None: the disk knows no such locks; those over a network have none of folders. The system lets
+    go when the process ends, however it ends.
     """
     flags = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT
     descriptor, held = os.open(path, flags, 0o666), True
@@ -48,7 +48,7 @@ def locked(path: str | os.PathLike) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            held = not isinstance(error, BlockingIOError)
+            held = False if isinstance(error, BlockingIOError) else None
         yield held
     finally:
         os.close(descriptor)
@@ -67,10 +67,10 @@ def only_run(workdir: str | os.PathLike, process_index: int = 0) -> Iterator[Non
         if process_index == 0:
             try:
                 Path(workdir).mkdir(parents=True, exist_ok=True)
-                free = stack.enter_context(locked(Path(workdir) / ".lock"))
+                held = stack.enter_context(locked(Path(workdir) / ".lock"))
             except OSError as error:
                 raise UserError(f"{workdir}: cannot be a workdir ({reason(error)})") from None
-            if not free:
+            if held is False:
                 raise UserError(f"{workdir}: another run is writing here")
         yield
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 
 import pytest
@@ -66,6 +68,19 @@ def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path):
             assert (first, second) == (True, False)
         with locked(path) as third:
             assert third
+
+
+def test_where_the_disk_knows_no_locks_nobody_is_kept_out_and_nothing_is_held(
+    tmp_path, monkeypatch
+):
+    def flock(descriptor, operation):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path) as held:
+        assert held is None
+    with only_run(tmp_path), only_run(tmp_path):
+        pass
 
 
 def test_a_second_run_in_a_workdir_is_refused(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -186,6 +187,14 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
         alive.write(make_record(0))
         shutil.rmtree(tmp_path / "set")
     assert len(open_records(tmp_path / "set")) == 1
+
+
+def test_nothing_is_removed_where_nobody_knows_whether_its_writer_lives(tmp_path, monkeypatch):
+    left = tmp_path / ".set.0123abcd.partial"
+    left.mkdir()
+    monkeypatch.setattr(records, "locked", lambda path: contextlib.nullcontext(None))
+    write(tmp_path / "set")
+    assert left.exists()
 
 
 def test_a_failed_rename_puts_the_old_dataset_back(tmp_path, monkeypatch):

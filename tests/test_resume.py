@@ -77,6 +77,11 @@ def test_a_run_leaves_a_clip_with_sound_and_a_contact_sheet(uninterrupted):
     assert "real clips: " in output
 
 
+def test_the_time_of_a_step_leaves_out_compilation_and_checkpoints(uninterrupted):
+    untimed = [row["step"] for row in read_metrics(uninterrupted[0]) if "step_time" not in row]
+    assert untimed == [1, 5, 9]  # checkpoints are written at 4, 8 and 12
+
+
 def test_killed_at_any_moment_the_run_continues_bit_for_bit(uninterrupted, tmp_path):
     workdir = seeded(uninterrupted, tmp_path)
     for step in (5, 8):  # checkpoints are written at 4, 8 and 12

@@ -103,13 +103,16 @@ class ClipReader:
         # Decoding releases the GIL. The window bounds the number of decoded clips that wait.
         threads = min(8, os.cpu_count() or 1)
         waiting: deque[tuple[int, Future]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
+        pool = ThreadPoolExecutor(threads)
+        try:
             for index in [i for i in range(len(self.rows)) if i not in self.bad]:
                 waiting.append((index, pool.submit(self._load, index)))
                 if len(waiting) > _fitting(2 * threads, self._config):
                     yield from self._take(*waiting.popleft())
             while waiting:
                 yield from self._take(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)  # who is interrupted does not wait for all of them
         if len(self.bad) == len(self.rows):
             first = f"{self.rows[0].name}: {self.bad[0]}"
             raise UserError(f"none of the {len(self.rows)} clips can be used; the first: {first}")
