@@ -18,7 +18,6 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import export, hub, report
 from ltx2_jax.weights import lora as loras
-from ltx2_jax.weights.folder import WeightsFolder
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release, looks_like_lora
 from ltx2_jax.weights.tensor_files import TensorFile
@@ -77,10 +76,8 @@ def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) 
     official = Path(dst).suffix == ".safetensors"
     with contextlib.ExitStack() as stack:
         release = stack.enter_context(open_release(*sources))
-        raw: set[str] = set()
-        if official and not isinstance(release, WeightsFolder):
-            # What is not touched is copied byte by byte; LoRA files touch the transformer alone.
-            raw = set(release.networks) - ({"transformer"} if args.lora else set())
+        # What is not touched is copied byte by byte; LoRA files touch the transformer alone.
+        raw = set(release.networks) - ({"transformer"} if args.lora else set())
         base = stack.enter_context(open_release(args.base)) if args.base else None
         if base is not None:
             release.describe_by(base)

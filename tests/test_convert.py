@@ -229,6 +229,41 @@ def test_a_bare_fine_tune_takes_config_and_all_else_from_a_base(tmp_path):
     )
 
 
+@pytest.mark.parametrize("base", ["file", "folder"])
+def test_a_base_of_either_layout_completes_a_file_and_a_folder(base, tmp_path):
+    prefix, tensors = "model.diffusion_model.", load_file(CHECKPOINT)
+    tuned = {k: v for k, v in tensors.items() if k.startswith(prefix) and "connector" not in k}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    run(CHECKPOINT, tmp_path / "folder")
+    given = ("--base", {"file": CHECKPOINT, "folder": tmp_path / "folder"}[base])
+    run(tmp_path / "tuned.safetensors", tmp_path / "full.safetensors", *given)
+    run(tmp_path / "tuned.safetensors", tmp_path / "full", *given)
+    run(tmp_path / "full", tmp_path / "back.safetensors")
+    for name in ("full", "back"):
+        got = load_file(tmp_path / f"{name}.safetensors")
+        assert {k: v.tobytes() for k, v in got.items()} == {
+            k: v.tobytes() for k, v in tensors.items()
+        }
+
+
+def test_a_run_completed_by_a_base_becomes_a_folder_that_opens(workdir, tmp_path):
+    base_for(RUN, tmp_path / "base.safetensors")
+    run(workdir, tmp_path / "full", "--base", tmp_path / "base.safetensors")
+    with open_release(tmp_path / "full") as release:
+        assert set(release.networks) == {"transformer", "connectors", "video_vae"}
+        for network in release.networks:
+            release.load(network)
+
+
+def test_a_folder_holds_the_dtypes_that_its_index_says(workdir, tmp_path):
+    run(workdir, tmp_path / "weights", "--dtype=bfloat16")
+    with open_release(tmp_path / "weights") as release:
+        held = release.networks["transformer"]
+        stored = {source.stored.dtype for source in held.tensors.values()}
+        loaded = {leaf.dtype for leaf in jax.tree.leaves(release.load("transformer")[1])}
+    assert stored == loaded == {np.dtype("bfloat16")}
+
+
 def test_a_run_of_another_network_than_its_base_is_refused(workdir, tmp_path, capsys):
     error = said(capsys, workdir, tmp_path / "x.safetensors", "--base", CHECKPOINT)
     assert "checkpoint.safetensors: is another network (model.num_layers: 3 -> 2" in error
@@ -280,6 +315,24 @@ def test_inspect_shows_what_is_wrong_with_a_network(tmp_path, capsys):
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
+
+
+def test_a_file_that_does_not_fit_its_config_is_not_copied(tmp_path, capsys):
+    prefix, tensors = "model.diffusion_model.", load_file(CHECKPOINT)
+    blocks = {k: v for k, v in tensors.items() if ".transformer_blocks.1." not in k}
+    strange = tensors | {f"{prefix}transformer_blocks.0.strange": np.zeros(3, np.float32)}
+    codes = tensors | {"vae.decoder.conv_in.conv.bias": np.zeros(5, np.int8)}
+    for wrong, message in (
+        (blocks, "missing transformer_blocks.1.attn1.to_q.weight"),
+        (strange, "unknown transformer_blocks.0.strange"),
+        (codes, "decoder.conv_in.conv.bias is stored as int8"),
+    ):
+        save_file(wrong, tmp_path / "wrong.safetensors", metadata_of(CHECKPOINT))
+        out = tmp_path / "out.safetensors"
+        assert message in said(capsys, tmp_path / "wrong.safetensors", out)
+        given = (CHECKPOINT, out, "--base", tmp_path / "wrong.safetensors")
+        assert message in said(capsys, *given)
+        assert not out.exists()
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
@@ -335,6 +388,10 @@ def test_a_damaged_folder_of_weights_is_named(tmp_path, capsys):
         index.write_text(content)
         assert message in said(capsys, tmp_path / "weights", tmp_path / "x.safetensors")
     index.write_text(text)
+    run(CHECKPOINT, tmp_path / "full")
+    (tmp_path / "full" / "rest.safetensors").unlink()
+    error = said(capsys, tmp_path / "full", tmp_path / "x.safetensors")
+    assert "rest.safetensors: weights.json names tensors that are not there: vocoder.mel" in error
     shutil.rmtree(tmp_path / "weights" / "upsampler")
     assert "upsampler: is no checkpoint" in said(
         capsys, tmp_path / "weights", tmp_path / "x.safetensors"

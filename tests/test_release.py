@@ -210,7 +210,7 @@ def test_a_fine_tune_without_prefix_and_metadata_gets_both(path, prefix, tmp_pat
     if path.parts[-2] == "v2.0":  # no gates tell its number of heads: only released widths do
         with open_release(path) as release:
             config = release.config("transformer")
-        heads = {"num_heads": 32, "audio_num_heads": 32, "head_dim": 1, "audio_head_dim": 1}
+        heads = {"num_heads": 32, "audio_num_heads": 32, "head_dim": 2, "audio_head_dim": 2}
         wanted = dataclasses.replace(config, **heads)
         params = mapping.parameters(partial(transformer.create, wanted), transformer.TABLE)
         tensors = {DIT + n: np.zeros(p.official_shape, np.float32) for p in params for n in p.names}
@@ -265,7 +265,8 @@ def test_float8_is_scaled_up_block_by_block(suffix, rows, tmp_path):
         tensors[f"{module}.input_scale"] = np.float32(1).reshape(())
     tensors["scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
     tensors[f"{DIT}scaled_fp8"] = tensors.pop("scaled_fp8")
-    path = written(tmp_path / "fp8.safetensors", tensors, metadata_of(CHECKPOINT))
+    metadata = metadata_of(CHECKPOINT) | {"_quantization_metadata": '{"layers": {}}'}
+    path = written(tmp_path / "fp8.safetensors", tensors, metadata)
     before = tensors_of(CHECKPOINT, "transformer")["transformer_blocks.1.attn1.to_q.weight"]
     for where, dtype in ((None, None), (make_mesh(2, 2, 2), "float32")):
         with open_release(path) as release:
@@ -279,6 +280,7 @@ def test_float8_is_scaled_up_block_by_block(suffix, rows, tmp_path):
         export.of_release(release, raw=release.networks).write(tmp_path / "bf16.safetensors")
     out = load_file(tmp_path / "bf16.safetensors")
     assert set(out) == set(load_file(CHECKPOINT))
+    assert metadata_of(tmp_path / "bf16.safetensors") == metadata_of(CHECKPOINT)
     name = f"{modules[0]}.weight"
     np.testing.assert_array_equal(out[name], wanted[modules[0]].astype(ml_dtypes.bfloat16))
 

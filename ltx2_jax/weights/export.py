@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 
 from ltx2_jax import checkpoint
 from ltx2_jax.config import Config
@@ -42,6 +44,7 @@ PREFIXES = {
     "upsampler": "",
 }
 TRAINED = ("transformer", "connectors")
+QUANTIZATION = "_quantization_metadata"  # says which layers are float8: of none that was scaled up
 
 
 @dataclass
@@ -53,6 +56,8 @@ class Export:
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]  # name in the file -> dtype, shape
     streams: dict[str, Stream]  # network -> its parameters with their values
     copied: dict[str, Source] = field(default_factory=dict)  # name in the file -> where it is
+    # Networks that an official file takes byte by byte: name in the file -> where it is.
+    raw: dict[str, dict[str, Source]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +73,9 @@ class Export:
             path, self.tensors, self.metadata, progress=path.name if progress else None
         ) as writer:
             for network, stream in self.streams.items():
-                for parameter, array in stream():
+                for name, source in self.raw.get(network, {}).items():
+                    writer.copy(name, source)
+                for parameter, array in stream() if network not in self.raw else ():
                     writer.put(parameter, array, self.names[network])
             for name, source in self.copied.items():
                 writer.copy(name, source)
@@ -84,14 +91,15 @@ class Export:
             dict(below.tensors),
             {name: stream for name, stream in below.streams.items() if name not in self.names},
             dict(below.copied),
+            {name: raw for name, raw in below.raw.items() if name not in self.names},
         )
         for network in self.names:
             for name in below.names.get(network, {}).values():
                 out.tensors.pop(name)
-                out.copied.pop(name, None)
         out.tensors |= self.tensors
         out.streams |= self.streams
         out.copied |= self.copied
+        out.raw |= self.raw
         return out
 
     def save(self, path: str | os.PathLike) -> None:
@@ -100,7 +108,10 @@ class Export:
             if jax.process_index() == 0:
                 temporary.mkdir()
             for network, stream in self.streams.items():
-                arrays = {folder.name_of(parameter): array for parameter, array in stream()}
+                arrays = {
+                    folder.name_of(parameter): self._as_listed(network, parameter, array)
+                    for parameter, array in stream()
+                }
                 checkpoint.save_arrays(temporary / network, arrays)
                 del arrays
             if self.copied:
@@ -115,6 +126,16 @@ class Export:
                 }
                 index = {"kind": folder.KIND, "metadata": self.metadata, "tensors": tensors}
                 (temporary / folder.INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+    def _as_listed(self, network: str, parameter: Parameter, array: Any) -> Any:
+        """An array in the dtype that `tensors` promises, the widest where its layers differ."""
+        names = self.names[network]
+        kinds = {
+            canonicalize_dtype(self.tensors[names[name]][0])  # jax has no float64 unless asked to
+            for name in parameter.names
+            if name in names
+        }
+        return array.astype(jnp.result_type(*kinds)) if kinds else array
 
 
 def of_release(
@@ -131,7 +152,7 @@ def of_release(
     Args:
       release: open as long as the export is used.
       param_dtype: of the transformer and the connectors; None keeps what is stored.
-      raw: networks whose tensors are copied byte by byte, without passing the devices.
+      raw: networks whose tensors `write` copies byte by byte, without passing the devices.
       prefixed: give a single file, too, the prefixes of the single-file layout.
 
     Raises:
@@ -156,10 +177,10 @@ def of_release(
         for name, source in held.unread.items():
             if not held.scales:  # else what is left of the quantization means nothing any more
                 export.copied[name_of[name]] = source
-        if network in raw and cast is None and not held.scales:
-            export.copied |= {name_of[name]: source for name, source in held.tensors.items()}
-        else:
-            export.streams[network] = _stream(release, network, cast)
+        export.streams[network] = _stream(release, network, cast)
+        here = not isinstance(release, folder.WeightsFolder)  # that has no official bytes
+        if network in raw and here and cast is None and not held.scales:
+            export.raw[network] = {name_of[n]: source for n, source in held.tensors.items()}
     export.copied |= {name: source for name, source in release.beside.items()}
     for name, source in export.copied.items():
         export.tensors[name] = (source.stored.dtype, source.stored.shape)
@@ -258,6 +279,8 @@ def _metadata(release: Release) -> dict[str, str]:
     config: dict[str, Any] = {}
     for file in reversed(release.files):
         metadata |= file.metadata
+    if any(held.scales for held in release.networks.values()):
+        metadata.pop(QUANTIZATION, None)
     for network in release.networks:
         key = NETWORKS[network].section
         if network == "gemma":

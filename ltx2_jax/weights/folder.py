@@ -54,10 +54,14 @@ class WeightsFolder(Release):
         rest = self.path / REST
         self._rest = TensorFile(rest) if rest.is_file() else None
         super().__init__([listing], str(path))
-        if self._rest is not None:
-            for held in self.networks.values():
-                held.unread = {n: Source(self._rest, s.name) for n, s in held.unread.items()}
-            self.beside = {n: Source(self._rest, s.name) for n, s in self.beside.items()}
+        groups = [self.beside, *(held.unread for held in self.networks.values())]
+        wanted = {source.name for group in groups for source in group.values()}
+        if missing := wanted.difference(self._rest.tensors if self._rest else ()):
+            self.close()
+            names = ", ".join(mapping.in_short(sorted(missing)))
+            raise UserError(f"{rest}: {INDEX} names tensors that are not there: {names}")
+        for group in groups:
+            group.update({n: Source(self._rest, source.name) for n, source in group.items()})
 
     def stream(
         self,
