@@ -84,12 +84,12 @@ def load_codec(
       UserError: a missing or unreadable file, none or two of a network, a config that is not
         supported, released files that are gone or changed since `prepare` named them.
     """
-    if len(paths) == 1 and not Path(paths[0]).is_dir():
-        metadata = read_metadata(hub.fetch(paths[0]))
+    if len(paths) == 1 and (path := hub.fetch(paths[0])).is_file():
+        metadata = read_metadata(path)
         if metadata.get("kind", "").startswith("ltx2_jax.linear_codec"):
-            return LinearCodec.load(paths[0])
+            return LinearCodec.load(path)
         if metadata.get("kind") == REFERENCE:
-            paths = followed(Path(paths[0]), metadata)
+            paths = followed(path, metadata)
     release = open_release(*paths)  # open as long as the codec, which reads weights when it works
     missing = [n for n in ("video_vae", "audio_vae", "vocoder") if n not in release.networks]
     if missing:
@@ -126,8 +126,13 @@ def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:
 def fingerprint(path: Path) -> str:
     """A hash that tells a released file from others without reading all of it.
 
-    Of its size, its first megabyte with the header, and a megabyte at its middle and its end.
+    Of its size, its first megabyte with the header, and a megabyte at its middle and its end; of a
+    folder of weights those of all its files, and their names.
     """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        named = [f"{file.relative_to(path)} {fingerprint(file)}" for file in files]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
     size, piece = path.stat().st_size, 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -144,7 +149,7 @@ def followed(path: Path, metadata: dict[str, str]) -> list[Path]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); run prepare again") from error
     for released, expected in named:
-        if not released.is_file():
+        if not released.exists():
             raise UserError(f"{path}: names {released}, which is not there; put it back")
         if fingerprint(released) != expected:
             raise UserError(f"{path}: {released} is not the file that the latents were made with")

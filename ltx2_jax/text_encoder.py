@@ -33,9 +33,10 @@ from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeatures
 from ltx2_jax.sharding import make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights import gemma as gemma_weights
 from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
+from ltx2_jax.weights.folder import INDEX
+from ltx2_jax.weights.gemma import stored_dtype, weight_files
 from ltx2_jax.weights.opening import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
@@ -167,9 +168,7 @@ class TextEncoder:
                 dtype=dtype,
                 last_layer_only=last_layer_only,
             )
-            gemma = language.module(
-                "gemma", mesh, config=config, param_dtype=gemma_weights.stored_dtype(dtype)
-            )
+            gemma = language.module("gemma", mesh, config=config, param_dtype=stored_dtype(dtype))
             encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
             encoder.generation = release.generation("connectors")
         encoder._files = checkpoint.resolve(), text_encoder.resolve()
@@ -254,12 +253,14 @@ def write_reference(
     last_layer_only: bool,
 ) -> None:
     """Writes a small file that names released ones and says how they are used."""
-    files = [Path(checkpoint).resolve(), *gemma_weights.weight_files(Path(text_encoder).resolve())]
+    encoder = Path(text_encoder).resolve()
+    ours = (encoder / INDEX).is_file()  # a folder of weights, which is named as a whole
+    files = [Path(checkpoint).resolve(), *([encoder] if ours else weight_files(encoder))]
     named = [{"path": str(p), "fingerprint": codec.fingerprint(p)} for p in files]
     metadata = {
         "kind": REFERENCE,
         "checkpoint": str(files[0]),
-        "text_encoder": str(Path(text_encoder).resolve()),
+        "text_encoder": str(encoder),
         "length": str(length),
         "dtype": dtype,
         "last_layer_only": str(last_layer_only),

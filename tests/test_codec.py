@@ -10,6 +10,8 @@ import tiny_codec
 from ltx2_jax.codec import load_codec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.tiling import TileSizes
+from ltx2_jax.weights import export
+from ltx2_jax.weights.opening import open_release
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,17 @@ def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, p
     again = load_codec(tmp_path / "codec.safetensors", devices=jax.devices()[:1], dtype="float32")
     assert again.generation == codec.generation
     np.testing.assert_array_equal(again.video.encode(pixels), codec.video.encode(pixels))
+
+
+def test_a_reference_to_a_folder_of_weights_tells_it_from_others(paths, tmp_path):
+    with open_release(*paths) as release:
+        export.of_release(release).save(tmp_path / "weights")
+    load_codec(tmp_path / "weights").save(tmp_path / "codec.safetensors")
+    assert load_codec(tmp_path / "codec.safetensors").paths == [tmp_path / "weights"]
+    big = max((tmp_path / "weights").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    big.write_bytes(big.read_bytes()[::-1])
+    with pytest.raises(UserError, match="weights is not the file"):
+        load_codec(tmp_path / "codec.safetensors")
 
 
 def test_a_reference_to_files_that_moved_or_changed_is_refused(tmp_path):

@@ -37,6 +37,9 @@ class Listing:
     metadata: dict[str, str]
     tensors: dict[str, Stored]
 
+    def read(self, name: str, *_: Any) -> Any:
+        raise UserError(f"{self.path}: {name} is not stored as in an official file; make it one")
+
     def close(self) -> None:
         pass
 
