@@ -229,6 +229,38 @@ def test_a_fine_tune_without_prefix_and_metadata_gets_both(path, prefix, tmp_pat
         release.load("transformer")
 
 
+def sharded(folder, tensors):
+    """Files of few tensors each, as trainers save them, and their index."""
+    names, weight_map = sorted(tensors), {}
+    for i in range(1, 7):
+        file = f"model-0000{i}-of-00006.safetensors"
+        part = names[(i - 1) * len(names) // 6 : i * len(names) // 6]
+        written(folder / file, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_of_a_fine_tune_without_prefix_are_one_transformer(tmp_path):
+    with open_release(CHECKPOINT) as release:
+        held = release.networks["transformer"].tensors | release.networks["connectors"].tensors
+        tensors = {name: source.file.read(source.name) for name, source in held.items()}
+    sharded(tmp_path, tensors)
+    with open_release(tmp_path) as release, open_release(CHECKPOINT) as base:
+        assert set(release.networks) == {"transformer", "connectors"}
+        release.describe_by(base)
+        for network in release.networks:
+            release.parameters(network, release.config(network))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_that_are_missing_are_named(index, tmp_path):
+    sharded(tmp_path, load_file(CHECKPOINT))
+    (tmp_path / "model-00002-of-00006.safetensors").unlink()
+    if not index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    assert "shards are missing: model-00002-of-00006.safetensors" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_guess_from_released_shapes_is_the_preset(name):
     cfg = PRESETS[name]
@@ -366,6 +398,7 @@ def test_files_of_something_else_are_told_what_they_are(tmp_path):
     path = tmp_path / "x.safetensors"
     assert "is a LoRA file" in refused(GOLDEN / "v2.3" / "lora.safetensors")
     diffusers = {"time_embed.linear.weight": np.zeros(2), "proj_in.weight": np.zeros(2)}
+    diffusers["transformer_blocks.0.attn1.to_q.weight"] = np.zeros(2)
     assert "has the layout of diffusers" in refused(written(path, diffusers))
     path.unlink()
     message = refused(written(path, {"unet.0.weight": np.zeros(2), "unet.1.weight": np.zeros(2)}))
@@ -418,6 +451,30 @@ def test_an_unknown_version_is_the_closest_known_one_with_a_warning(version, clo
         UserWarning, match=re.escape(f"model_version={version} is unknown; taken for")
     ):
         assert versions.generation(version) == closest
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("transformer", {"num_layers": "3"}, "transformer: num_layers='3' cannot be read"),
+        ("transformer", {"rope_type": "x"}, "transformer: rope_type='x' is not one of"),
+        ("transformer", {"positional_embedding_max_pos": None}, "_max_pos=None cannot be read"),
+        ("transformer", {"audio_num_attention_heads": 4}, "audio_num_heads=4 must equal num_head"),
+        ("transformer", {"dropout": 0.1}, "transformer: unsupported transformer config: dropout"),
+        ("transformer", {"norm_eps": True}, "transformer: norm_eps=True cannot be read"),
+        ("vae", {"decoder_blocks": 3}, "video vae: decoder_blocks=3 cannot be read"),
+        ("vae", [], "'vae' in its config is not a JSON object"),
+    ],
+)
+def test_a_config_of_wrong_values_is_one_line_that_names_them(section, values, message, tmp_path):
+    metadata = metadata_of(CHECKPOINT)
+    config = json.loads(metadata["config"])
+    config[section] = config[section] | values if values else values
+    metadata["config"] = json.dumps(config)
+    path = written(tmp_path / "x.safetensors", load_file(CHECKPOINT), metadata)
+    error = refused(path)
+    assert error.startswith(f"{path}: ")
+    assert message in error
 
 
 def test_released_metadata_gives_the_presets():

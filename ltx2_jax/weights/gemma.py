@@ -5,8 +5,9 @@ Hugging Face's `Gemma3TextConfig` and `Gemma4UnifiedTextConfig` (config keys and
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -274,24 +275,37 @@ def weight_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: has no weight_map")
-        files = sorted({path / str(name) for name in weight_map.values()})
-    else:
-        files = sorted(path.glob("model*.safetensors"))
-        numbered = [re.fullmatch(r"(.*-)\d+(-of-(\d+)\.safetensors)", file.name) for file in files]
-        for match in filter(None, numbered):
-            first, last, count = match.groups()
-            names = (f"{first}{i:0{len(count)}}{last}" for i in range(1, int(count) + 1))
-            files = sorted({*files, *(path / name for name in names)})
+    files = indexed(index) if index.is_file() else numbered(path.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{path}: has no model.safetensors, nor shards of one")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{path}: shards are missing: {', '.join(missing)}")
+    check_shards(path, files)
     return files
+
+
+def indexed(index: Path) -> list[Path]:
+    """The files that an index names; UserError if it is none."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    return sorted({index.parent / str(name) for name in weight_map.values()})
+
+
+def numbered(files: Iterable[Path]) -> list[Path]:
+    """Files, and the rest of the shards that names such as model-00001-of-00003 announce."""
+    found = set(files)
+    for file in list(found):
+        if match := re.fullmatch(r"(.*-)\d+(-of-(\d+)\.safetensors)", file.name):
+            first, last, count = match.groups()
+            names = (f"{first}{i:0{len(count)}}{last}" for i in range(1, int(count) + 1))
+            found.update(file.with_name(name) for name in names)
+    return sorted(found)
+
+
+def check_shards(folder: Path, files: Iterable[Path]) -> None:
+    """UserError with all that are not there."""
+    missing = [os.path.relpath(file, folder) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: shards are missing: {', '.join(sorted(missing))}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

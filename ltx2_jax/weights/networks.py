@@ -5,6 +5,8 @@ here or upstream; every other name has to be in the network's table.
 """
 
 import re
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Any
 from flax import nnx
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 from ltx2_jax.models.text_features import TextFeaturesConfig
 from ltx2_jax.weights import (
     audio_vae,
@@ -50,9 +53,51 @@ class Network:
     parameters: Callable[[Any, Any, Shapes], list[Parameter]]
     unread: str = r"(?!)"
 
+    def config(self, section: Mapping[str, Any], shapes: Shapes, **overrides: Any) -> Any:
+        """What `configure` gives, the types of its fields checked.
+
+        Raises:
+          UserError: a config that is not implemented, or values that no such config has.
+        """
+
+        def attempt(section: Mapping[str, Any]) -> Any:
+            config = self.configure(section, shapes, **overrides)
+            for part in config if isinstance(config, tuple) else (config,):
+                _check_types(part)
+            return config
+
+        try:
+            return attempt(section)
+        except ValueError as error:
+            raise UserError(reason(error)) from None
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            # The key without which all is well is the one that is wrong.
+            for key, value in section.items():
+                try:
+                    attempt({k: v for k, v in section.items() if k != key})
+                except Exception:
+                    continue
+                raise UserError(f"{key}={value!r} cannot be read") from None
+            raise UserError(f"config cannot be read ({reason(error)})") from None
+
     def reads(self, name: str) -> bool:
         """Whether a tensor of the network, by its name without prefix, is read."""
         return not re.fullmatch(self.unread, name)
+
+
+def _check_types(config: Any) -> None:
+    """TypeError for a number, a truth value or a text of a config that is something else."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if not _fits(getattr(config, name), hint):
+            raise TypeError(f"{name}={getattr(config, name)!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if hint in (int, float):
+        return type(value) in (int, float) and (hint is float or value == int(value))
+    return type(value) is hint if hint in (bool, str, types.NoneType) else True
 
 
 def _of_table(create: Callable[[Any], nnx.Module], table: Any, optional: tuple[str, ...] = ()):

@@ -38,6 +38,8 @@ def open_release(*sources: str | os.PathLike) -> Release:
             found = sorted(p for p in path.rglob("*.safetensors") if not p.name.startswith("."))
             if not found:
                 raise UserError(f"{path}: has no safetensors files")
+            announced = [f for index in path.rglob("*.index.json") for f in gemma.indexed(index)]
+            gemma.check_shards(path, {*gemma.numbered(found), *announced})
             paths += found
     files: list[TensorFile] = []
     try:

@@ -38,9 +38,15 @@ PREFIXES = {
     "duration_head.": "duration_head",
 }
 _CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
-# A file none of whose names has a prefix is all of one network, which this name tells.
+_TRANSFORMER = [
+    r"transformer_blocks\.\d+\..*",
+    *(f"{re.escape(prefix)}.*" for prefix in _CONNECTORS),
+    *(re.escape(name) for name in transformer.TABLE.values() if "{" not in name),
+]
+# A file none of whose names has a prefix is all of one network, which these names tell; of the
+# transformer any name does, as its shards have some each.
 _BARE = {
-    "transformer": r"patchify_proj\.weight|transformer_blocks\.0\..*",
+    "transformer": "|".join(_TRANSFORMER),
     "video_vae": r"(encoder|decoder)\.conv_in\..*|per_channel_statistics\..*",
     "upsampler": r"initial_conv\.weight",
 }
@@ -141,6 +147,8 @@ class Release:
         # A file of the split pack may leave out what another one says.
         others = (m["config"][key] for m in self._metadata.values() if key in m.get("config", {}))
         found = config[key] if key in config else next(others, None)
+        if found is not None and not isinstance(found, dict):
+            raise UserError(f"{held.file.path}: {key!r} in its config is not a JSON object")
         if found is None and network == "text_projection" and "gemma" in self.networks:
             return text.guessed_section(held.shapes, self.config("gemma").width)
         if found is None and key == "transformer" and "transformer" in self.networks:
@@ -174,8 +182,11 @@ class Release:
         Raises:
           UserError: no such network, or a config that is not implemented.
         """
-        shapes = self._held(network).shapes
-        return NETWORKS[network].configure(self.section(network), shapes, **overrides)
+        held, section = self._held(network), self.section(network)
+        try:
+            return NETWORKS[network].config(section, held.shapes, **overrides)
+        except UserError as error:
+            raise UserError(f"{held.file.path}: {network.replace('_', ' ')}: {error}") from None
 
     def parameters(self, network: str, config: Any, where: Any = None) -> list[mapping.Parameter]:
         """Our parameters and their tensors, all of which are there.
@@ -351,6 +362,8 @@ def _network_of(name: str, bare: str | None) -> tuple[str | None, str]:
 
 
 def _bare_network(file: TensorFile) -> str | None:
+    if _is_of_diffusers(file.tensors):
+        return None
     known = (*PREFIXES, *(p + head for p in gemma.PREFIXES for head in gemma.HEADS))
     if any(name.startswith(known) for name in file.tensors):
         return None
@@ -375,12 +388,16 @@ def _take_scales(held: Held) -> None:
                     held.scales[weight] = held.tensors.pop(name)
 
 
+def _is_of_diffusers(names: Iterable[str]) -> bool:
+    return any(
+        name.startswith(("time_embed.", "proj_in.", "transformer.time_embed.")) for name in names
+    )
+
+
 def _what_else(file: TensorFile) -> str:
     """What a file without a known network is, for an error."""
     names = list(file.tensors)
-    if any(
-        name.startswith(("time_embed.", "proj_in.", "transformer.time_embed.")) for name in names
-    ):
+    if _is_of_diffusers(names):
         return (
             "has the layout of diffusers, which is not read; use a file as Lightricks released it"
         )
