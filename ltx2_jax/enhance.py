@@ -16,7 +16,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -30,6 +29,7 @@ from ltx2_jax.models.generation import (
     generate,
 )
 from ltx2_jax.tokenizer import Tokenizer
+from ltx2_jax.weights import hub
 from ltx2_jax.weights.gemma import stored_dtype
 from ltx2_jax.weights.opening import open_release
 
@@ -138,8 +138,9 @@ def enhance(
 
     Args:
       prompts: the short prompts.
-      gemma: Hugging Face folder of an instruct Gemma 3 or 4, or the two loaded, the decoder on
-        `mesh`. A folder is read and freed by every call.
+      gemma: Hugging Face folder of an instruct Gemma 3 or 4, here or on the Hub, or one packed
+        into a file with its tokenizer; or the two loaded, the decoder on `mesh`. What is not loaded
+        is read and freed by every call.
       mode: "text-to-video" or "image-to-video".
       images: what the first frame shows, one text or None for each prompt; image-to-video only.
       seed: for drawing tokens.
@@ -153,6 +154,7 @@ def enhance(
         prompt that is empty, too long or not text, images that do not fit the prompts or the mode.
     """
     requests = _requests(prompts, mode, images)
+    gemma = gemma if isinstance(gemma, tuple) else hub.fetch(gemma)
     tokenizer, chat, ends = _words(gemma)
     tokens, mask = _tokens(requests, INSTRUCTIONS[mode], chat, tokenizer)
     how = dataclasses.replace(how or chat.how, eos=ends, pad=tokenizer.pad_id)
@@ -256,7 +258,7 @@ def _words(
     else:
         with open_release(gemma) as release:
             name, config = gemma, release.section("gemma")
-        if not Path(gemma).is_dir() or config.get("gemma_version") is not None:
+        if config.get("gemma_version") is not None:
             raise UserError(
                 f"{gemma}: is the text encoder of LTX-2.5, which was fine-tuned to encode and "
                 "cannot write: give the folder of a stock instruct Gemma for prompt enhancement"

@@ -23,6 +23,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.generation import Decoding
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.tokenizer import Tokenizer
+from ltx2_jax.weights import export
 from ltx2_jax.weights.opening import open_release
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,6 +239,25 @@ def test_the_text_encoder_of_2_5_is_refused():
     for path in (PACKED, GEMMA_4):
         with pytest.raises(UserError, match=r"fine-tuned to encode and cannot write: .* stock"):
             enhance(["a fox"], path)
+
+
+def test_a_stock_model_is_taken_by_its_name_on_the_hub(asked, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(module, "_load", lambda gemma, *_: loaded.append(gemma))
+    fetch = module.hub.fetch
+    monkeypatch.setattr(
+        module.hub, "fetch", lambda name: GEMMA_3 if name == "google/it" else fetch(name)
+    )
+    with pytest.warns(UserWarning, match="could not be enhanced"):
+        enhance(["a fox"], "google/it")
+    assert loaded == [GEMMA_3]
+
+
+def test_a_stock_model_in_one_file_is_no_text_encoder_of_2_5(tmp_path):
+    with open_release(GEMMA_3) as release:
+        export.of_release(release).write(tmp_path / "packed.safetensors")
+    with pytest.raises(UserError, match=r"packed\.safetensors: holds no tokenizer"):
+        enhance(["a fox"], tmp_path / "packed.safetensors")
 
 
 def test_a_model_that_knows_no_turns_is_refused(monkeypatch):

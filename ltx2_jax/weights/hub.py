@@ -11,6 +11,8 @@ from ltx2_jax.files import reason
 _NAME = re.compile(r"(hf://)?(\w[\w.-]*/\w[\w.-]*)((?:/[\w. -]+)*)/?")
 # What a folder of weights needs besides them: configs and tokenizers.
 _FOLDER = ("*.safetensors", "*.json", "*.model", "*.jinja")
+# Without it, the weights beside it are not all there is to know: of a language model, of a LoRA.
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def fetch(source: str | os.PathLike) -> Path:
@@ -53,19 +55,30 @@ def _is_local(text: str, repo: str) -> bool:
 
 
 def _download(hub: Any, repo: str, inner: str) -> Path:
-    if Path(inner).suffix:
+    if Path(inner).suffix and Path(inner).name != "adapter_model.safetensors":
         return Path(hub.hf_hub_download(repo, inner))
     names = hub.list_repo_files(repo)
-    inside = [name for name in names if name.startswith(f"{inner}/" if inner else "")]
-    weights = [name for name in inside if name.endswith(".safetensors")]
+    if Path(inner).suffix:
+        return _with_config(hub, repo, inner, names)
+    start = f"{inner}/" if inner else ""
+    weights = [name for name in names if name.startswith(start) and name.endswith(".safetensors")]
+    has_config = any(start + config in names for config in _CONFIGS)
     if not weights:
         raise UserError(f"{repo}: has no safetensors files{f' in {inner}' if inner else ''}")
-    if len(weights) == 1 and "config.json" not in names:
+    if len(weights) == 1 and not has_config:
         return Path(hub.hf_hub_download(repo, weights[0]))
-    if not inner and "config.json" not in names:
+    if not inner and not has_config:
         raise UserError(f"{repo}: name one of its files: {', '.join(sorted(weights))}")
-    patterns = [f"{inner}/{pattern}" if inner else pattern for pattern in _FOLDER]
+    patterns = [start + pattern for pattern in _FOLDER]
     return Path(hub.snapshot_download(repo, allow_patterns=patterns)) / inner
+
+
+def _with_config(hub: Any, repo: str, file: str, names: list[str]) -> Path:
+    """A LoRA file of PEFT, whose scales are in a file beside it."""
+    config = str(Path(file).with_name("adapter_config.json"))
+    if config in names:
+        hub.hf_hub_download(repo, config)
+    return Path(hub.hf_hub_download(repo, file))
 
 
 def _explained(error: Exception, repo: str) -> str:
