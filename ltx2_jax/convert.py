@@ -14,21 +14,26 @@ import numpy as np
 
 from ltx2_jax import checkpoint
 from ltx2_jax.arguments import count
+from ltx2_jax.config import difference
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.weights import export, hub, report
+from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release, looks_like_lora
 from ltx2_jax.weights.tensor_files import TensorFile
+from ltx2_jax.weights.writing import check_writable
+
+RANK = 64  # of an extracted LoRA
 
 DESCRIPTION = """\
 Convert weights between the official layout and ours, merge and extract LoRA files, look into files.
 
 SRC is an official file, several of them (a split pack), a folder of files, a name on the Hugging
 Face Hub, a folder of weights that this command wrote, the workdir of a training run, or a LoRA
-file. DST ending in .safetensors becomes an official file; any other DST becomes a folder of weights
-in our layout, which restores onto any mesh. DST appears whole or not at all, and is never replaced.
+(a file, or the folder of an adapter of PEFT). DST ending in .safetensors becomes an official file;
+any other DST becomes a folder of weights in our layout, which restores onto any mesh. DST appears
+whole or not at all, and is never replaced.
 """
 
 EXAMPLE = """\
@@ -48,6 +53,7 @@ example:
 def main(args: argparse.Namespace) -> None:
     """Looks into files, or reads SRC and writes DST."""
     if args.inspect:
+        _refuse(args, "--inspect", "dtype", "base", "step", "lora", "extract_lora", "rank")
         for i, path in enumerate(args.paths):
             print("\n" * (i > 0) + inspect(path))
         return
@@ -57,18 +63,29 @@ def main(args: argparse.Namespace) -> None:
     if Path(dst).exists():
         raise UserError(f"{dst}: exists already")
     if args.extract_lora:
+        _refuse(args, "--extract-lora", "base", "step", "lora")
         extract_lora(sources, dst, args)
-    elif _is_lora(sources[0]):
-        _refuse(args, "lora", "base", "step")
-        if Path(dst).suffix != ".safetensors":
-            raise UserError(f"{dst}: a LoRA file ends in .safetensors")
-        loras.write_lora(dst, loras.read_lora(sources[0]), dtype=args.dtype or "bfloat16")
+        print(f"wrote {dst}")
+        return
+    if args.rank:
+        raise UserError("--rank: is that of --extract-lora, which is not given")
+    if _is_lora(sources[0]):
+        _refuse(args, f"the LoRA file {sources[0]}", "lora", "base", "step")
+        convert_lora(sources, dst, args)
     elif _is_workdir(sources[0]):
-        convert_run(sources[0], dst, args)
+        _refuse(args, f"the run {sources[0]}: convert it first, then merge into the file", "lora")
+        convert_run(sources, dst, args)
     else:
-        _refuse(args, "step")
+        _refuse(args, sources[0], "step")
         convert_release(sources, dst, args)
     print(f"wrote {dst}")
+
+
+def convert_lora(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
+    """Another tool's LoRA file to an official one."""
+    source = _alone(sources, "a LoRA file")
+    _check_lora_name(dst)
+    loras.write_lora(dst, loras.read_lora(source), dtype=args.dtype)
 
 
 def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
@@ -76,6 +93,8 @@ def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) 
     official = Path(dst).suffix == ".safetensors"
     with contextlib.ExitStack() as stack:
         release = stack.enter_context(open_release(*sources))
+        if args.dtype and not set(export.TRAINED) & set(release.networks):
+            raise UserError(f"--dtype: {release.name} has neither transformer nor connectors")
         # What is not touched is copied byte by byte; LoRA files touch the transformer alone.
         raw = set(release.networks) - ({"transformer"} if args.lora else set())
         base = stack.enter_context(open_release(args.base)) if args.base else None
@@ -87,13 +106,12 @@ def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) 
         _write(out if base is None else out.over(base), dst, official)
 
 
-def convert_run(workdir: str, dst: str, args: argparse.Namespace) -> None:
+def convert_run(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
     """The weights of a training run, with all other networks from --base."""
+    workdir = _alone(sources, "a training run")
     mesh = make_mesh(devices=jax.devices()[:1])
     config, params, step = checkpoint.weights_of_run(workdir, mesh, step=args.step)
     print(f"{workdir}: weights of step {step}")
-    if args.lora:
-        raise UserError("--lora: convert the run first, then merge into the file")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_release(args.base)) if args.base else None
         out = export.of_run(config, params, base=base, param_dtype=args.dtype)
@@ -101,19 +119,25 @@ def convert_run(workdir: str, dst: str, args: argparse.Namespace) -> None:
 
 
 def extract_lora(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
-    """The difference between two transformers as a LoRA file."""
-    if Path(dst).suffix != ".safetensors":
-        raise UserError(f"{dst}: a LoRA file ends in .safetensors")
-    base = args.extract_lora
-    with open_release(*sources) as tuned, open_release(base) as before:
-        config, other = tuned.config("transformer"), before.config("transformer")
-        if config != other:
-            raise UserError(f"{base}: is another transformer than {tuned.name}")
-        _, old = before.load("transformer", progress=True)
-        _, new = tuned.load("transformer", progress=True)
-        found, missed = loras.extract(old, new, config, args.rank, progress=True)
+    """The difference between two transformers as a LoRA file, read parameter by parameter."""
+    _check_lora_name(dst)
+    check_writable(Path(dst))
+    with open_release(*sources) as tuned, open_release(args.extract_lora) as before:
+        tuned.describe_by(before)
+        config = before.config("transformer")
+        if lines := difference(config, tuned.config("transformer"), ""):
+            raise UserError(
+                f"{before.name}: is another transformer than {tuned.name} ({'; '.join(lines)})"
+            )
+        wanted = [release.parameters("transformer", config) for release in (before, tuned)]
+        found, missed = loras.extract(
+            before.stream("transformer", wanted[0]),
+            tuned.stream("transformer", wanted[1]),
+            args.rank or RANK,
+            total=len(wanted[0]),
+        )
         if not found.targets:
-            raise UserError(f"{base} and {tuned.name} have the same matrices")
+            raise UserError(f"{before.name} and {tuned.name} have the same matrices")
         version = {"model_version": tuned.version()} if tuned.version() else {}
         found = loras.Lora(found.targets, version)
         loras.write_lora(dst, found, dtype=args.dtype or "bfloat16")
@@ -167,22 +191,33 @@ def _write(out: export.Export, dst: str, official: bool) -> None:
         out.save(dst)
 
 
-def _is_lora(path: str) -> bool:
-    path = hub.fetch(path)
+def _is_lora(source: str) -> bool:
+    path = loras.lora_file(source)
     if not path.is_file():
         return False
     with TensorFile(path) as file:
         return looks_like_lora(file.tensors)
 
 
+def _check_lora_name(dst: str) -> None:
+    if Path(dst).suffix != ".safetensors":
+        raise UserError(f"{dst}: a LoRA file ends in .safetensors")
+
+
+def _alone(sources: Sequence[str], what: str) -> str:
+    if len(sources) > 1:
+        raise UserError(f"{sources[0]}: {what} is converted alone, not with {sources[1]}")
+    return sources[0]
+
+
 def _is_workdir(path: str) -> bool:
     return (Path(path) / checkpoint.FOLDER).is_dir()
 
 
-def _refuse(args: argparse.Namespace, *flags: str) -> None:
+def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
     for flag in flags:
         if getattr(args, flag):
-            raise UserError(f"--{flag}: not for {args.paths[0]}")
+            raise UserError(f"--{flag.replace('_', '-')}: not for {what}")
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
@@ -221,13 +256,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="what to convert, and to what")
     add("--inspect", action="store_true", help="print what is in every path, and write nothing")
-    add("--dtype", choices=("bfloat16", "float32"), help="of transformer and connectors, or a LoRA")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of transformer and connectors, or a LoRA (default: as stored; extracted: bfloat16)",
+    )
     add("--base", metavar="FILE", help="a release to take from what SRC lacks (VAEs, vocoder, ...)")
     add("--step", type=count, metavar="N", help="of a run: the checkpoint (default: the newest)")
     add("--lora", nargs="+", action="append", default=[], metavar=("FILE", "STRENGTH"),
         help="merge a LoRA file into the transformer (strength 1); may be given again")  # fmt: skip
     add("--extract-lora", metavar="FILE", help="write the difference from FILE as a LoRA file")
-    add("--rank", type=count, default=64, metavar="N", help="of --extract-lora (%(default)s)")
+    add("--rank", type=count, metavar="N", help=f"of --extract-lora ({RANK})")
     return parser
 
 

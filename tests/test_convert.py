@@ -16,6 +16,7 @@ from ltx2_jax.convert import cli
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import export, mapping
+from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.lora import fuse, read_lora
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
@@ -147,6 +148,42 @@ def test_another_tools_lora_becomes_an_official_one(tmp_path):
         np.testing.assert_array_equal(lora.targets[module].b, target.b * np.float32(0.5))
 
 
+def test_a_lora_keeps_its_dtype_unless_another_is_asked_for(tmp_path):
+    save_file(
+        {k: v.astype(np.float32) for k, v in load_file(LORA).items()}, tmp_path / "f32.safetensors"
+    )
+    for name, flags, dtype in (
+        ("same", (), "float32"),
+        ("bf16", ("--dtype=bfloat16",), "bfloat16"),
+    ):
+        run(tmp_path / "f32.safetensors", tmp_path / f"{name}.safetensors", *flags)
+        kinds = {v.dtype.name for v in load_file(tmp_path / f"{name}.safetensors").values()}
+        assert kinds == {dtype}
+
+
+def test_the_folder_of_a_peft_adapter_is_a_lora(tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {
+        k.replace("diffusion_model", "base_model.model"): v for k, v in load_file(LORA).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+    run("--inspect", folder)
+    assert "LoRA of rank 3, alpha / rank 2" in capsys.readouterr().out
+    run(folder, tmp_path / "official.safetensors")
+    lora = read_lora(tmp_path / "official.safetensors")
+    for module, target in read_lora(LORA).targets.items():
+        np.testing.assert_array_equal(lora.targets[module].b, target.b * 2)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_an_extraction(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loras, "extract", lambda *_, **__: pytest.fail("the work was done first"))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "x.safetensors"
+    assert "cannot be written (" in said(capsys, CHECKPOINT, out, "--extract-lora", CHECKPOINT)
+
+
 # ---- training runs -------------------------------------------------------------------------------
 
 REGISTERS = 128
@@ -258,8 +295,9 @@ def test_a_run_completed_by_a_base_becomes_a_folder_that_opens(workdir, tmp_path
 def test_a_folder_holds_the_dtypes_that_its_index_says(workdir, tmp_path):
     run(workdir, tmp_path / "weights", "--dtype=bfloat16")
     with open_release(tmp_path / "weights") as release:
-        held = release.networks["transformer"]
-        stored = {source.stored.dtype for source in held.tensors.values()}
+        stored = {
+            source.stored.dtype for source in release.networks["transformer"].tensors.values()
+        }
         loaded = {leaf.dtype for leaf in jax.tree.leaves(release.load("transformer")[1])}
     assert stored == loaded == {np.dtype("bfloat16")}
 
@@ -351,9 +389,20 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
         ((LORA, out, "--base", CHECKPOINT), "--base: not for"),
         ((LORA, tmp_path / "folder"), "a LoRA file ends in .safetensors"),
         ((workdir, out, "--step=8"), "no checkpoint 8 there"),
-        ((workdir, out, "--lora", LORA), "convert the run first"),
+        ((workdir, out, "--lora", LORA), "convert it first, then merge"),
+        ((LORA, LORA, out), "a LoRA file is converted alone, not with"),
+        ((workdir, CHECKPOINT, out), "a training run is converted alone, not with"),
+        ((CHECKPOINT, out, "--rank=3"), "--rank: is that of --extract-lora"),
+        ((CHECKPOINT, out, "--extract-lora", LORA, "--base", LORA), "--base: not for --extract-lo"),
+        ((CHECKPOINT, out, "--extract-lora", LORA, "--lora", LORA), "--lora: not for --extract-lo"),
+        (("--inspect", CHECKPOINT, "--lora", LORA), "--lora: not for --inspect"),
+        (("--inspect", CHECKPOINT, "--extract-lora", LORA), "--extract-lora: not for --inspect"),
+        ((FILES[3], out, "--dtype=float32"), "--dtype: "),
         ((CHECKPOINT, out, "--extract-lora", CHECKPOINT), "have the same matrices"),
-        ((CHECKPOINT, out, "--extract-lora", SPLIT / "transformer.safetensors"), "another"),
+        (
+            (CHECKPOINT, out, "--extract-lora", SPLIT / "transformer.safetensors"),
+            "is another transformer than " + f"{CHECKPOINT} (head_dim: 16 -> 20; ",
+        ),
         ((SPLIT, GOLDEN / "v2.5" / "upsampler_spatial.safetensors", out), "holds a video_vae, and"),
     ):
         assert message in said(capsys, *arguments), message

@@ -9,9 +9,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from safetensors.numpy import load_file
 
+from ltx2_jax.convert import cli
 from ltx2_jax.errors import UserError
 from ltx2_jax.weights import hub
+from ltx2_jax.weights.lora import read_lora
 from ltx2_jax.weights.opening import open_release
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the optional `hub` extra")
@@ -106,6 +109,14 @@ REPOS = {
         name: (GOLDEN / "v2.0/gemma" / name).read_bytes()
         for name in ("config.json", "model.safetensors", "tokenizer.model")
     },
+    "someone/models": {
+        f"gemma/{name}": (GOLDEN / "v2.0/gemma" / name).read_bytes()
+        for name in ("config.json", "model.safetensors")
+    },
+    "someone/peft": {
+        "adapter_model.safetensors": (GOLDEN / "v2.3/lora.safetensors").read_bytes(),
+        "adapter_config.json": b'{"lora_alpha": 6, "r": 3}',
+    },
     "someone/text": {"README.md": b"hello"},
     "google/gated": None,
 }
@@ -175,6 +186,27 @@ def test_a_folder_of_weights_is_downloaded_whole_and_nothing_else(server):
 
 def test_the_only_file_of_a_repository_needs_no_name(server):
     assert hub.fetch("someone/one-lora").name == "lora.safetensors"
+
+
+def test_a_folder_inside_a_repository_comes_with_its_config(server):
+    with open_release("someone/models/gemma") as release:
+        release.load("gemma")
+
+
+@pytest.mark.parametrize("name", ["someone/peft", "someone/peft/adapter_model.safetensors"])
+def test_a_lora_of_peft_comes_with_its_scales(server, name):
+    assert {target.scale for target in read_lora(name).targets.values()} == {2.0}
+
+
+def test_loras_on_the_hub_are_inspected_merged_and_converted(server, tmp_path, capsys):
+    name, base = "someone/peft", str(GOLDEN / "v2.3/checkpoint.safetensors")
+    assert cli(["--inspect", name]) == 0
+    assert "alpha / rank 2" in capsys.readouterr().out
+    assert cli([name, "official.safetensors"]) == 0
+    assert cli([base, "a.safetensors", "--lora", "official.safetensors"]) == 0
+    assert cli([base, "b.safetensors", "--lora", name]) == 0
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
 
 
 @pytest.mark.parametrize(

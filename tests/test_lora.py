@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ltx2_jax.models.transformer import LTX2Transformer
 from ltx2_jax.models.transformer_config import PRESETS
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import lora as loras
-from ltx2_jax.weights import mapping, transformer
+from ltx2_jax.weights import lora_files, mapping, transformer
 from ltx2_jax.weights.lora import Lora, Target, fuse, read_lora, unfuse, write_lora
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -80,9 +81,12 @@ def weights():
     )
 
 
+def wanted():
+    return mapping.parameters(partial(transformer.create, CONFIG), transformer.TABLE)
+
+
 def official(params):
-    wanted = mapping.parameters(partial(transformer.create, CONFIG), transformer.TABLE)
-    return mapping.to_official(params, wanted)
+    return mapping.to_official(params, wanted())
 
 
 def expected(params, *pairs):
@@ -147,8 +151,42 @@ def test_every_key_style_is_the_same_adapter(style, tmp_path):
     assert same(Lora(targets), official)
 
 
+# ---- scales --------------------------------------------------------------------------------------
+
+TO_Q, TO_K = (f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k"))
+
+
+def scales_of(path):
+    return {module: target.scale for module, target in read_lora(path).targets.items()}
+
+
+@pytest.mark.parametrize(("root", "scale"), [(False, 2.0), (True, 6 / 3**0.5)])
+def test_the_scales_of_peft_are_in_a_file_beside_its_tensors(root, scale, tmp_path):
+    save_file(styled("peft")[0], tmp_path / "adapter_model.safetensors")
+    config = {"r": 3, "lora_alpha": 6, "use_rslora": root, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        for found in scales_of(path).values():
+            assert found == pytest.approx(scale)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"adapter_config\.json: not a JSON object"):
+        read_lora(tmp_path)
+
+
+def test_patterns_of_alpha_are_of_the_names_in_the_file(tmp_path):
+    tensors, _ = styled("diffusers")
+    patterns = {"proj_in": 12, "attn1.to_q|attn1.to_k": 6, "to_q": 60}
+    stored = {"r": 3, "lora_alpha": 3, "alpha_pattern": patterns}
+    stored = {f"transformer.{key}": value for key, value in stored.items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(stored)})
+    scales = scales_of(tmp_path / "x.safetensors")
+    assert scales.pop("patchify_proj") == 4  # "proj_in" in the file
+    assert (scales[TO_Q], scales[TO_K]) == (2, 2)  # of several patterns the first counts
+    assert scales["transformer_blocks.0.attn1.to_v"] == 1
+
+
 def test_every_matrix_of_the_released_models_can_be_adapted():
-    names = loras._modules()
+    names = lora_files._modules()
     for name, cfg in PRESETS.items():
         for parameter in mapping.parameters(partial(transformer.create, cfg), transformer.TABLE):
             if parameter.path[-1] == "weight":
@@ -298,6 +336,13 @@ def test_an_official_file_is_written_as_it_was_read(path, tmp_path):
     assert read_lora(tmp_path / "back.safetensors").metadata == read_lora(path).metadata
 
 
+def test_matrices_are_written_as_stored_where_no_dtype_is_given(tmp_path):
+    for dtype in map(np.dtype, ("float16", "float32")):
+        save_file({k: v.astype(dtype) for k, v in ORIGINAL.items()}, tmp_path / "x.safetensors")
+        write_lora(tmp_path / "y.safetensors", read_lora(tmp_path / "x.safetensors"), dtype=None)
+        assert {v.dtype for v in load_file(tmp_path / "y.safetensors").values()} == {dtype}
+
+
 def test_what_was_trained_as_adapters_is_written_with_its_alpha_in_b(tmp_path):
     tree = loras.adapters([(drawn(), 1.0)], CONFIG, dtype="float32")  # its scale is in b
     trained = loras.from_adapters(tree, CONFIG, scale=2.0, reference_downscale_factor="2")
@@ -316,7 +361,8 @@ def test_what_was_trained_as_adapters_is_written_with_its_alpha_in_b(tmp_path):
 def test_a_difference_of_low_rank_is_extracted_exactly():
     lora = drawn(rank=3)
     fused, _ = fuse(weights(), [(lora, 1.0)], CONFIG)
-    found, missed = loras.extract(weights(), fused, CONFIG, rank=4)
+    pairs = [[(p, mapping.leaves(tree)[p.path]) for p in wanted()] for tree in (weights(), fused)]
+    found, missed = loras.extract(*pairs, rank=4)
     assert set(found.targets) == set(lora.targets)
     assert missed < 1e-9
     for module, target in lora.targets.items():
@@ -364,9 +410,44 @@ def test_what_a_lora_file_cannot_be_is_said_by_name(tmp_path):
         ),
         ({f"{name}.lora_A.weight": np.zeros((2, 4))}, "attn1.to_q has only a of its pair"),
         (pair | {f"{name}.lora_B.weight": np.zeros((6, 3))}, "A (2, 4) and B (6, 3), which do not"),
+        (
+            {k: v[:, :0] if "B" in k else v[:0] for k, v in pair.items()},
+            "A (0, 4) and B (6, 0), wh",
+        ),
+        (pair | {f"{name}.alpha": np.ones(2)}, "alpha of transformer_blocks.0.attn1.to_q has (2,)"),
+        (
+            pair | {f"{name}.lora_A.weight": np.full((2, 4), np.nan)},
+            "NaN or infinity in diffusion_",
+        ),
+        (pair | {f"{name}.lora_A.weight": np.ones((2, 4), np.int8)}, "is stored as int8, not as a"),
+        (
+            pair | {f"{name.replace('diffusion_model', 'transformer')}.lora_A.weight": np.ones(2)},
+            "attn1.to_q is there twice",
+        ),
+        (  # of another model, not a norm
+            {"transformer.single_blocks.0.norm.linear.lora_A.weight": np.zeros((2, 4))},
+            "tensors of no module of the transformer: transformer.single_blocks.0.norm",
+        ),
     ):
         assert message in refused(tmp_path, tensors)
-    assert "is not JSON" in refused(tmp_path, pair, {"lora_adapter_metadata": "{"})
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"lora_alpha": "x"}', "lora_alpha is 'x', not a number"),
+        ('{"alpha_pattern": [1]}', r"alpha_pattern=\[1\] is not a JSON object"),
+        ('{"alpha_pattern": {"to_q": null}}', "alpha_pattern of 'to_q' is None, not a number"),
+        ('{"alpha_pattern": {"(to_q": 1}}', r"alpha_pattern '\(to_q': missing \)"),
+    ],
+)
+def test_scales_that_are_none_are_refused(stored, message, tmp_path):
+    assert re.search(
+        f"lora_adapter_metadata:? {message}",
+        refused(tmp_path, ORIGINAL, {"lora_adapter_metadata": stored}),
+    )
 
 
 def test_parts_for_the_text_side_are_left_out_with_a_warning(tmp_path):

@@ -32,7 +32,10 @@ ALIGNMENT = 64  # bytes, of arrays on CPU devices
 WHOLE_BYTES = 2**16  # smaller tensors are read whole by every host
 
 # Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
-_NOT_FINITE = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+_NOT_FINITE = {
+    "F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80,
+    "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
+}  # fmt: skip
 _LIMITS = {DTYPES[name]: limit for name, limit in _NOT_FINITE.items()}
 FLOAT8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -158,9 +159,23 @@ def appearing(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def check_writable(path: Path) -> None:
+    """UserError, before any work, if nothing can be written where `path` is to be."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(path)):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def _existing(path: Path) -> Path:
+    """The innermost folder of a path that is there."""
+    return next(parent for parent in path.resolve().parents if parent.exists())
+
+
 def check_free(path: Path, nbytes: int) -> None:
     """UserError unless the disk that `path` is to be on has room for `nbytes`."""
-    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    folder = _existing(path)
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise UserError(
