@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.lora import fuse, read_lora
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
+from ltx2_jax.weights.writing import Writer
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, LORA = (GOLDEN / "v2.3" / f"{name}.safetensors" for name in ("checkpoint", "lora"))
@@ -408,6 +410,18 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
         assert message in said(capsys, *arguments), message
         assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["x.safetensors", "folder"])
+def test_a_command_that_is_ended_leaves_nothing(number, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.Export, "_as_listed", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(Writer, "copy", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    run(CHECKPOINT, tmp_path / name, code=130)
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
 
 
 def test_a_destination_that_exists_is_left_alone(tmp_path, capsys):
