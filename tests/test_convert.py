@@ -455,6 +455,11 @@ def test_a_damaged_folder_of_weights_is_named(tmp_path, capsys):
     (tmp_path / "full" / "rest.safetensors").unlink()
     error = said(capsys, tmp_path / "full", tmp_path / "x.safetensors")
     assert "rest.safetensors: weights.json names tensors that are not there: vocoder.mel" in error
+    files = [p for p in (tmp_path / "weights" / "upsampler").rglob("*") if p.is_file()]
+    big = max(files, key=lambda p: p.stat().st_size)
+    big.write_bytes(big.read_bytes()[:100])
+    error = said(capsys, tmp_path / "weights", tmp_path / "x.safetensors")
+    assert "upsampler: cannot be read (" in error
     shutil.rmtree(tmp_path / "weights" / "upsampler")
     assert "upsampler: is no checkpoint" in said(
         capsys, tmp_path / "weights", tmp_path / "x.safetensors"

@@ -20,6 +20,7 @@ import jax
 
 from ltx2_jax import checkpoint
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.placing import Source, dtype_for
 from ltx2_jax.weights.release import Release
@@ -88,7 +89,12 @@ class WeightsFolder(Release):
             abstract[name] = jax.ShapeDtypeStruct(
                 parameter.leaf.shape, dtype or stored[name].dtype, sharding=where
             )
-        arrays = checkpoint.load_arrays(folder, abstract)
+        try:
+            arrays = checkpoint.load_arrays(folder, abstract)
+        except UserError:
+            raise
+        except Exception as error:  # which Orbax raises as such where its data is damaged
+            raise UserError(f"{folder}: cannot be read ({reason(error):.200})") from None
         for parameter in wanted:
             yield parameter, arrays.pop(name_of(parameter))
 

@@ -159,7 +159,10 @@ class Release:
 
     def _guessed_section(self) -> dict[str, Any]:
         held = self.networks["transformer"]
-        section = transformer.guessed_section(held.shapes)
+        try:
+            section = transformer.guessed_section(held.shapes)
+        except UserError as error:
+            raise UserError(f"{held.file.path}: {error}") from None
         generation = versions.generation_of_config(section)
         warnings.warn(
             f"{held.file.path}: has no config; by its tensors it is taken for LTX-2 {generation}",
