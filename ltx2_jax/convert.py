@@ -3,10 +3,9 @@
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ltx2_jax.arguments import count
 from ltx2_jax.config import difference
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.opening import open_release
@@ -221,24 +221,6 @@ def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
             raise UserError(f"--{flag.replace('_', '-')}: not for {what}")
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ended by the system or by a closed terminal, the command tidies up as after Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # else someone (nohup) wants it otherwise
-            before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
@@ -246,7 +228,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         # Conversion is work of the host; a single accelerator may not hold the weights.
         jax.config.update("jax_platforms", "cpu")
     try:
-        with _interruptible(), warnings.catch_warnings():
+        with termination_interrupts(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("always", UserWarning)
             main(args)

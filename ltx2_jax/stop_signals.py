@@ -8,12 +8,16 @@ from typing import Any
 
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """While in context, SIGTERM is what Ctrl-C is, so that half-written folders are removed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """While in context, SIGTERM and a closed terminal are what Ctrl-C is: half-written files go."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else someone (nohup) wants it otherwise
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:

@@ -57,13 +57,17 @@ def check(lora: Lora, config: TransformerConfig, generation: str = "") -> None:
 
 
 def _stacked(
-    parameter: Parameter, loras: Sequence[tuple[Lora, float]]
+    parameter: Parameter, loras: Sequence[tuple[Lora, float]], dtype: Any = np.float32
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """a [L, r, in] and b [L, out, r] of all LoRAs, strengths and scales in b, float32; or None.
 
     Without the layer axis for a parameter that is not stacked. Layers that have less rank than
-    others, or none, end with zeros.
+    others, or none, end with zeros. Files are rounded to `dtype`.
     """
+
+    def read(values: np.ndarray) -> np.ndarray:
+        return values.astype(dtype).astype(np.float32)
+
     modules = [name.removesuffix(".weight") for name in parameter.names]
     if not any(module in lora.targets for module in modules for lora, _ in loras):
         return None
@@ -71,8 +75,8 @@ def _stacked(
     layers = []
     for module in modules:
         found = [(lora.targets[module], s) for lora, s in loras if module in lora.targets]
-        a = [t.a.astype(np.float32) for t, _ in found] or [np.zeros((0, columns), np.float32)]
-        b = [t.b.astype(np.float32) * np.float32(s * t.scale) for t, s in found]
+        a = [read(t.a) for t, _ in found] or [np.zeros((0, columns), np.float32)]
+        b = [read(t.b) * np.float32(s * t.scale) for t, s in found]
         b = b or [np.zeros((rows, 0), np.float32)]
         layers.append((np.concatenate(a), np.concatenate(b, axis=1)))
     rank = max(a.shape[0] for a, _ in layers)
@@ -93,8 +97,9 @@ def fuse(
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Weights with LoRAs in them, and the weights that they replace.
 
-    W + sum of strength * scale * B A: products and sum in float32, rounded once to the dtype of W.
-    (The official default adds up in bfloat16.)
+    W + sum of strength * scale * B A, in float32. Weights in bfloat16 become those that the
+    official code makes of one LoRA: there A, B, B with its strength, the product and the sum are
+    each rounded to bfloat16 (`ltx_core/loader/fuse_loras.py`).
 
     Args:
       params: of the transformer; untouched arrays are shared with the result.
@@ -128,7 +133,9 @@ def fuse_stream(
     for lora, _ in loras:
         check(lora, config)
     for parameter, weight in stream:
-        if (pair := _stacked(parameter, loras)) is not None:
+        # bfloat16 is the one that the official code rounds to.
+        dtype = weight.dtype if weight.dtype == jnp.bfloat16 else np.float32
+        if (pair := _stacked(parameter, loras, dtype)) is not None:
             weight = _fuse(parameter.stacked)(weight, *pair)
         yield parameter, weight
 
@@ -145,7 +152,11 @@ def _fuse(stacked: bool) -> Any:
     def one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         where = jax.typeof(weight).sharding
         where = None if where.mesh.empty else where
-        delta = jnp.einsum("or,ri->oi", b, a, precision="highest", out_sharding=where)
+        # Not by casts to bfloat16 and back, which XLA takes the liberty to leave out.
+        short = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+        rounded = short if weight.dtype == jnp.bfloat16 else lambda x: x
+        a, b = rounded(a), rounded(b)
+        delta = rounded(jnp.einsum("or,ri->oi", b, a, precision="highest", out_sharding=where))
         return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
     def layers(*stacks: jax.Array) -> jax.Array:
