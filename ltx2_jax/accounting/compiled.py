@@ -192,13 +192,15 @@ def _in_layers(facts: dict[str, Any]) -> str:
     return f"; {facts['flops_in_layers'] / facts['flops']:.1%} in the layers"
 
 
-def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
+def _kernel_lines(kernels: list[dict[str, Any]], most: int = 4) -> list[str]:
+    kernels = sorted(kernels, key=lambda k: -k["flops"])
+    rest = sum(k["times"] for k in kernels[most:])
     return [
         f"  kernel         {k['times']:,} x {k['name']}"
         + (f", heads of {k['head_width']}" if k["head_width"] else "")
         + (f", {units.flops(k['flops'])}" if k["flops"] else ", FLOPs not said")
-        for k in kernels
-    ]
+        for k in kernels[:most]
+    ] + ([f"  kernel         {rest:,} x smaller ones"] if rest else [])
 
 
 def _collective_lines(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
@@ -223,9 +225,14 @@ def _copy_lines(copies: list[dict[str, Any]], most: int = 3) -> list[str]:
     if not copies:
         return []
     total = sum(copy["bytes"] for copy in copies) / 2**30
-    named = ", ".join(f"{c['parameter']} ({c['kind']})" for c in copies[:most])
+    named = ", ".join(f"{_leaf(c['parameter'])} ({c['kind']})" for c in copies[:most])
     more = f" and {len(copies) - most} more" if len(copies) > most else ""
     return [f"  weight copies  {total:.2f} GiB outside the loops: {named}{more}"]
+
+
+def _leaf(parameter: str) -> str:
+    """The last three names of a path such as "state['params']['blocks']['to_q']['weight']"."""
+    return "/".join(re.findall(r"\['(\w+)'\]", parameter)[-3:]) or parameter
 
 
 def _roofline_line(rates: str, times: dict[str, Any], execution: str) -> str:

@@ -140,7 +140,7 @@ def describe(facts: dict[str, Any]) -> str:
     if not facts["compiled"]:
         return "\n".join([*lines, *_uncompiled(facts)])
     memory = describe_memory(
-        facts, *(("state and batch", "state") if train else ("weights", "latents"))
+        facts, *(("state and batch", "new state") if train else ("weights", "latents"))
     )
     program = describe_program(facts, "a step" if train else f"for {_steps(facts['steps'])}")
     return "\n".join(lines) + (
