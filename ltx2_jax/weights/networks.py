@@ -96,7 +96,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if hint in (int, float):
-        return type(value) in (int, float) and (hint is float or value == int(value))
+        return type(value) in (int, float) and (hint is float or float(value).is_integer())
     return type(value) is hint if hint in (bool, str, types.NoneType) else True
 
 

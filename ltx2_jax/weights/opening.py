@@ -39,7 +39,7 @@ def open_release(*sources: str | os.PathLike) -> Release:
             if not found:
                 raise UserError(f"{path}: has no safetensors files")
             announced = [f for index in path.rglob("*.index.json") for f in gemma.indexed(index)]
-            gemma.check_shards(path, {*gemma.numbered(found), *announced})
+            gemma.check_shards(path, {*gemma.numbered(found), *announced}.difference(found))
             paths += found
     files: list[TensorFile] = []
     try:
