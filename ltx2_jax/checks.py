@@ -60,8 +60,7 @@ def part_of_batch(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int
         some = ", ".join(map(str, rows[:8])) + (", ..." if count > 8 else "")
         raise UserError(
             f"mesh: the devices of this host hold rows {some} of the batch of {batch_size}, which "
-            "are not one block: use a mesh whose data axis goes through the devices host by host, "
-            "or the devices of one host"
+            "are not one block: a host cannot load rows that lie apart yet"
         )
     return first // count, batch_size // count
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from golden_case import load, release_of
+from golden_case import file_of, load, load_cases, release_of
 from golden_transformer import forward
 from safetensors.numpy import load_file, save_file
 
@@ -492,3 +492,17 @@ def test_a_golden_transformer_runs_with_its_lora_beside_it():
     attach(model, loras.adapters([(read_lora(LORA), 0.7)], model.cfg))
     assert model.blocks.video_self.to_q.adapter.a.shape == (3, 3, 40)
     assert model.blocks.audio_mlp.linear_in.adapter is None
+
+
+@pytest.mark.parametrize("generation", ["v2.0", "v2.3", "v2.5"])
+def test_weights_fused_in_bfloat16_are_those_of_the_official_code(generation):
+    (case,) = [
+        c for c in load_cases(GOLDEN) if c.name == "lora/fused_bfloat16_official"
+        and c.folder.name == generation
+    ]  # fmt: skip
+    release = release_of(file_of(case.folder, "transformer"))
+    config, params = release.load("transformer")
+    lora = read_lora(case.folder / case.args["file"])
+    fused, _ = fuse(params, [(lora, case.args["strength"])], config)
+    ours = np.asarray(fused["blocks"]["video_self"]["to_q"]["weight"][0], np.float32)
+    np.testing.assert_array_equal(ours, case.expected()["fused_example"])
