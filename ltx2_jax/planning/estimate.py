@@ -24,7 +24,7 @@ from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sharding import bytes_per_chip
 
-WORKING_ROWS = 95  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
+WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
 MOVED_ROWS = 400  # that the elementwise rest of a block reads and writes, in both passes
 SEEN = 0.2  # of what is sent beside matrix products, as the roofline of compiled steps has it
 SCATTERS = ("v7x",)  # where gradients over all devices are reduced so, and not in the program's way

@@ -13,7 +13,7 @@ from ltx2_jax.topology import NO_COMPILER, has_compiler, slice_of
 
 CLIPS = (1, 2, 4)  # per data shard
 MOST_SPLIT = 16  # model x sequence; beyond it a clip is on more chips than any plan gains from
-SPARE = 0.95  # of a chip's memory that an estimate may fill
+SPARE = 0.97  # of a chip's memory that an estimate may fill
 GIB = 2**30
 
 
