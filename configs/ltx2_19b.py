@@ -8,7 +8,7 @@ is the launch line, for every host of the slice (a slice of several hosts wants
 `--config.init_from=ltx-2-19b-dev.safetensors` starts from released weights. Variants, after a
 colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured:
 
-    (none)   v5p:4x4x4    121 frames of 768x512     41.7 of 95.7 GiB   2.34 s a step, 55.4% MFU
+    (none)   v5p:4x4x4    121 frames of 768x512     43.7 of 95.7 GiB   2.26 s a step, 57.6% MFU
     (none)   v5p:4x4x4    121 frames of 1280x704    90.3 of 95.7 GiB   5.54 s a step, 63.3% MFU
     :v6e256  v6e:16x16    121 frames of 768x512      8.7 of 31.2 GiB   1.36 s a step, 23.9% MFU
     :v6e256  v6e:16x16    121 frames of 1280x704    16.9 of 31.2 GiB   3.10 s a step, 28.3% MFU
