@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,18 @@ def pytest_generate_tests(metafunc):
 
         cases = load_cases(metafunc.config.getoption("--golden-dir"))
         metafunc.parametrize("golden_case", cases, ids=[f"{c.folder.name}/{c.name}" for c in cases])
+
+
+@pytest.fixture
+def usual_signals():
+    """Handlers as in a terminal; a process in the background may have been told to ignore some."""
+    usual = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys(
+        (signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL
+    )
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -343,6 +343,7 @@ def test_a_dataset_that_names_a_released_text_encoder_is_read_through_the_cache(
 
 
 @pytest.mark.parametrize(("module", "name"), [(prepare, "prepare"), (sample, "sample")])
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_ends_a_command_in_one_line(module, name, number, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)

@@ -413,6 +413,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors"]
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["x.safetensors", "folder"])
 def test_a_command_that_is_ended_leaves_nothing(number, name, tmp_path, capsys, monkeypatch):
