@@ -15,7 +15,7 @@ from ltx2_jax import sharding, training
 from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.transformer_config import LTX2_19B
-from ltx2_jax.train import place
+from ltx2_jax.training import place
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
 WIDE = dataclasses.replace(

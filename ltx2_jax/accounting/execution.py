@@ -62,7 +62,7 @@ def loops(module: Module) -> list[Loop]:
     """The program's loops, outer ones before inner ones."""
     return [
         Loop(
-            _name(step.instruction),
+            _name(module, step.instruction),
             step.times,
             trip_count(module, step.computation, step.instruction),
             len(step.loops),
@@ -85,7 +85,7 @@ def _run(
         if opcode == "while":
             count = trip_count(module, computation, instruction) or 1
             body = module.computations[instruction.attribute("body").lstrip("%")]
-            within = (*around, _name(instruction))
+            within = (*around, _name(module, instruction))
             yield from _run(module, body, times * count, within, asynchronous)
         elif opcode in ("call", "conditional"):
             yield from _run(module, dearest(module, called), times, around, asynchronous)
@@ -93,8 +93,11 @@ def _run(
             yield from _run(module, called[0], times, around, True)
 
 
-def _name(loop: Instruction) -> str:
-    return loop.op_name or loop.name
+def _name(module: Module, loop: Instruction) -> str:
+    """Where a loop comes from; of one that XLA made anew, as around offloading, its body tells."""
+    body = module.computations[loop.attribute("body").lstrip("%")]
+    found = (re.match(r"(.*?/while)/body/", i.op_name) for i in body.instructions)
+    return loop.op_name or next((match[1] for match in found if match), loop.name)
 
 
 def in_layer_loop(loops: tuple[str, ...]) -> bool:
