@@ -33,6 +33,8 @@ AAC_SAMPLE_RATES = (
 # a seam unless their stamps disagree by more than this, which only a real gap does.
 AUDIO_GAP_SECONDS = 0.02
 SIDE_GAIN = 0.707  # -3 dB, of centre and surround channels in a down-mix
+# Titles and the like are not looked at, and may be in any encoding. PyAV >= 19 never minds.
+_ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 BT709 = 1  # the code of H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
 
@@ -250,8 +252,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
             raise UserError(f"{path}: no such file")
         if path.is_dir():
             raise UserError(f"{path}: is a folder, not a video file")
-        # Titles and the like, in any encoding, are not looked at.
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(str(path), **_ANY_TITLE) as container:
             yield container
     except UserError:
         raise
