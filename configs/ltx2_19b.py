@@ -10,13 +10,12 @@ colon, differ in mesh, batch and remat policy alone. What plan says of them, com
 
     (none)   v5p:4x4x4    121 frames of 768x512     43.7 of 95.7 GiB   2.26 s a step, 57.6% MFU
     (none)   v5p:4x4x4    121 frames of 1280x704    90.3 of 95.7 GiB   5.54 s a step, 63.3% MFU
+    :v5p256  v5p:4x4x8    121 frames of 1280x704    87.0 of 95.7 GiB   5.55 s a step, 63.3% MFU
     :v6e256  v6e:16x16    121 frames of 768x512     13.3 of 31.2 GiB   2.06 s a step, 31.5% MFU
     :v6e256  v6e:16x16    121 frames of 1280x704    29.3 of 31.2 GiB   5.17 s a step, 33.9% MFU
     :v7x128  tpu7x:4x4x4  121 frames of 768x512     40.4 of 94.8 GiB   1.05 s a step, 49.3% MFU
     :v7x128  tpu7x:4x4x4  121 frames of 1280x704    86.7 of 94.8 GiB   2.64 s a step, 52.8% MFU
     :20s     v5p:8x8x8    481 frames of 1280x704    81.7 of 95.7 GiB  10.17 s a step, 59.8% MFU
-
-:v5p256, for v5p:4x4x8, has not been compiled.
 """
 
 import dataclasses
