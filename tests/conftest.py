@@ -42,6 +42,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("golden_case", cases, ids=[f"{c.folder.name}/{c.name}" for c in cases])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs go with their file: a process may map 65,530 pieces of memory, no more."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def usual_signals():
     """Handlers as in a terminal; a process in the background may have been told to ignore some."""
