@@ -43,12 +43,14 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_one_file():
-    """Compiled programs go with their file: a process may map 65,530 pieces of memory, no more."""
+def no_more_programs_than_a_process_can_map():
+    """Compiled programs go before they are too many: Linux maps 65,530 pieces of memory at most."""
     yield
-    import jax
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        import jax
 
-    jax.clear_caches()
+        jax.clear_caches()
 
 
 @pytest.fixture
