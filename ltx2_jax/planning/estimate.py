@@ -5,7 +5,7 @@ every block, the working set of one block, and its gathered weights. Time: matri
 and attention at the chip's sustained rates, recomputation included; the elementwise rest as traffic
 with HBM; weights gathered and gradients reduced beside it; and what tensor and sequence parallelism
 exchange in between. The constants are fitted to compiled steps of the 19B model on v5p, v6e and
-tpu7x; times come within 10 % of those, peaks within 13 %.
+tpu7x; times come within 10 % of those, peaks within 15 %.
 """
 
 import dataclasses
