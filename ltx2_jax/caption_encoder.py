@@ -22,7 +22,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save
 
 from ltx2_jax import config as config_lib
-from ltx2_jax.codec import followed
 from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
@@ -33,7 +32,7 @@ from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import REFERENCE, TextEncoder, TextModel
 from ltx2_jax.tokenizer import ASSET, Tokenizer
 from ltx2_jax.tokenizer import train as train_tokenizer
-from ltx2_jax.weights import mapping
+from ltx2_jax.weights import mapping, references
 from ltx2_jax.weights.tensor_files import read_metadata
 
 KIND = "ltx2_jax.random_text_encoder.1"  # the number changes with the file's layout
@@ -155,7 +154,7 @@ def load_caption_encoder(
     metadata = read_metadata(path)
     if metadata.get("kind") != REFERENCE:
         return RandomEncoder.load(path)
-    followed(path, metadata)
+    references.follow(path, metadata)
     try:
         return released_encoder(
             metadata["checkpoint"],

@@ -16,24 +16,20 @@ Every codec has two halves with one interface; callers use nothing else:
 Dims: B batch, F frames, H, W pixels, F', H', W' the latent grid, A audio latents, C channels.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from safetensors.numpy import save
 
 from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
 from ltx2_jax.models import tiling as tiles
 from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.video_codec import AUTOMATIC, DiffusionVideoCodec, VideoCodec
 from ltx2_jax.weights import diffusion_decoder as decoder_weights
-from ltx2_jax.weights import hub
+from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.tensor_files import read_metadata
@@ -55,10 +51,7 @@ class ReleasedCodec:
 
         The weights are gigabytes and the same for every dataset: they stay where they are.
         """
-        named = [{"path": str(p), "fingerprint": fingerprint(p)} for p in self.paths]
-        metadata = {"kind": REFERENCE, "files": json.dumps(named)}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save({}, metadata))
+        references.write(path, REFERENCE, self.paths)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -89,7 +82,7 @@ def load_codec(
         if metadata.get("kind", "").startswith("ltx2_jax.linear_codec"):
             return LinearCodec.load(path)
         if metadata.get("kind") == REFERENCE:
-            paths = followed(path, metadata)
+            paths = references.follow(path, metadata)
     release = open_release(*paths)  # open as long as the codec, which reads weights when it works
     missing = [n for n in ("video_vae", "audio_vae", "vocoder") if n not in release.networks]
     if missing:
@@ -121,36 +114,3 @@ def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:
         return decoder_weights.fold_gates(params, decoder)
 
     return DiffusionVideoCodec(config, decoder, read, read_decoder, **options)
-
-
-def fingerprint(path: Path) -> str:
-    """A hash that tells a released file from others without reading all of it.
-
-    Of its size, its first megabyte with the header, and a megabyte at its middle and its end; of a
-    folder of weights those of all its files, and their names.
-    """
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        named = [f"{file.relative_to(path)} {fingerprint(file)}" for file in files]
-        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
-    size, piece = path.stat().st_size, 2**20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start in (0, size // 2, max(0, size - piece)):
-            file.seek(start)
-            digest.update(file.read(piece))
-    return digest.hexdigest()[:16]
-
-
-def followed(path: Path, metadata: dict[str, str]) -> list[Path]:
-    """The released files that a file of `ReleasedCodec.save` names."""
-    try:
-        named = [(Path(f["path"]), f["fingerprint"]) for f in json.loads(metadata["files"])]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); run prepare again") from error
-    for released, expected in named:
-        if not released.exists():
-            raise UserError(f"{path}: names {released}, which is not there; put it back")
-        if fingerprint(released) != expected:
-            raise UserError(f"{path}: {released} is not the file that the latents were made with")
-    return [released for released, _ in named]

@@ -23,8 +23,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ltx2_jax import codec
-from ltx2_jax.data.records import deserialize, serialize
+from ltx2_jax.blobs import deserialize, serialize
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
 from ltx2_jax.text_encoder import LENGTH, TextEncoder, write_reference
@@ -32,6 +31,7 @@ from ltx2_jax.tokenizer import FILES, check_text
 from ltx2_jax.weights import hub
 from ltx2_jax.weights import text as text_weights
 from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.release import Release
 
 VERSION = 1  # of a file's layout
@@ -266,7 +266,7 @@ def encoder_fingerprint(
     if not files:
         raise UserError(f"{words}: no tokenizer there")
     for path in (*weights, *files):
-        digest.update(codec.fingerprint(path).encode())
+        digest.update(fingerprint(path).encode())
     return digest.hexdigest()[:16]
 
 

@@ -10,7 +10,6 @@ Source: paper section 3; `ltx_core/text_encoders/gemma/embeddings_processor.py`.
 Dims: B prompts, S text tokens, Dv and Da widths for video and audio.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,17 +22,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
-from safetensors.numpy import save
 
-from ltx2_jax import codec
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
 from ltx2_jax.models.connectors import Connectors
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeatures
 from ltx2_jax.sharding import make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights import hub
+from ltx2_jax.weights import hub, references
 from ltx2_jax.weights import text as text_weights
 from ltx2_jax.weights.folder import INDEX
 from ltx2_jax.weights.gemma import stored_dtype, weight_files
@@ -256,18 +252,16 @@ def write_reference(
     encoder = Path(text_encoder).resolve()
     ours = (encoder / INDEX).is_file()  # a folder of weights, which is named as a whole
     files = [Path(checkpoint).resolve(), *([encoder] if ours else weight_files(encoder))]
-    named = [{"path": str(p), "fingerprint": codec.fingerprint(p)} for p in files]
-    metadata = {
-        "kind": REFERENCE,
-        "checkpoint": str(files[0]),
-        "text_encoder": str(encoder),
-        "length": str(length),
-        "dtype": dtype,
-        "last_layer_only": str(last_layer_only),
-        "files": json.dumps(named),
-    }
-    with replacing(path) as temporary:
-        temporary.write_bytes(save({}, metadata))
+    references.write(
+        path,
+        REFERENCE,
+        files,
+        checkpoint=str(files[0]),
+        text_encoder=str(encoder),
+        length=str(length),
+        dtype=dtype,
+        last_layer_only=str(last_layer_only),
+    )
 
 
 @partial(jax.jit, static_argnames="graphdef")

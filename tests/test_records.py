@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ltx2_jax import blobs
 from ltx2_jax.data import records
 from ltx2_jax.data.records import RecordWriter, open_records
 from ltx2_jax.data.schema import Field, Schema
@@ -76,7 +77,7 @@ def test_records_come_back_as_written(tmp_path, dtype):
 
 
 def test_a_record_is_plain_safetensors():
-    data = records.serialize(make_record(3))
+    data = blobs.serialize(make_record(3))
     theirs = safetensors.numpy.load(data)
     for name, array in theirs.items():
         np.testing.assert_array_equal(array, make_record(3)[name])
@@ -85,7 +86,7 @@ def test_a_record_is_plain_safetensors():
 
 def test_arrays_in_another_memory_order_are_written_right():
     record = {"id": 0, "video": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1)}
-    back = records.deserialize(records.serialize(record))
+    back = blobs.deserialize(blobs.serialize(record))
     np.testing.assert_array_equal(back["video"], record["video"])
 
 
@@ -332,7 +333,7 @@ def test_content_hash_ignores_the_order_of_metadata_and_sees_every_value(tmp_pat
     def hash_of(tensors, metadata):
         path = tmp_path / "codec.safetensors"
         safetensors.numpy.save_file(tensors, path, metadata)
-        return records.content_hash(path)
+        return blobs.content_hash(path)
 
     metadata = {str(i): "x" for i in range(8)}
     hashes = {hash_of(tensors, metadata) for _ in range(8)}

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
+from ltx2_jax.blobs import content_hash
 from ltx2_jax.caption_encoder import RandomEncoder, caption_features, tell_cut
 from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.media import Clip, check_even, read_clip
@@ -23,7 +24,6 @@ from ltx2_jax.data.records import (
     INDEX_NAME,
     Records,
     RecordWriter,
-    content_hash,
 )
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.data.table import Row, read_table

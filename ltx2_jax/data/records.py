@@ -25,7 +25,6 @@ channels; S text tokens; Dv Da widths of the text features for video and audio):
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -35,77 +34,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ltx2_jax.data.schema import Field, Schema
+from ltx2_jax.blobs import deserialize, serialize, unpack
+from ltx2_jax.data.schema import Schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason
 
 VERSION = 2
 INDEX_NAME = "dataset.json"
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
-
-_DTYPES = {  # by safetensors' names
-    "BOOL": np.bool_,
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
-    "BF16": ml_dtypes.bfloat16,
-}
-
-
-def content_hash(path: str | os.PathLike) -> str:
-    """16 hex digits for what a file says.
-
-    A safetensors file is hashed tensor by tensor in the order of their names: its library writes
-    the metadata in random order, so the bytes of two equal files differ.
-    """
-    digest = hashlib.sha256()
-    if Path(path).suffix == ".safetensors":
-        arrays, metadata = _unpack(np.memmap(path, np.uint8, "r"))
-        digest.update(json.dumps(metadata, sort_keys=True).encode())
-        for name, array in sorted(arrays.items()):
-            digest.update(f"{name} {Field.of(array)}".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    else:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _unpack(data) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors (views of `data`) and metadata of a safetensors blob. Raises ValueError, KeyError."""
-    # Not safetensors.numpy.load: it cannot read bfloat16 and does not return the metadata.
-    buffer = memoryview(data)
-    start = 8 + int.from_bytes(buffer[:8], "little")
-    header = json.loads(bytes(buffer[8:start]))
-    metadata = header.pop("__metadata__", {})
-    arrays = {}
-    for name, tensor in header.items():
-        begin, end = tensor["data_offsets"]
-        content = np.frombuffer(buffer[start + begin : start + end], _DTYPES[tensor["dtype"]])
-        arrays[name] = content.reshape(tensor["shape"])
-    return arrays, metadata
-
-
-def serialize(record: Mapping[str, Any]) -> bytes:
-    """One record as safetensors bytes; equal records give equal bytes."""
-    strings = {k: v for k, v in record.items() if isinstance(v, str)}
-    arrays = {k: np.asarray(v, order="C") for k, v in record.items() if k not in strings}
-    # One metadata entry, because the library writes several in random order.
-    return safetensors.numpy.save(arrays, {"strings": json.dumps(strings, ensure_ascii=False)})
-
-
-def deserialize(data: bytes) -> dict[str, Any]:
-    """The reverse of `serialize`; arrays are read-only views of `data`.
-
-    Raises:
-      ValueError, KeyError: the bytes are not a record.
-    """
-    arrays, metadata = _unpack(data)
-    return {**arrays, **json.loads(metadata["strings"])}
 
 
 class RecordWriter:
@@ -355,7 +294,7 @@ class Records(Sequence):
         """
         path = self.folder / EMPTY_CAPTION_NAME
         try:
-            return _unpack(np.fromfile(path, np.uint8))[0]
+            return unpack(np.fromfile(path, np.uint8))[0]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); prepare it anew") from None
 
