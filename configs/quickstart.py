@@ -21,14 +21,12 @@ from ltx2_jax.config import (
     DataConfig,
     FlowConfig,
     OptimConfig,
-    RandomEncoderConfig,
     SampleConfig,
     TextConfig,
 )
-from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer_config import LTX2_3_22B
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save
 
-from ltx2_jax import config as config_lib
-from ltx2_jax.config import RandomEncoderConfig
+from ltx2_jax.demo.config import RandomEncoderConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.files import replacing
 from ltx2_jax.models.gemma import Gemma
 from ltx2_jax.models.text_features import TextFeatures, TextFeaturesConfig
@@ -93,7 +93,7 @@ class RandomEncoder(TextEncoder):
         tensors = {name: np.asarray(value) for name, value in _named(params)}
         metadata = {
             "kind": KIND,
-            "config": config_lib.to_json(config),
+            "config": to_json(config),
             "length": str(length),
         }
         with replacing(path) as temporary:
@@ -111,7 +111,7 @@ class RandomEncoder(TextEncoder):
         if (kind := metadata.get("kind")) != KIND:
             raise UserError(f"{path}: kind {kind}, not {KIND}; expected a file that prepare wrote")
         try:
-            config = config_lib.from_json(RandomEncoderConfig, metadata["config"])
+            config = from_json(RandomEncoderConfig, metadata["config"])
             length, tensors = int(metadata["length"]), load_file(path)
             abstract = nnx.eval_shape(lambda: _create(config))
             shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))

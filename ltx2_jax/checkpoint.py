@@ -16,8 +16,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from ltx2_jax import training
-from ltx2_jax.config import Config, from_json, to_json
+from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import from_json, to_json
 
 FOLDER = "checkpoints"
 # How TensorStore begins to say that a file is not what it wrote.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 
-from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
 from ltx2_jax.data.media import check_even
 from ltx2_jax.data.records import Records, read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import difference
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -147,7 +147,7 @@ def check_same_makers(records: Records, assets: Path) -> None:
 
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
-    changed = config_lib.difference(stored, config)
+    changed = difference(stored, config)
     fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
     free = ("model.remat", "model.dtype", "model.attention")
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]

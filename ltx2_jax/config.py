@@ -8,50 +8,18 @@ calls it with ARG and then replaces fields. A wrong name or type is an error tha
 right. One config object goes down through the program, and into every checkpoint.
 """
 
-import ast
-import contextlib
-import dataclasses
-import json
 import math
 import runpy
 import traceback
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ltx2_jax.data.synthetic import SyntheticConfig, check_seed
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import check_least, check_seed, replaced
 from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
-from ltx2_jax.models.gemma import GEMMA_SMALL
-from ltx2_jax.models.gemma_layers import GemmaConfig
-from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer_config import TransformerConfig
-
-
-@dataclass(frozen=True)
-class RandomEncoderConfig:
-    """A text encoder with fixed random weights: a small Gemma and the features of its states."""
-
-    gemma: GemmaConfig = GEMMA_SMALL  # its vocab_size is the most that the tokenizer may have
-    video_dim: int = 96  # width of the features for video
-    audio_dim: int | None = 64  # and for audio; None: it receives those of video
-    last_layer_only: bool = False  # features of the last hidden state alone
-    seed: int = 0
-
-    def __post_init__(self):
-        check_seed(self)
-        for name in self.gemma.layers:
-            if name not in ("sliding", "full"):
-                raise UserError(f"gemma.layers: {name!r} is not one of sliding, full")
-            kv_heads = self.gemma.kind(name).kv_heads
-            if self.gemma.num_heads % kv_heads:
-                raise UserError(
-                    f"gemma.num_heads={self.gemma.num_heads} is not a multiple of "
-                    f"gemma.{name}.kv_heads={kv_heads}"
-                )
 
 
 @dataclass(frozen=True)
@@ -65,7 +33,7 @@ class TextConfig:
     audio_connector: ConnectorConfig = CONNECTOR_2_0
 
     def __post_init__(self):
-        _check_least(self, length=1)
+        check_least(self, length=1)
         for name in ("video_connector", "audio_connector"):
             registers = getattr(self, name).registers
             if registers and self.length % registers:
@@ -87,7 +55,7 @@ class DataConfig:
     read_threads: int = 2
 
     def __post_init__(self):
-        _check_least(self, batch_size=1, read_threads=0)
+        check_least(self, batch_size=1, read_threads=0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +106,7 @@ class OptimConfig:
             raise UserError(
                 f"first_moment_dtype={self.first_moment_dtype!r}: use float32 or bfloat16"
             )
-        _check_least(self, accumulate_steps=1)
+        check_least(self, accumulate_steps=1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +115,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints that stay on disk
 
     def __post_init__(self):
-        _check_least(self, every_steps=1, keep=1)
+        check_least(self, every_steps=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +131,7 @@ class SampleConfig:
     seed: int = 10
 
     def __post_init__(self):
-        _check_least(self, num_clips=1, batch_size=1)
+        check_least(self, num_clips=1, batch_size=1)
         check_seed(self)
         for name in ("video_guidance", "audio_guidance"):
             if not math.isfinite(getattr(self, name)):
@@ -191,14 +159,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        _check_least(self, num_steps=1)
+        check_least(self, num_steps=1)
         check_seed(self)
-
-
-def _check_least(config: Any, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise UserError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
 # ------------------------------------------------------------------------------- files and flags
@@ -225,7 +187,7 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
         raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
     if not isinstance(config, Config):
         raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
-    return _replace(config, overrides or {})
+    return replaced(config, overrides or {})
 
 
 def _place(error: Exception, path: str) -> str:
@@ -248,116 +210,3 @@ def overrides(flags: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         found[name.removeprefix("--config.")] = value
     return found
-
-
-def _replace(node: Any, changes: dict[str, str], prefix: str = "--config") -> Any:
-    """`node` with all changes made at once: a class may check its fields against one another."""
-    hints = typing.get_type_hints(type(node))
-    grouped: dict[str, dict[str, str]] = {}
-    for path, text in changes.items():
-        name, _, rest = path.partition(".")
-        if name not in hints:
-            raise UserError(f"{prefix}.{path}: no field {name!r}; valid: {', '.join(hints)}")
-        grouped.setdefault(name, {})[rest] = text
-    new = {}
-    for name, inner in grouped.items():
-        value, where = getattr(node, name), f"{prefix}.{name}"
-        if not dataclasses.is_dataclass(value):
-            if list(inner) != [""]:
-                raise UserError(f"{where} has no fields")
-            new[name] = _parse(inner[""], hints[name], where)
-        elif "" in inner:
-            raise UserError(f"{where}: set its fields: {', '.join(vars(value))}")
-        else:
-            new[name] = _replace(value, inner, where)
-    try:
-        return dataclasses.replace(node, **new)
-    except ValueError as error:
-        raise UserError(f"{prefix}: {error}") from error
-
-
-def _parse(text: str, hint: Any, where: str) -> Any:
-    readings: list[Any] = [text]  # as it stands last: a folder may be called 2024
-    if hint is not str:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            readings.insert(0, ast.literal_eval(text))
-    for reading in readings:
-        with contextlib.suppress(TypeError):
-            return _coerce(reading, hint)
-    raise UserError(f"{where}={text}: expected {_type_name(hint)}")
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as `hint` says (ints pass as floats, lists as tuples); TypeError otherwise."""
-    if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value)
-    mismatch = TypeError(f"expected {_type_name(hint)}, not {value!r}")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            with contextlib.suppress(TypeError):
-                return _coerce(value, option)
-        raise mismatch
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise mismatch
-        items = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(items) != len(value):
-            raise mismatch
-        return tuple(_coerce(v, h) for v, h in zip(value, items, strict=True))
-    if hint is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise mismatch
-    return value
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-# ------------------------------------------------------------------------------------------- JSON
-
-
-def to_json(config: Any) -> str:
-    """A config dataclass as JSON text, for checkpoints and dataset files."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(kind: type, text: str) -> Any:
-    """The inverse of `to_json`.
-
-    Raises:
-      UserError: not JSON, or fields or values that `kind` does not have.
-    """
-    try:
-        return _from_dict(kind, json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"not a {kind.__name__} of this version: {error}") from error
-
-
-def _from_dict(kind: type, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise TypeError(f"{kind.__name__} needs fields, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    fields = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise TypeError(f"{kind.__name__} has no field {name}")
-        try:
-            fields[name] = _coerce(value, hints[name])
-        except TypeError as error:
-            raise TypeError(f"{name}: {error}") from error
-    return kind(**fields)
-
-
-def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Fields in which two configs differ, as `path: a -> b` lines."""
-    lines = []
-    for f in dataclasses.fields(a):
-        x, y, name = getattr(a, f.name), getattr(b, f.name), f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(x) and type(x) is type(y):
-            lines += difference(x, y, name + ".")
-        elif x != y:
-            lines.append(f"{name}: {x!r} -> {y!r}")
-    return lines

@@ -14,8 +14,8 @@ import numpy as np
 
 from ltx2_jax import checkpoint
 from ltx2_jax.arguments import count
-from ltx2_jax.config import difference
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import difference
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.weights import export, report

@@ -9,11 +9,11 @@ from typing import Any
 from ltx2_jax.arguments import count
 from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
 from ltx2_jax.codec import load_codec
-from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import Records
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.text_cache import TextCache

@@ -8,13 +8,11 @@ from ltx2_jax.config import (
     DataConfig,
     FlowConfig,
     OptimConfig,
-    RandomEncoderConfig,
     SampleConfig,
     TextConfig,
 )
-from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.transformer_config import TransformerConfig
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.caption_encoder import RandomEncoder, caption_features, load_caption_encoder
-from ltx2_jax.config import RandomEncoderConfig
+from ltx2_jax.demo.config import RandomEncoderConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.gemma import GEMMA_SMALL
 from ltx2_jax.sharding import make_mesh

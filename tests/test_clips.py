@@ -10,9 +10,10 @@ import tiny_codec
 from ltx2_jax import clips
 from ltx2_jax.codec import load_codec
 from ltx2_jax.data.media import Clip, read_clip
-from ltx2_jax.data.synthetic import SyntheticConfig, render
+from ltx2_jax.data.synthetic import render
+from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.models.tiling import TileCounts
 
 SYNTHETIC = SyntheticConfig(num_frames=18, height=32, width=64, fps=12.0)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ltx2_jax.config import Config, difference, from_json, load, overrides, to_json
+from ltx2_jax.config import Config, load, overrides
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import difference, from_json, to_json
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 

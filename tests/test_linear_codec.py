@@ -10,8 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig, waveform
+from ltx2_jax.models.linear_codec import LinearCodec, waveform
 from ltx2_jax.models.mel import log_mel
 
 RATE, FPS, FRAMES, SIZE = 16000, 12.0, 13, 16

@@ -13,9 +13,8 @@ import tiny
 from flax import nnx
 
 from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology, training
-from ltx2_jax.data.synthetic import SyntheticConfig
+from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.mel import MelConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.streams import Keep, Modality

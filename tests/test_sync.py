@@ -12,7 +12,8 @@ from ltx2_jax import sync
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data import media
 from ltx2_jax.data.media import Clip
-from ltx2_jax.data.synthetic import SyntheticConfig, render
+from ltx2_jax.data.synthetic import render
+from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.errors import UserError
 
 CONFIG = SyntheticConfig()

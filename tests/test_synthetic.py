@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ltx2_jax.data import media, synthetic
-from ltx2_jax.data.synthetic import SyntheticConfig, captions, render, write_dataset
+from ltx2_jax.data.synthetic import captions, render, write_dataset
+from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.errors import UserError
 
 CONFIG = SyntheticConfig()

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.caption_encoder import RandomEncoder, caption_features, tell_cut
-from ltx2_jax.config import RandomEncoderConfig
 from ltx2_jax.data.media import Clip, check_even, read_clip
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
@@ -27,9 +26,10 @@ from ltx2_jax.data.records import (
 )
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.data.table import Row, read_table
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
+from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
 

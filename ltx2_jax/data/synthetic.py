@@ -23,12 +23,12 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tqdm
 
 from ltx2_jax.data import media
+from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 
@@ -42,7 +42,6 @@ COLORS = {
 PITCHES = {"low": 330.0, "middle": 660.0, "high": 1320.0}  # Hz
 TEMPOS = {"fast": (0.33, 0.41), "medium": (0.50, 0.62), "slow": (0.75, 1.00)}  # period, seconds
 COUNTS = {1: "once", 2: "twice", 3: "three times"}
-FAMILIES = ("bounce", "flash")
 
 SKY, FLOOR, FLOOR_EDGE = (222, 228, 234), (122, 108, 96), (74, 64, 58)
 NIGHT, LAMP_OFF = (22, 24, 34), 0.30  # the unlit lamp shows this share of its colour
@@ -84,46 +83,6 @@ WORDINGS = {
         ),
     },
 }
-
-
-def check_seed(config: Any, where: str = "") -> None:
-    """UserError unless `config.seed` is what all generators of random numbers take."""
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"{where}seed={config.seed} is not from 0 to {2**32 - 1}")
-
-
-@dataclasses.dataclass(frozen=True)
-class SyntheticConfig:
-    """What to render. Sizes in pixels (at least 16), fps in frames per second, sample_rate in Hz.
-
-    Raises UserError for a size, rate, count, seed or family that cannot be rendered.
-    """
-
-    num_clips: int = 512
-    num_frames: int = 25
-    height: int = 32
-    width: int = 32
-    fps: float = 12.0
-    sample_rate: int = 16000
-    seed: int = 0
-    families: tuple[str, ...] = FAMILIES
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_clips", 1), ("num_frames", 2), ("height", 16), ("width", 16)):
-            if getattr(self, name) < least:
-                raise UserError(f"synthetic: {name} must be at least {least}")
-        if not (self.fps > 0 and self.sample_rate > 0):
-            raise UserError("synthetic: fps and sample_rate must be positive")
-        check_seed(self, "synthetic: ")
-        object.__setattr__(self, "families", tuple(self.families))
-        unknown = sorted(set(self.families) - set(FAMILIES))
-        if unknown or not self.families:
-            raise UserError(f"synthetic: families must be some of {FAMILIES}, not {unknown}")
-
-    @property
-    def duration(self) -> float:
-        """Seconds of picture."""
-        return self.num_frames / self.fps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,49 +30,13 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.codec_inputs import as_pixels, as_stereo, legal_frames
 from ltx2_jax.models.mel import MelConfig, istft, log_mel, mel_filter_bank, stft
 
 _KIND = "ltx2_jax.linear_codec.1"  # the number changes with the file's layout
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearCodecConfig:
-    """Geometry and sizes; stored in the codec's file."""
-
-    video_strides: tuple[int, int, int] = (4, 8, 8)  # st, sh, sw
-    video_channels: int = 64
-    audio_channels: int = 32
-    # Component c is divided by std_c**whitening, then all by one number that makes the mean square
-    # of a latent 1. At 0 an error of the sampler is as large in pixels in every component, and
-    # shows as speckle in the many faint ones; at 1 the loss weighs a faint component as much as the
-    # first, and the brightness of neighbouring patches drifts apart. 0.5 balances the two.
-    whitening: float = 0.5
-    mel: MelConfig = dataclasses.field(default_factory=MelConfig)
-    mel_frames_per_latent: int = 4
-    mel_inversion_iterations: int = 24
-    griffin_lim_iterations: int = 32
-    griffin_lim_momentum: float = 0.99
-
-    def __post_init__(self) -> None:
-        if len(self.video_strides) != 3 or min(self.video_strides) < 1:
-            raise UserError(f"video_strides {self.video_strides}: expected three positive numbers")
-        for name in ("video_channels", "audio_channels", "mel_frames_per_latent"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: expected at least 1")
-        if not 0.0 <= self.whitening <= 1.0:
-            raise UserError(f"whitening {self.whitening}: expected a number from 0 to 1")
-
-    def num_audio_latents(self, samples: int) -> int:
-        """Audio latents of a waveform: seconds * latents per second, halves to even, at least one.
-
-        For a clip of F frames this is the official round(F / fps * 25) (`ltx_core/types.py`) except
-        where that product is a half, or a sample from one: at 69 / 30 * 25 float arithmetic falls
-        short of the half. `ltx2_jax.data.encode` cuts the sound to the official count first.
-        """
-        return max(1, round(samples / (self.mel.hop * self.mel_frames_per_latent)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

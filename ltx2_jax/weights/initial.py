@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from ltx2_jax.config import Config, difference
+from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import difference
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
 
