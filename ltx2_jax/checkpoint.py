@@ -15,10 +15,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from ltx2_jax import training
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
+from ltx2_jax.models import ltx2
 
 FOLDER = "checkpoints"
 # How TensorStore begins to say that a file is not what it wrote.
@@ -198,7 +198,7 @@ def weights_of_run(
             raise UserError(f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there")
         config = checkpoints.config(step)
         name = "ema" if average and config.optim.ema_decay is not None else "params"
-        abstract = training.abstract_params(config, mesh, for_sampling=for_sampling)
+        abstract = ltx2.abstract_params(config.networks, mesh, for_sampling=for_sampling)
         return config, checkpoints.restore_part(step, {name: abstract})[name], step
 
 

@@ -19,6 +19,7 @@ from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import check_least, check_seed, replaced
 from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
+from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.transformer_config import TransformerConfig
 
 
@@ -161,6 +162,11 @@ class Config:
     def __post_init__(self):
         check_least(self, num_steps=1)
         check_seed(self)
+
+    @property
+    def networks(self) -> LTX2Config:
+        """Of what is trained: the transformer, and the connectors before it."""
+        return LTX2Config(self.model, self.text.video_connector, self.text.audio_connector)
 
 
 # ------------------------------------------------------------------------------- files and flags

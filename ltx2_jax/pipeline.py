@@ -22,7 +22,6 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from ltx2_jax import training
 from ltx2_jax.caption_encoder import caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.checkpoint import weights_of_run
 from ltx2_jax.checks import check_mesh
@@ -34,9 +33,12 @@ from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
+from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
+from ltx2_jax.models import ltx2
+from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.text_cache import TextCache
@@ -72,7 +74,7 @@ class Pipeline:
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
-            self._graph = training.graph(config)
+            self._graph = ltx2.graph(config.networks)
             self._generate_latents = make_generate()
 
     @classmethod
@@ -228,7 +230,7 @@ def make_generate() -> Callable[..., tuple[Array, Array]]:
 
 def generate(
     params: Any,
-    text: dict[str, Array],  # `training.TEXT_FIELDS` of the prompts, [B, S, ...]
+    text: dict[str, Array],  # `ltx2.TEXT_FIELDS` of the prompts, [B, S, ...]
     null_text: dict[str, Array],  # the same of the empty caption, [1, S, ...]
     rows: Array,  # [B], number of each clip: its noise is a function of (key, number)
     key: Array,
@@ -252,7 +254,7 @@ def generate(
     return unpatchify(denoise(predict, noise(model, request, rows, key), sigmas), request)
 
 
-def noise(model: training.LTX2, request: Request, rows: Array, key: Array) -> Latents:
+def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:
     """What each clip starts from, a function of (key, its number in `rows` [B])."""
     cfg, lead = model.transformer.cfg, rows_axis(rows.shape[0])
 
@@ -278,7 +280,7 @@ def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
 
 
 def network(
-    model: training.LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
+    model: LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
 ) -> Velocity:
     """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
 
@@ -299,9 +301,7 @@ def network(
     return velocity
 
 
-def modalities(
-    model: training.LTX2, request: Request, text: dict[str, Array]
-) -> tuple[Modality, Modality]:
+def modalities(model: LTX2, request: Request, text: dict[str, Array]) -> tuple[Modality, Modality]:
     """Both streams without latents and noise levels: text, positions, marks."""
     rows = text["text_mask"].shape[0]
     text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
@@ -309,7 +309,7 @@ def modalities(
     positions = geometry.video_positions(request.video_shape, request.fps, request.strides)
     keyframes = None
     if model.transformer.cfg.keyframe_embedding:
-        keyframes = training.first_frame_mask((rows, *request.video_shape))
+        keyframes = first_frame_mask((rows, *request.video_shape))
     given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
     video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
                      keyframes_mask=keyframes)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checks, chips, flops, training
+from ltx2_jax import checks, chips, flops
 from ltx2_jax import config as config_lib
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.codec import load_codec
@@ -29,6 +29,8 @@ from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals, termination_interrupts
 from ltx2_jax.sync import sync_report
+from ltx2_jax.training.state import all_finite, init_state, state_of
+from ltx2_jax.training.step import make_train_step, place
 from ltx2_jax.weights import initial
 
 EPILOG = """\
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
         )
 
         # -------------------------------------------------------------------------- state and step
-        create = partial(training.init_state, config=config)
+        create = partial(init_state, config=config)
         key = jax.random.key(config.seed)
         abstract = abstract_state(create, key, mesh=mesh)
         describe(config, records, abstract, mesh, start)
@@ -93,11 +95,11 @@ def main(config: Config) -> None:
             seek(examples, checkpoints.data_position(start))
         elif config.init_from is not None:
             params = initial.load(config, mesh)
-            around = partial(training.state_of, config=config)
+            around = partial(state_of, config=config)
             state = jax.jit(around, donate_argnums=0)(params)
         else:
             state = jax.jit(create)(key)
-        train_step = training.make_train_step(config, codec.video.strides)
+        train_step = make_train_step(config, codec.video.strides)
 
         # ------------------------------------------------------------------------------------ loop
         timer, pending, step = step_timer(config, records), None, start
@@ -111,12 +113,12 @@ def main(config: Config) -> None:
             ) as logger,
             StopSignals() as stop,
         ):
-            batch = training.place(next(examples), mesh)
+            batch = place(next(examples), mesh)
             while step < config.num_steps:
                 state, metrics = train_step(state, batch, null_text)
                 step += 1
                 # While the devices work: the next batch, then the log of the step before.
-                batch = training.place(next(examples), mesh)
+                batch = place(next(examples), mesh)
                 if pending is not None:
                     checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
                 pending = (step, metrics)
@@ -125,7 +127,7 @@ def main(config: Config) -> None:
                     # Looked at first: a state that is not finite is not worth keeping.
                     checks.check_finite(log(logger, timer, *pending), step, **lost)
                     pending = None
-                    if not training.all_finite(state):
+                    if not all_finite(state):
                         raise checks.diverged("a weight is not finite", step, **lost)
                     checkpoints.save(step, state, config)
                     timer.restart()

@@ -193,17 +193,15 @@ def workdir(tmp_path_factory):
     """What train leaves of an untrained model, with a checkpoint at step 3."""
     import jax
 
-    from ltx2_jax import training
     from ltx2_jax.checkpoint import Checkpoints
     from ltx2_jax.sharding import make_mesh
+    from ltx2_jax.training.state import init_state
 
     folder = tmp_path_factory.mktemp("workdir")
     config = load(str(SMALL), {"workdir": str(folder)})
     train.keep_assets(train.dataset(config), folder / "assets")
     with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
-        state = jax.jit(training.init_state, static_argnames="config")(
-            jax.random.key(0), config=config
-        )
+        state = jax.jit(init_state, static_argnames="config")(jax.random.key(0), config=config)
         checkpoints.save(3, state, config)
     return folder
 

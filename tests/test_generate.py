@@ -12,12 +12,14 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax import pipeline, training
+from ltx2_jax import pipeline
 from ltx2_jax.accounting.collectives import collectives
 from ltx2_jax.accounting.hlo import parse
 from ltx2_jax.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer import LTX2Transformer
 from ltx2_jax.sharding import make_mesh, resident_weights, weight_spec
+from ltx2_jax.training.objective import as_modality, draw
 
 CONFIG = tiny.config()
 REQUEST = pipeline.Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0, guided=True)
@@ -25,7 +27,7 @@ REQUEST = pipeline.Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0, guided=True)
 
 def placed(config, mesh):
     """`tiny.params` where and as a sampler keeps them."""
-    where = training.abstract_params(config, mesh, for_sampling=True)
+    where = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
     return jax.tree.map(
         lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding), tiny.params(config), where
     )
@@ -41,7 +43,7 @@ def inputs(params, rows=1):
 def compiled(config, mesh, given):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         lowered = pipeline.make_generate().lower(
-            *given, graphdef=training.graph(config), request=REQUEST
+            *given, graphdef=ltx2.graph(config.networks), request=REQUEST
         )
         return lowered.compile()
 
@@ -120,11 +122,11 @@ def test_what_is_computed_before_the_loop_changes_no_velocity(change):
     config = tiny.config(model=cfg)
     params = tiny.params(config)["transformer"]
     graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
-    drawn = training.draw(jax.random.key(1), tiny.batch(2), config, tiny.STRIDES)
+    drawn = draw(jax.random.key(1), tiny.batch(2), config, tiny.STRIDES)
     text = tiny.batch(2)
     streams = [
-        training.as_modality(drawn["video"], text["video_text"], None, None),
-        training.as_modality(drawn["audio"], text["audio_text"], None, None),
+        as_modality(drawn["video"], text["video_text"], None, None),
+        as_modality(drawn["audio"], text["audio_text"], None, None),
     ]
 
     @jax.jit

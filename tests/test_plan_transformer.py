@@ -12,9 +12,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology, training
+from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology
 from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.mel import MelConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.streams import Keep, Modality
@@ -113,7 +114,7 @@ def test_four_passes_combine_as_guidance_does():
     for name in ("video_self", "audio_self"):
         out = params["transformer"]["blocks"][name]["to_out"]
         out["weight"], out["bias"] = jnp.zeros_like(out["weight"]), jnp.zeros_like(out["bias"])
-    common = {"graphdef": training.graph(cfg), "request": request}
+    common = {"graphdef": ltx2.graph(cfg.networks), "request": request}
     rows, key, sigmas = jnp.arange(2), jax.random.key(0), jnp.asarray([1.0, 0.5, 0.0])
     scales = (jnp.float32(1), jnp.float32(1))
     one = pipeline.generate(params, text, null, rows, key, sigmas, scales, **common)

@@ -11,11 +11,14 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax import sharding, training
+from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer_config import LTX2_19B
-from ltx2_jax.training import place
+from ltx2_jax.training.objective import draw
+from ltx2_jax.training.state import init_state
+from ltx2_jax.training.step import make_train_step, place
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
 WIDE = dataclasses.replace(
@@ -26,14 +29,14 @@ MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
 
 def loss_and_gradients(mesh_context, sizes):
     config = tiny.config()
-    graphdef = training.graph(config)
+    graphdef = ltx2.graph(config.networks)
 
     def compute(params, batch):
-        drawn = training.draw(jax.random.key(7), batch, config, tiny.STRIDES)
+        drawn = draw(jax.random.key(7), batch, config, tiny.STRIDES)
 
         def loss(p):
             model = nnx.merge(graphdef, p)
-            return training.loss(model, batch, drawn, tiny.null_text(), config)[0]
+            return loss(model, batch, drawn, tiny.null_text(), config)[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -65,7 +68,7 @@ def test_no_weight_moment_or_average_is_replicated(mesh_context, mesh):
     config = dataclasses.replace(tiny.config(), model=WIDE)
     with mesh_context(*mesh):
         state = sharding.abstract_state(
-            partial(training.init_state, config=config),
+            partial(init_state, config=config),
             jax.eval_shape(jax.random.key, 0),
             mesh=jax.sharding.get_mesh(),
         )
@@ -105,8 +108,8 @@ def test_19b_train_step_traces_on_256_chips():
     config, mesh = full_size_config(), sharding.abstract_mesh(32, 4, 2)
     key = jax.eval_shape(jax.random.key, 0)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(partial(training.init_state, config=config), key)
-        step = training.make_train_step(config, (8, 32, 32))
+        state = jax.eval_shape(partial(init_state, config=config), key)
+        step = make_train_step(config, (8, 32, 32))
         null = {
             "video_text": jax.ShapeDtypeStruct((1024, 3840), jnp.bfloat16),
             "text_mask": jax.ShapeDtypeStruct((1024,), jnp.bool_),

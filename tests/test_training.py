@@ -9,10 +9,13 @@ import optax
 import pytest
 import tiny
 
-from ltx2_jax import training
 from ltx2_jax.config import FlowConfig, OptimConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.ltx2 import TEXT_FIELDS
 from ltx2_jax.sharding import make_mesh, sharding_of
+from ltx2_jax.training.objective import as_modality, draw, learned_mask
+from ltx2_jax.training.state import _matrices, all_finite, learning_rate, optimizer
+from ltx2_jax.training.step import make_train_step, place
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=1)
 
@@ -28,12 +31,12 @@ def small(**changes):
 
 
 def on_mesh(batch):
-    return training.place(batch, jax.sharding.get_mesh())
+    return place(batch, jax.sharding.get_mesh())
 
 
 def run(config, steps, batch=None):
     state = tiny.state(config, jax.sharding.get_mesh())
-    step = training.make_train_step(config, tiny.STRIDES)
+    step = make_train_step(config, tiny.STRIDES)
     metrics = []
     for _ in range(steps):
         state, values = step(state, on_mesh(batch or tiny.batch()), tiny.null_text())
@@ -69,16 +72,16 @@ def test_a_state_is_finite_when_all_its_numbers_are():
         "step": jax.device_put(jnp.int32(7), sharding_of(mesh)),
     }
     with jax.set_mesh(mesh):
-        assert training.all_finite(state)
-        assert not training.all_finite(state | {"params": jnp.inf * state["params"]})
-        assert not training.all_finite(state | {"opt": {"mu": jnp.nan * state["opt"]["mu"]}})
+        assert all_finite(state)
+        assert not all_finite(state | {"params": jnp.inf * state["params"]})
+        assert not all_finite(state | {"opt": {"mu": jnp.nan * state["opt"]["mu"]}})
 
 
 def test_every_step_draws_new_noise_and_the_same_step_the_same():
     config = small()
     batch = on_mesh(tiny.batch())
     draws = [
-        training.draw(jax.random.fold_in(jax.random.key(config.seed), i), batch, config, (4, 8, 8))
+        draw(jax.random.fold_in(jax.random.key(config.seed), i), batch, config, (4, 8, 8))
         for i in (0, 0, 1)
     ]
     assert (draws[0]["video"].noise == draws[1]["video"].noise).all()
@@ -88,39 +91,39 @@ def test_every_step_draws_new_noise_and_the_same_step_the_same():
 
 def test_given_first_frames_are_clean_and_not_learned():
     config = small(flow=FlowConfig(first_frame_prob=1.0))
-    drawn = training.draw(jax.random.key(0), on_mesh(tiny.batch()), config, tiny.STRIDES)
+    drawn = draw(jax.random.key(0), on_mesh(tiny.batch()), config, tiny.STRIDES)
     video = drawn["video"]
     first = np.arange(16) < 8  # two latent frames of 2 x 4 tokens
     np.testing.assert_array_equal(video.clean, np.tile(first, (8, 1)))
-    modality = training.as_modality(video, None, None, None)
+    modality = as_modality(video, None, None, None)
     np.testing.assert_array_equal(modality.latent[:, :8], video.x0[:, :8])
     assert not np.array_equal(modality.latent[:, 8:], video.x0[:, 8:])
     # The network is told which they are, and one noise level of all others.
     np.testing.assert_array_equal(modality.clean, video.clean)
     np.testing.assert_array_equal(modality.timesteps[:, 0], video.sigma)
     np.testing.assert_array_equal(modality.sigma, video.sigma)
-    np.testing.assert_array_equal(training.learned_mask(video), np.tile(~first, (8, 1)))
+    np.testing.assert_array_equal(learned_mask(video), np.tile(~first, (8, 1)))
 
 
 def test_streams_share_sigma_as_often_as_configured():
     batch = on_mesh(tiny.batch(size=8))
     for share, expected in ((0.0, 0), (1.0, 8)):
         config = small(flow=FlowConfig(shared_sigma_prob=share))
-        drawn = training.draw(jax.random.key(3), batch, config, tiny.STRIDES)
+        drawn = draw(jax.random.key(3), batch, config, tiny.STRIDES)
         assert (drawn["video"].sigma == drawn["audio"].sigma).sum() == expected
 
 
 def test_a_dropped_caption_is_the_empty_caption():
     config = small(flow=FlowConfig(caption_dropout=1.0))
     batch, other = tiny.batch(), tiny.batch(seed=1)
-    mixed = batch | {name: other[name] for name in training.TEXT_FIELDS}
+    mixed = batch | {name: other[name] for name in TEXT_FIELDS}
     losses = [run(config, 1, b)[1][0]["loss"] for b in (batch, mixed)]
     assert losses[0] == losses[1]
 
 
 def test_weight_decay_reaches_matrices_only():
     params = tiny.params(small(), jax.sharding.get_mesh())
-    mask = training._matrices(params)
+    mask = _matrices(params)
     decayed = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if on}
     spared = {path[-1].key for path, on in jax.tree_util.tree_leaves_with_path(mask) if not on}
     assert decayed == {"weight"}
@@ -134,7 +137,7 @@ def test_weight_decay_reaches_matrices_only():
 )  # fmt: skip
 def test_learning_rate_warms_up_then_decays(schedule, at):
     optim = OptimConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule)
-    rate = training.learning_rate(small(optim=optim, num_steps=110))
+    rate = learning_rate(small(optim=optim, num_steps=110))
     np.testing.assert_allclose([rate(0), rate(4), rate(9)], [0.1, 0.5, 1.0], rtol=1e-6)
     np.testing.assert_allclose([rate(step) for step in at], list(at.values()), rtol=1e-5)
 
@@ -154,7 +157,7 @@ def test_average_of_weights_follows_its_decay():
 def test_the_first_moment_may_be_short():
     """Its type is kept by a step; weights and second moment stay float32."""
     config = small(optim=OptimConfig(first_moment_dtype="bfloat16"))
-    transform = training.optimizer(config)
+    transform = optimizer(config)
     params = {"weight": jnp.ones(3)}
     state = transform.init(params)
     updates, state = transform.update({"weight": jnp.arange(3.0)}, state, params)

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import flops, training
+from ltx2_jax import flops
 from ltx2_jax.diffusion import geometry
+from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.models.transformer import LTX2Transformer
@@ -172,5 +173,5 @@ def test_impossible_configs_are_refused_by_name(change, message):
 
 
 def test_training_and_sampling_share_the_first_frame_mark():
-    mask = training.first_frame_mask((2, 3, 2, 2))
+    mask = first_frame_mask((2, 3, 2, 2))
     np.testing.assert_array_equal(mask, np.tile(np.arange(12) < 4, (2, 1)))

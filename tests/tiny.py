@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltx2_jax import training
 from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.transformer_config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
+from ltx2_jax.training.state import optimizer
 
 STRIDES = (4, 8, 8)
 
@@ -80,7 +81,7 @@ def params(config: Config, mesh=None):
 
     Drawn by numpy, because compiling the initialisers takes longer than most tests.
     """
-    create = partial(training.init_params, config=config)
+    create = partial(ltx2.init_params, config=config.networks)
     key = jax.eval_shape(jax.random.key, 0)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     rng = np.random.default_rng(1)
@@ -97,7 +98,7 @@ def state(config: Config, mesh=None):
     weights = params(config, mesh)
     state = {
         "params": weights,
-        "opt": training.optimizer(config).init(weights),
+        "opt": optimizer(config).init(weights),
         "step": jnp.zeros((), jnp.int32),
     }
     return state | ({"ema": jax.tree.map(jnp.copy, weights)} if config.optim.ema_decay else {})

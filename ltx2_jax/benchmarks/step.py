@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax import chips, flops, pipeline, training
+from ltx2_jax import chips, flops, pipeline
 from ltx2_jax.arguments import count, mesh_flag
 from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -41,7 +42,6 @@ from ltx2_jax.planning.programs import (
     text_fields,
 )
 from ltx2_jax.sharding import make_mesh, pin, spec
-from ltx2_jax.training import abstract_params
 
 STEPS = 4  # timed at once
 PAPER = 49.18  # steps per minute on one H100 (arXiv 2601.03233, table 1)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     check(config, request, mesh)
     check_passes(args.batch, 1, mesh)
     with jax.set_mesh(mesh):
-        params = random_params(abstract_params(config, mesh, for_sampling=True))
+        params = random_params(ltx2.abstract_params(config.networks, mesh, for_sampling=True))
         rate = matmul_rate(args.calls)
         print(title("step", args, config, rate), flush=True)
         terms = terms_of_a_step(config, request)
@@ -164,7 +164,7 @@ def parts(
     config: Config, request: Request, params: Any, batch: int
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of every part; a call runs it in all blocks."""
-    graphdef, options = training.graph(config), compiler_options(training=False)
+    graphdef, options = ltx2.graph(config.networks), compiler_options(training=False)
     text, x = inputs(config, request, batch)
 
     def fixed(params, text):
@@ -197,7 +197,7 @@ def steps(
     config: Config, request: Request, params: Any, batch: int, count: int
 ) -> Callable[[], Any]:
     """So many Euler steps of one pass, and what comes before their loop."""
-    graphdef = training.graph(config)
+    graphdef = ltx2.graph(config.networks)
 
     def run(params, text, x, sigmas):
         model = nnx.merge(graphdef, params)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ltx2_jax import flops, training
+from ltx2_jax import flops
 from ltx2_jax.arguments import count
 from ltx2_jax.benchmarks.step import (
     add_model_arguments,
@@ -29,6 +29,8 @@ from ltx2_jax.config import MeshConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.planning.programs import train_inputs, train_state
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training.state import state_of
+from ltx2_jax.training.step import make_train_step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
         print(title("train", args, config, rate), flush=True)
         batch, null_text = jax.tree.map(_draw, (batch, null_text))
         params = random_params(train_state(config, mesh)["params"])
-        around = partial(training.state_of, config=config)
-        step = training.make_train_step(config, request.strides)
+        around = partial(state_of, config=config)
+        step = make_train_step(config, request.strides)
         kept = [jax.jit(around, donate_argnums=0)(params)]
 
         def call() -> Any:

@@ -9,12 +9,12 @@ import jax
 
 from ltx2_jax.config import Config, MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import ltx2
 from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
 from ltx2_jax.topology import Slice
-from ltx2_jax.training import abstract_params
 
 
 def sizes_of(config: Config) -> tuple[int, int, int]:
@@ -91,7 +91,7 @@ def what_helps_sampling(config: Config, request: Request, where: Slice) -> list[
     def weights(config: Config) -> float:
         mesh = mesh_of(config, where)
         check(config, request, mesh)
-        return bytes_per_chip(abstract_params(config, mesh, for_sampling=True))
+        return bytes_per_chip(ltx2.abstract_params(config.networks, mesh, for_sampling=True))
 
     return _ranked(config, options, weights)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ltx2_jax import checks, pipeline, training
+from ltx2_jax import checks, pipeline
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import read_schema
@@ -18,9 +18,12 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import ltx2
 from ltx2_jax.models.streams import Keep
 from ltx2_jax.pipeline import ClipSize, Request
 from ltx2_jax.sharding import abstract_state, sharding_of
+from ltx2_jax.training.state import State, init_state
+from ltx2_jax.training.step import make_train_step
 
 STRIDES, AUDIO_BINS, AUDIO_RATE = (8, 32, 32), 16, 25  # of the released codecs
 DEFAULT_SIZE = ClipSize(121, 704, 1280, 24.0)
@@ -95,7 +98,7 @@ def check(config: Config, request: Request, mesh: jax.sharding.Mesh) -> None:
 
 
 def text_fields(config: Config, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`training.TEXT_FIELDS` of a batch, as the dataset of this config has them."""
+    """`TEXT_FIELDS` of a batch, as the dataset of this config has them."""
     text = config.text
     own = text.encoder.audio_dim is not None if text.generation == "random" else (
         text.generation != "2.0"
@@ -111,15 +114,15 @@ def text_fields(config: Config, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_state(config: Config, mesh: jax.sharding.Mesh) -> training.State:
+def train_state(config: Config, mesh: jax.sharding.Mesh) -> State:
     """Shapes, dtypes and shardings of the train state."""
     key = jax.eval_shape(jax.random.key, 0)
-    return abstract_state(partial(training.init_state, config=config), key, mesh=mesh)
+    return abstract_state(partial(init_state, config=config), key, mesh=mesh)
 
 
 def train_program(
     config: Config, request: Request, mesh: jax.sharding.Mesh
-) -> tuple[jax.stages.Lowered, training.State]:
+) -> tuple[jax.stages.Lowered, State]:
     """The step of `train` for one batch of clips, and its state.
 
     Raises:
@@ -128,7 +131,7 @@ def train_program(
     batch, null_text = train_inputs(config, request, mesh)
     state = train_state(config, mesh)
     with jax.set_mesh(mesh):
-        step = training.make_train_step(config, request.strides)
+        step = make_train_step(config, request.strides)
         return step.lower(state, batch, null_text), state
 
 
@@ -185,7 +188,7 @@ def sample_program(
     """
     check(config, request, mesh)
     check_passes(batch, passes, mesh)
-    params = training.abstract_params(config, mesh, for_sampling=True)
+    params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
     text = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, batch).items()}
     null = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, 1).items()}
     scalar = _on(mesh, jax.ShapeDtypeStruct((), jnp.float32))
@@ -194,7 +197,7 @@ def sample_program(
     sigmas = _on(mesh, jax.ShapeDtypeStruct((steps + 1,), jnp.float32), None)
     request = dataclasses.replace(request, guided=passes == 2)
     with jax.set_mesh(mesh):
-        graphdef = training.graph(config)
+        graphdef = ltx2.graph(config.networks)
         if passes in (1, 2):
             program = pipeline.make_generate().lower(
                 params, text, null, rows, key, sigmas, (scalar, scalar),

@@ -18,6 +18,7 @@ from ltx2_jax.accounting.memory import (
     memory_facts,
 )
 from ltx2_jax.config import Config
+from ltx2_jax.models import ltx2
 from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.changes import (
     mesh_of,
@@ -42,7 +43,6 @@ from ltx2_jax.topology import (
     slice_of,
     tpu_devices,
 )
-from ltx2_jax.training import abstract_params
 
 WHOLE = 2**20  # bytes of an array that every chip holds whole, from which it is worth a line
 GIB = 2**30
@@ -105,7 +105,7 @@ def plan_sample(
         "model_flops": sampling.batch * runs * sum(terms.values()),
     }
     if not has_compiler():
-        params = abstract_params(config, mesh_of(config, where), for_sampling=True)
+        params = ltx2.abstract_params(config.networks, mesh_of(config, where), for_sampling=True)
         weights = bytes_per_chip(params)
         fits = weights <= where.chip.device_hbm_bytes
         facts |= {"compiled": False, "weight_bytes_per_device": weights, "fits": fits}

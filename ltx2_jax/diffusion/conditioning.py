@@ -1,0 +1,16 @@
+"""What a sample is given and need not generate, told to the network token by token."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from ltx2_jax.sharding import pin
+
+
+def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
+    """[B, T], 1 on latent frame 0: a keyframe to models that have the embedding.
+
+    The released trainer never sets it although inference does; here both do.
+    """
+    batch, frames, height, width = shape
+    first = jnp.arange(frames * height * width) < height * width
+    return pin(jnp.tile(first.astype(jnp.float32), (batch, 1)), "batch", "video_tokens")

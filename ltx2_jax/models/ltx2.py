@@ -1,0 +1,88 @@
+"""The connectors and the transformer as one model: what is trained, and what sampling runs.
+
+Text features -> connectors -> context of both streams -> transformer -> velocities.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from ltx2_jax.models.connectors import ConnectorConfig, Connectors
+from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer_config import TransformerConfig
+from ltx2_jax.sharding import abstract_state, resident_weights
+
+# What the model reads of a text: features [B, S, Dv], [B, S, Da] (absent where audio receives those
+# of video), and True where there is a token [B, S].
+TEXT_FIELDS = ("video_text", "audio_text", "text_mask")
+
+
+@dataclass(frozen=True)
+class LTX2Config:
+    """Of all that is trained as one."""
+
+    transformer: TransformerConfig
+    video_connector: ConnectorConfig
+    audio_connector: ConnectorConfig
+
+
+class LTX2(nnx.Module):
+    """The connectors, which read text features, and the transformer."""
+
+    def __init__(self, config: LTX2Config, *, rngs: nnx.Rngs):
+        self.connectors = Connectors(config.video_connector, config.audio_connector, rngs=rngs)
+        self.transformer = LTX2Transformer(config.transformer, rngs=rngs)
+
+    def context(self, text: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
+        """`TEXT_FIELDS` -> context of video [B, S, Dv], of audio [B, S, Da], and its mask.
+
+        The mask is None where registers fill the padding.
+        """
+        video = text["video_text"]
+        return self.connectors(video, text.get("audio_text", video), text["text_mask"])
+
+
+def graph(config: LTX2Config) -> Any:
+    """The static half of the model: `nnx.merge(graph(config), params)` is callable.
+
+    To be made under the mesh that it runs on, which decides whether heads are split.
+    """
+    return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=nnx.Rngs(0))))
+
+
+def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
+    """Fresh float32 parameters as a nested dict, born on their shards."""
+    return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=nnx.Rngs(key)), nnx.Param)[1])
+
+
+def abstract_params(
+    config: LTX2Config, mesh: jax.sharding.Mesh, *, for_sampling: bool = False
+) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of `init_params` on `mesh`.
+
+    Those that a sampler keeps are resident, and what is cast to the dtype of the activations before
+    it is used has that dtype already: it computes the same numbers.
+    """
+    create, key = partial(init_params, config=config), jax.eval_shape(jax.random.key, 0)
+    if not for_sampling:
+        return abstract_state(create, key, mesh=mesh)
+    with resident_weights():
+        params = abstract_state(create, key, mesh=mesh)
+    dtypes = {
+        ("transformer",): config.transformer.dtype,
+        ("connectors", "video"): config.video_connector.dtype,
+        ("connectors", "audio"): config.audio_connector.dtype,
+    }
+
+    def as_used(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(entry.key for entry in path)
+        dtype = dtypes.get(names[:1]) or dtypes[names[:2]]
+        dtype = dtype if names[-1] in ("weight", "bias") else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(as_used, params)
