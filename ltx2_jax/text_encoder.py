@@ -24,9 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.connectors import Connectors
-from ltx2_jax.models.gemma import Gemma
-from ltx2_jax.models.text_features import TextFeatures
+from ltx2_jax.models.text_model import TextModel
 from ltx2_jax.sharding import make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub, references
@@ -37,25 +35,6 @@ from ltx2_jax.weights.opening import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
 REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout
-
-
-class TextModel(nnx.Module):
-    """The networks of the encoder, as one; without connectors it ends at the features."""
-
-    def __init__(self, gemma: Gemma, text_features: TextFeatures, connectors: Connectors | None):
-        self.gemma, self.text_features, self.connectors = gemma, text_features, connectors
-
-    def features(self, tokens: Array, mask: Array) -> tuple[Array, Array]:
-        """Left-padded tokens and mask [B, S] -> features [B, S, Dv] and [B, S, Da]."""
-
-        def consume(carry, hidden, index):
-            return self.text_features.add(carry, hidden, index, mask)
-
-        carry = self.gemma.fold(tokens, mask, consume, self.text_features.init(*tokens.shape))
-        return self.text_features.finish(carry)
-
-    def __call__(self, tokens: Array, mask: Array) -> tuple[Array, Array, Array | None]:
-        return self.connectors(*self.features(tokens, mask), mask)
 
 
 class TextEncoder:

@@ -12,8 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ltx2_jax.caption_encoder import RandomEncoder, caption_features, load_caption_encoder
+from ltx2_jax.caption_encoder import caption_features, load_caption_encoder
 from ltx2_jax.demo.config import RandomEncoderConfig
+from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.gemma import GEMMA_SMALL
 from ltx2_jax.sharding import make_mesh
@@ -60,7 +61,7 @@ def test_features_have_the_widths_and_padding_that_records_store(path):
 def test_a_word_changes_the_features_of_what_follows_it_and_of_nothing_before(path):
     encoder = loaded(path)
     captions = ["a red ball bounces once", "a red ball bounces twice"]
-    found, tokens = caption_features(encoder, captions), encoder.tokens(captions)[0]
+    found, tokens = caption_features(encoder, captions), encoder.tokenizer.encode(captions, LENGTH)[0]
     counts = found["text_mask"].sum(1)
     rows = [x[-n:] for x, n in zip(found["video_text"], counts, strict=True)]
     ids = [x[-n:] for x, n in zip(tokens, counts, strict=True)]

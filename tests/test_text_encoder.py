@@ -17,8 +17,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3, Connectors
 from ltx2_jax.models.gemma import GEMMA_3_12B, Gemma
 from ltx2_jax.models.text_features import FEATURES_2_3, TextFeatures
+from ltx2_jax.models.text_model import TextModel
 from ltx2_jax.sharding import abstract_mesh, make_mesh
-from ltx2_jax.text_encoder import TextEncoder, TextModel
+from ltx2_jax.text_encoder import TextEncoder
 from ltx2_jax.weights import export, references
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.tensor_files import read_metadata

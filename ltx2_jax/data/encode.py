@@ -16,7 +16,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from ltx2_jax.blobs import content_hash
-from ltx2_jax.caption_encoder import RandomEncoder, caption_features, tell_cut
+from ltx2_jax.caption_encoder import FeatureEncoder, caption_features, tell_cut
 from ltx2_jax.data.media import Clip, check_even, read_clip
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
@@ -27,11 +27,10 @@ from ltx2_jax.data.records import (
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
+from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec
-from ltx2_jax.text_cache import TextCache
-from ltx2_jax.text_encoder import TextEncoder
 
 CODEC_NAME = "codec.safetensors"
 TEXT_ENCODER_NAME = "text_encoder.safetensors"
@@ -178,7 +177,7 @@ def encode_clips(
     clips: ClipReader,
     *,
     codec: Any,
-    encoder: TextEncoder | TextCache,
+    encoder: FeatureEncoder,
     config: PrepareConfig,
     writer: RecordWriter,
 ) -> None:
@@ -236,7 +235,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _encode(
-    batch: list, rows: Sequence[Row], codec: Any, encoder: TextEncoder | TextCache
+    batch: list, rows: Sequence[Row], codec: Any, encoder: FeatureEncoder
 ) -> Iterator[dict[str, Any]]:
     pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
     video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
@@ -281,7 +280,7 @@ def prepare_dataset(
     config: PrepareConfig,
     *,
     codec: Any = None,
-    text_encoder: TextEncoder | TextCache | RandomEncoderConfig | None = None,
+    text_encoder: FeatureEncoder | RandomEncoderConfig | None = None,
     overwrite: bool = False,
 ) -> Records:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.

@@ -39,8 +39,9 @@ from ltx2_jax.models.text_features import (
     TextFeatures,
     TextFeaturesConfig,
 )
+from ltx2_jax.models.text_model import TextModel
 from ltx2_jax.sharding import abstract_state, make_mesh, replicated, sharding_of
-from ltx2_jax.text_encoder import LENGTH, TextModel
+from ltx2_jax.text_encoder import LENGTH
 from ltx2_jax.topology import describe_counts, tpu_devices
 
 WHOLE = 2**24  # bytes above which a weight that no chip shares with another is worth a line
