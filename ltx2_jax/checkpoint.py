@@ -20,7 +20,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.models import ltx2
 
-FOLDER = "checkpoints"
+# In a workdir: train states, and codec, text encoder and schema of the dataset.
+FOLDER, ASSETS = "checkpoints", "assets"
 # How TensorStore begins to say that a file is not what it wrote.
 _DAMAGE = ("OUT_OF_RANGE: ", "DATA_LOSS: ", "NOT_FOUND: ", "FAILED_PRECONDITION: ")
 
@@ -170,6 +171,19 @@ class Checkpoints:
             if why.startswith(_DAMAGE):
                 raise self._damaged(step, why) from error
             raise UserError(f"{self.folder / str(step)} does not hold {what}: {why}") from error
+
+
+def stored_config(workdir: str | Path) -> Config | None:
+    """The config in the newest checkpoint of a workdir; None where there is no checkpoint yet.
+
+    Raises:
+      UserError: the checkpoint is damaged, or of another version.
+    """
+    if not (Path(workdir) / FOLDER).is_dir():
+        return None
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest_step
+        return None if step is None else checkpoints.config(step)
 
 
 def weights_of_run(

@@ -130,6 +130,7 @@ class SampleConfig:
     video_guidance: float = 3.0  # classifier-free guidance scales; 1 = off
     audio_guidance: float = 7.0
     seed: int = 10
+    preview_step: int | None = None  # a few clips after so many steps, to see how it goes
 
     def __post_init__(self):
         check_least(self, num_clips=1, batch_size=1)

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checkpoint
-from ltx2_jax.arguments import count
+from ltx2_jax import checkpoint, command
+from ltx2_jax.command import count
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.opening import open_release
@@ -222,23 +221,15 @@ def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    """Runs the command; returns its exit code, see `command.run`."""
     args = _parser().parse_args(argv)
     if not args.extract_lora:
         # Conversion is work of the host; a single accelerator may not hold the weights.
         jax.config.update("jax_platforms", "cpu")
-    try:
-        with termination_interrupts(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            warnings.simplefilter("always", UserWarning)
-            main(args)
-    except UserError as error:
-        print(f"convert: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", UserWarning)
+        return command.run("convert", lambda: main(args), interrupted="nothing was written")
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
@@ -246,14 +237,8 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ltx2_jax.convert",
-        usage="%(prog)s SRC ... DST [options]\n       %(prog)s --inspect PATH ...",
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s SRC ... DST [options]\n       %(prog)s --inspect PATH ..."
+    parser = command.parser("convert", DESCRIPTION, EXAMPLE, usage=usage)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="what to convert, and to what")
     add("--inspect", action="store_true", help="print what is in every path, and write nothing")

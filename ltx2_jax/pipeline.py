@@ -23,8 +23,7 @@ from jax import Array
 from tqdm import tqdm
 
 from ltx2_jax.caption_encoder import caption_features, load_caption_encoder, tell_cut
-from ltx2_jax.checkpoint import weights_of_run
-from ltx2_jax.checks import check_mesh
+from ltx2_jax.checkpoint import ASSETS, weights_of_run
 from ltx2_jax.clips import decode_clip, write_clip
 from ltx2_jax.codec import load_codec
 from ltx2_jax.compiler_options import compiler_options
@@ -43,8 +42,7 @@ from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import TextEncoder
-
-ASSETS = "assets"  # in a workdir: codec, text encoder and schema of the dataset
+from ltx2_jax.training.checks import check_mesh
 
 
 @dataclass(frozen=True)

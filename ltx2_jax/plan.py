@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ltx2_jax import config as config_lib
-from ltx2_jax.arguments import count, mesh_flag
+from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import Config, MeshConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.planning import search, text, transformer, vae

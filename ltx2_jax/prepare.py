@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ltx2_jax.arguments import count
+from ltx2_jax import command
 from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
 from ltx2_jax.codec import load_codec
+from ltx2_jax.command import count
 from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.text_cache import TextCache
 from ltx2_jax.text_encoder import LENGTH, TextEncoder
 
@@ -61,18 +61,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 2 after printing what the user can fix."""
+    """Runs the command; returns its exit code, see `command.run`."""
     args = _parser().parse_args(argv)
-    try:
-        with termination_interrupts():
-            main(args)
-    except UserError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return command.run("prepare", lambda: main(args), interrupted="nothing was written")
 
 
 def _codec(args: argparse.Namespace) -> Any:
@@ -120,12 +111,7 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomE
 
 def _parser() -> argparse.ArgumentParser:
     defaults = LinearCodecConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m ltx2_jax.prepare",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("prepare", _DESCRIPTION, _EXAMPLE)
     parser.add_argument("table", metavar="TABLE", help="clips and captions")
     parser.add_argument("out", metavar="OUT", help="folder of the dataset")
     size = parser.add_argument_group("clips")

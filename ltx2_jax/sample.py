@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltx2_jax.arguments import finite, seed_flag
+from ltx2_jax import command
+from ltx2_jax.command import finite, seed_flag
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.pipeline import Pipeline, write_clips
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.stop_signals import termination_interrupts
 from ltx2_jax.sync import sync_report
 
 DESCRIPTION = """\
@@ -68,18 +68,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    """Runs the command; returns its exit code, see `command.run`."""
     args = _parser().parse_args(argv)
-    try:
-        with termination_interrupts():
-            main(args)
-    except UserError as error:
-        print(f"sample: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sample: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command.run("sample", lambda: main(args))
 
 
 def output_folder(workdir: str, out: str | None) -> Path:
@@ -121,13 +112,7 @@ def all_prompts(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ltx2_jax.sample",
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.parser("sample", DESCRIPTION, EXAMPLE)
     add = parser.add_argument
     add("prompts", metavar="PROMPT", nargs="*", help="what to see and hear")
     add("--workdir", required=True, metavar="FOLDER", help="what train wrote")

@@ -61,7 +61,10 @@ def test_features_have_the_widths_and_padding_that_records_store(path):
 def test_a_word_changes_the_features_of_what_follows_it_and_of_nothing_before(path):
     encoder = loaded(path)
     captions = ["a red ball bounces once", "a red ball bounces twice"]
-    found, tokens = caption_features(encoder, captions), encoder.tokenizer.encode(captions, LENGTH)[0]
+    found, tokens = (
+        caption_features(encoder, captions),
+        encoder.tokenizer.encode(captions, LENGTH)[0],
+    )
     counts = found["text_mask"].sum(1)
     rows = [x[-n:] for x, n in zip(found["video_text"], counts, strict=True)]
     ids = [x[-n:] for x, n in zip(tokens, counts, strict=True)]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from resume_config import get_config
 
-from ltx2_jax import checks
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh, sharding_of
+from ltx2_jax.training import checks
 
 
 class Sharding:

@@ -16,12 +16,13 @@ import pytest
 
 import ltx2_jax
 from ltx2_jax import prepare, sample, train
-from ltx2_jax.checks import check_same_makers
 from ltx2_jax.config import load
 from ltx2_jax.data.encode import OtherDataset
 from ltx2_jax.data.media import Clip, read_clip
 from ltx2_jax.data.records import open_records
 from ltx2_jax.text_cache import TextCache
+from ltx2_jax.training import loop
+from ltx2_jax.training.checks import check_same_makers
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
@@ -164,14 +165,14 @@ def test_train_replaces_its_own_dataset_only_where_nothing_was_trained_on_it(mon
             raise OtherDataset(f"{out}: choose another folder or overwrite it (--overwrite)")
         return SimpleNamespace(skipped=[])
 
-    monkeypatch.setattr(train, "prepare_dataset", prepare_dataset)
-    monkeypatch.setattr(train, "open_records", lambda folder: folder)
-    monkeypatch.setattr(train.synthetic, "write_dataset", lambda folder, config: None)
+    monkeypatch.setattr(loop, "prepare_dataset", prepare_dataset)
+    monkeypatch.setattr(loop, "open_records", lambda folder: folder)
+    monkeypatch.setattr(loop.synthetic, "write_dataset", lambda folder, config: None)
     config = load(str(SMALL), {"workdir": str(tmp_path)})
     records = tmp_path / "data" / "records"
     with pytest.raises(ltx2_jax.UserError, match=f"{records}: .*: remove it, or choose another"):
-        train.dataset(config)
-    assert train.dataset(config, anew=True) == records
+        loop.dataset(config)
+    assert loop.dataset(config, anew=True) == records
     assert made == [False, False, True]
 
 
@@ -199,7 +200,7 @@ def workdir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("workdir")
     config = load(str(SMALL), {"workdir": str(folder)})
-    train.keep_assets(train.dataset(config), folder / "assets")
+    loop.keep_assets(loop.dataset(config), folder / "assets")
     with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
         state = jax.jit(init_state, static_argnames="config")(jax.random.key(0), config=config)
         checkpoints.save(3, state, config)

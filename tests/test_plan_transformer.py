@@ -12,7 +12,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology
+from ltx2_jax import chips, config, flops, pipeline, plan, topology
 from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
@@ -23,6 +23,7 @@ from ltx2_jax.models.transformer import Block, LTX2Transformer
 from ltx2_jax.planning import changes, estimate, programs, search, transformer
 from ltx2_jax.planning.text import connector_flops
 from ltx2_jax.planning.transformer import Sampling
+from ltx2_jax.training import checks
 
 CLIPS = SyntheticConfig(num_clips=8, num_frames=5, height=16, width=32, fps=12.0)
 CODEC = LinearCodecConfig(

@@ -9,7 +9,6 @@ import tiny
 import tiny_codec
 
 from ltx2_jax import prepare, sample
-from ltx2_jax.checks import check_records
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import load
 from ltx2_jax.data import synthetic
@@ -17,6 +16,7 @@ from ltx2_jax.data.media import read_clip
 from ltx2_jax.data.records import open_records
 from ltx2_jax.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training.checks import check_records
 
 CLIPS = synthetic.SyntheticConfig(num_clips=8, num_frames=9, height=32, width=32, fps=8.0)
 SIZE = [

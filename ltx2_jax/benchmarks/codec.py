@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ltx2_jax.arguments import count, positive
 from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.chips import peak_flops
+from ltx2_jax.command import count, positive
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
 from ltx2_jax.errors import UserError

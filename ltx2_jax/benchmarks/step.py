@@ -19,8 +19,8 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax import chips, flops, pipeline
-from ltx2_jax.arguments import count, mesh_flag
 from ltx2_jax.benchmarks.timing import best_of
+from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ltx2_jax import flops
-from ltx2_jax.arguments import count
 from ltx2_jax.benchmarks.step import (
     add_model_arguments,
     config_of,
@@ -25,6 +24,7 @@ from ltx2_jax.benchmarks.step import (
     title,
 )
 from ltx2_jax.benchmarks.timing import best_of
+from ltx2_jax.command import count
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.planning.programs import train_inputs, train_state

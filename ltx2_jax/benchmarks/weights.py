@@ -19,7 +19,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from ltx2_jax.arguments import count, positive
+from ltx2_jax.command import count, positive
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
 from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig

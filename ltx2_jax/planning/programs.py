@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ltx2_jax import checks, pipeline
+from ltx2_jax import pipeline
 from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import read_schema
@@ -22,6 +22,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.models.streams import Keep
 from ltx2_jax.pipeline import ClipSize, Request
 from ltx2_jax.sharding import abstract_state, sharding_of
+from ltx2_jax.training import checks
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import checks, flops, units
+from ltx2_jax import flops, units
 from ltx2_jax.accounting.compiled import describe as describe_program
 from ltx2_jax.accounting.compiled import program_facts
 from ltx2_jax.accounting.memory import (
@@ -43,6 +43,7 @@ from ltx2_jax.topology import (
     slice_of,
     tpu_devices,
 )
+from ltx2_jax.training import checks
 
 WHOLE = 2**20  # bytes of an array that every chip holds whole, from which it is worth a line
 GIB = 2**30

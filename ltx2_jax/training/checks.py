@@ -9,13 +9,38 @@ from pathlib import Path
 
 import jax
 
+from ltx2_jax import checkpoint
 from ltx2_jax.config import Config
 from ltx2_jax.data.media import check_even
-from ltx2_jax.data.records import Records, read_schema
+from ltx2_jax.data.records import Records, open_records, read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.sharding import sharding_of
+from ltx2_jax.weights import initial
+
+
+def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a run that cannot be, in this order, before any of its work.
+
+    The config alone, the config and its dataset, the config and the checkpoint of its workdir.
+
+    Raises:
+      UserError: the first thing that does not fit, and what it does not fit to.
+    """
+    check_batch(config, mesh)
+    part_of_batch(sharding_of(mesh, "batch"), config.data.batch_size)
+    check_text(config)
+    if config.data.path is None:
+        check_synthetic(config, mesh)
+    else:
+        check_records(config, open_records(config.data.path), mesh)
+    stored = checkpoint.stored_config(config.workdir)
+    if stored is None:
+        initial.check(config)
+    else:
+        check_same_run(config, stored, Path(config.workdir))
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -153,6 +178,8 @@ def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
+    if config.init_from not in (None, stored.init_from):  # its weights would never be read
+        refused.append(f"init_from: {stored.init_from!r} -> {config.init_from!r}")
     if refused:
         raise UserError(
             f"{workdir} holds a checkpoint of another config ({'; '.join(refused)}): "
