@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ltx2_jax.benchmarks import codec, step, train, weights
 from ltx2_jax.errors import UserError
+from ltx2_jax.planning.bench import codec, step, train, weights
 
 DESCRIPTION = """\
 Measure a part of the package on this machine, with random weights of the released sizes.

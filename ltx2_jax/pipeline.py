@@ -26,9 +26,9 @@ from ltx2_jax import training
 from ltx2_jax.caption_encoder import caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.checkpoint import weights_of_run
 from ltx2_jax.checks import check_mesh
+from ltx2_jax.chips import compiler_options
 from ltx2_jax.clips import decode_clip, write_clip
 from ltx2_jax.codec import load_codec
-from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checks, chips, flops, training
+from ltx2_jax import checks, chips, training
 from ltx2_jax import config as config_lib
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.codec import load_codec
@@ -25,6 +25,7 @@ from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import only_run, replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
+from ltx2_jax.models import flops
 from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals, termination_interrupts

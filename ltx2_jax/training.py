@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.compiler_options import compiler_options
+from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config, OptimConfig
 from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.models.connectors import Connectors

@@ -5,8 +5,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
+
 from ltx2_jax.models.video_vae import Block, VideoVAEConfig
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ltx2_jax import flops
+from ltx2_jax.models import flops
 from ltx2_jax.models.transformer_config import PRESETS
 
 V20, V23 = PRESETS["2.0"], PRESETS["2.3"]

@@ -9,8 +9,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import flops, training
+from ltx2_jax import training
 from ltx2_jax.diffusion import geometry
+from ltx2_jax.models import flops
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.models.transformer import LTX2Transformer

@@ -12,8 +12,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
+from ltx2_jax.planning.topology import Slice
 from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
-from ltx2_jax.topology import Slice
 from ltx2_jax.training import abstract_params
 
 

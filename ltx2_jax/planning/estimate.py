@@ -14,13 +14,13 @@ import math
 
 import jax
 
-from ltx2_jax import flops
-from ltx2_jax.accounting.interconnect import EFFICIENCY
-from ltx2_jax.accounting.roofline import HBM_EFFICIENCY
 from ltx2_jax.chips import Chip
 from ltx2_jax.config import Config
+from ltx2_jax.models import flops
 from ltx2_jax.models.transformer_config import TransformerConfig
 from ltx2_jax.pipeline import Request
+from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
+from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sharding import bytes_per_chip
 

@@ -8,8 +8,8 @@ from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.changes import changed, mesh_of
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
+from ltx2_jax.planning.topology import NO_COMPILER, has_compiler, slice_of
 from ltx2_jax.planning.transformer import plan_train
-from ltx2_jax.topology import NO_COMPILER, has_compiler, slice_of
 
 CLIPS = (1, 2, 4)  # per data shard
 MOST_SPLIT = 16  # model x sequence; beyond it a clip is on more chips than any plan gains from

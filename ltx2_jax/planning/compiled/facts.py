@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from ltx2_jax import chips, units
-from ltx2_jax.accounting import roofline
-from ltx2_jax.accounting.collectives import by_kind, collectives, table
-from ltx2_jax.accounting.execution import (
+from ltx2_jax.chips import Chip
+from ltx2_jax.planning.compiled import roofline
+from ltx2_jax.planning.compiled.collectives import by_kind, collectives, table
+from ltx2_jax.planning.compiled.execution import (
     Step,
     flops,
     head_width,
@@ -24,10 +25,9 @@ from ltx2_jax.accounting.execution import (
     loops,
     steps,
 )
-from ltx2_jax.accounting.hlo import HBM, Computation, Instruction, Module, parse
-from ltx2_jax.accounting.interconnect import Network
-from ltx2_jax.accounting.traffic import finished, hbm_bytes, host_bytes
-from ltx2_jax.chips import Chip
+from ltx2_jax.planning.compiled.hlo import HBM, Computation, Instruction, Module, parse
+from ltx2_jax.planning.compiled.interconnect import Network
+from ltx2_jax.planning.compiled.traffic import finished, hbm_bytes, host_bytes
 
 LARGE = 2**24  # bytes of a copied weight that is worth a line
 

@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from ltx2_jax import topology
 from ltx2_jax.errors import UserError
+from ltx2_jax.planning import topology
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ltx2_jax.accounting.collectives import Collective
-from ltx2_jax.accounting.interconnect import EFFICIENCY, HOP_SECONDS, Network, seconds
 from ltx2_jax.chips import CHIPS
+from ltx2_jax.planning.compiled.collectives import Collective
+from ltx2_jax.planning.compiled.interconnect import EFFICIENCY, HOP_SECONDS, Network, seconds
 
 GB = 1e9
 LINK = 100 * GB  # one way, of every TPU but v5e

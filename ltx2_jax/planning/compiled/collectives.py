@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ltx2_jax.accounting.execution import Step, in_layer_loop, steps
-from ltx2_jax.accounting.hlo import Computation, Instruction, Module
-from ltx2_jax.accounting.traffic import COLLECTIVES, counted_collectives, finished, share_of
+from ltx2_jax.planning.compiled.execution import Step, in_layer_loop, steps
+from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module
+from ltx2_jax.planning.compiled.traffic import COLLECTIVES, counted_collectives, finished, share_of
 
 OP_NAMES = 4  # that a row of the table keeps
 Groups = list[list[int]]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ltx2_jax.accounting import hlo
-from ltx2_jax.accounting.execution import loops, steps
+from ltx2_jax.planning.compiled import hlo
+from ltx2_jax.planning.compiled.execution import loops, steps
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 

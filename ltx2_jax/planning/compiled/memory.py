@@ -60,14 +60,8 @@ def describe_memory(facts: dict[str, Any], arguments: str, output: str) -> str:
     return (
         f"  per device     {arguments} {gib['argument']:.2f}, {output} {gib['output']:.2f}{donated}"
         f", temporaries {gib['temporary']:.2f} GiB{host}\n"
-        f"  peak           {gib['peak']:.2f}{of_hbm} GiB per device: {verdict}\n"
+        f"  peak           {gib['peak']:.2f}{of_hbm} GiB per device: {verdict}"
     )
-
-
-def describe_overflow(facts: dict[str, Any]) -> str:
-    """The facts of a program that was too large to compile, as lines for a person."""
-    where = f"{facts['topology']} ({facts['devices']} x {facts['device_kind']})"
-    return f"{facts['program']} on {where}\n  {facts['message']}"
 
 
 def compile_or_overflow(

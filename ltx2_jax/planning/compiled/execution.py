@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ltx2_jax.accounting.hlo import Computation, Instruction, Module, Shape
+from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module, Shape
 
 # Custom calls by which the compiler talks to itself; every other target is a kernel.
 BOOKKEEPING = (

@@ -12,15 +12,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import checks, chips, config, flops, pipeline, plan, topology, training
+from ltx2_jax import checks, chips, config, pipeline, plan, training
 from ltx2_jax.data.synthetic import SyntheticConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models import flops
 from ltx2_jax.models.linear_codec import LinearCodecConfig
 from ltx2_jax.models.mel import MelConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.models.transformer import Block, LTX2Transformer
-from ltx2_jax.planning import changes, estimate, programs, search, transformer
+from ltx2_jax.planning import changes, estimate, programs, search, topology, transformer
 from ltx2_jax.planning.text import connector_flops
 from ltx2_jax.planning.transformer import Sampling
 

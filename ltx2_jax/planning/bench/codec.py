@@ -17,7 +17,6 @@ from flax import nnx
 
 from ltx2_jax.arguments import count, positive
 from ltx2_jax.audio_codec import AudioCodec
-from ltx2_jax.benchmarks.timing import best_of
 from ltx2_jax.chips import peak_flops
 from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
@@ -26,6 +25,7 @@ from ltx2_jax.models.audio_vae import AUDIO_VAE
 from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from ltx2_jax.models.vocoder import VOCODER_2_0, VOCODER_2_3
+from ltx2_jax.planning.bench.timing import best_of
 from ltx2_jax.video_codec import VideoCodec
 from ltx2_jax.weights import audio_vae as audio_weights
 from ltx2_jax.weights import video_vae as video_weights

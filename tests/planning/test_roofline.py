@@ -2,10 +2,10 @@
 
 import pytest
 
-from ltx2_jax.accounting import hlo
-from ltx2_jax.accounting.interconnect import Network
-from ltx2_jax.accounting.roofline import HBM_EFFICIENCY, roofline
 from ltx2_jax.chips import CHIPS
+from ltx2_jax.planning.compiled import hlo
+from ltx2_jax.planning.compiled.interconnect import Network
+from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY, roofline
 
 CHIP = CHIPS["h100"]
 SWITCH = Network(CHIP, None)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ltx2_jax.accounting import hlo
-from ltx2_jax.accounting.collectives import axes_of, groups_of
+from ltx2_jax.planning.compiled import hlo
+from ltx2_jax.planning.compiled.collectives import axes_of, groups_of
 
 MESH = {"data": 2, "model": 2, "sequence": 2}
 SEQUENCE = [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax import chips, flops, pipeline, training
+from ltx2_jax import chips, pipeline, training
 from ltx2_jax.arguments import count, mesh_flag
-from ltx2_jax.benchmarks.timing import best_of
-from ltx2_jax.compiler_options import compiler_options
+from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
+from ltx2_jax.models import flops
 from ltx2_jax.models.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -33,6 +33,7 @@ from ltx2_jax.models.streams import Keep, Modality
 from ltx2_jax.models.transformer import Block
 from ltx2_jax.models.transformer_config import LTX2_3_22B, LTX2_19B
 from ltx2_jax.pipeline import Request
+from ltx2_jax.planning.bench.timing import best_of
 from ltx2_jax.planning.programs import (
     DEFAULT_SIZE,
     check,

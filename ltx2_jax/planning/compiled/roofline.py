@@ -19,11 +19,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ltx2_jax.accounting.collectives import collectives_of
-from ltx2_jax.accounting.execution import Step, dearest, flops, head_width, is_kernel, trip_count
-from ltx2_jax.accounting.hlo import Computation, Instruction, Module
-from ltx2_jax.accounting.interconnect import Network, seconds
-from ltx2_jax.accounting.traffic import hbm_bytes, host_bytes
+from ltx2_jax.planning.compiled.collectives import collectives_of
+from ltx2_jax.planning.compiled.execution import (
+    Step,
+    dearest,
+    flops,
+    head_width,
+    is_kernel,
+    trip_count,
+)
+from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module
+from ltx2_jax.planning.compiled.interconnect import Network, seconds
+from ltx2_jax.planning.compiled.traffic import hbm_bytes, host_bytes
 
 HBM_EFFICIENCY = 0.87  # of the nominal bandwidth: a copy on v7x (tpu-recipes, microbenchmarks)
 

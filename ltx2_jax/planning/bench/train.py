@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ltx2_jax import flops, training
+from ltx2_jax import training
 from ltx2_jax.arguments import count
-from ltx2_jax.benchmarks.step import (
+from ltx2_jax.config import MeshConfig
+from ltx2_jax.models import flops
+from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.planning.bench.step import (
     add_model_arguments,
     config_of,
     line,
@@ -24,9 +27,7 @@ from ltx2_jax.benchmarks.step import (
     random_params,
     title,
 )
-from ltx2_jax.benchmarks.timing import best_of
-from ltx2_jax.config import MeshConfig
-from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.planning.bench.timing import best_of
 from ltx2_jax.planning.programs import train_inputs, train_state
 from ltx2_jax.sharding import make_mesh
 

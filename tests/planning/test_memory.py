@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ltx2_jax.accounting import memory
+from ltx2_jax.planning.compiled import memory
 
 HBM = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from ltx2_jax import chips
-from ltx2_jax.accounting.collectives import Collective
 from ltx2_jax.chips import Chip
+from ltx2_jax.planning.compiled.collectives import Collective
 
 CORE_LINKS = 6  # of a v7x chip's two cores, in links between chips (docs.cloud.google.com, tpu7x)
 EFFICIENCY = 0.9  # of a link's nominal rate that collectives reach (jax-ml.github.io/scaling-book)

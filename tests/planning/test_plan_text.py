@@ -10,6 +10,7 @@ import pytest
 import tiny_gemma
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from ltx2_jax.text_flops import count_parameters
 
 from ltx2_jax.models.connectors import ConnectorConfig
 from ltx2_jax.models.gemma import Gemma
@@ -23,7 +24,6 @@ from ltx2_jax.planning.text import (
     plan_text,
     text_mesh,
 )
-from ltx2_jax.text_flops import count_parameters
 
 VIDEO = ConnectorConfig(num_layers=3, num_heads=4, head_dim=8, registers=16)
 GEMMA_3 = TextConfig(

@@ -15,10 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax.accounting.compiled import program_facts
-from ltx2_jax.accounting.memory import compile_or_overflow
+from ltx2_jax.planning.compiled.facts import program_facts
+from ltx2_jax.planning.compiled.memory import compile_or_overflow
+from ltx2_jax.planning.topology import tpu_devices
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.topology import tpu_devices
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

@@ -6,12 +6,13 @@ import importlib.util
 import jax
 import pytest
 
-from ltx2_jax import flops, sharding
-from ltx2_jax.accounting.compiled import program_facts
+from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, TextConfig
+from ltx2_jax.models import flops
 from ltx2_jax.models.transformer_config import LTX2_19B
 from ltx2_jax.planning import programs
-from ltx2_jax.topology import tpu_devices
+from ltx2_jax.planning.compiled.facts import program_facts
+from ltx2_jax.planning.topology import tpu_devices
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

@@ -10,8 +10,8 @@ and one write. So this is a lower bound of the traffic.
 
 from collections.abc import Iterable
 
-from ltx2_jax.accounting.execution import BOOKKEEPING
-from ltx2_jax.accounting.hlo import HBM, HOST, Computation, Instruction, Module, Shape
+from ltx2_jax.planning.compiled.execution import BOOKKEEPING
+from ltx2_jax.planning.compiled.hlo import HBM, HOST, Computation, Instruction, Module, Shape
 
 COLLECTIVES = (
     "all-gather",

@@ -11,8 +11,8 @@ import tiny
 import tiny_codec
 
 from ltx2_jax import bench
-from ltx2_jax.benchmarks import codec, step, train
 from ltx2_jax.models.audio_vae import AudioVAEConfig
+from ltx2_jax.planning.bench import codec, step, train
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights.audio_vae import audio_vae_config
 from ltx2_jax.weights.video_vae import video_vae_config
@@ -60,8 +60,8 @@ def test_random_weights_keep_activations_finite():
 
 
 def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypatch, capsys):
-    from ltx2_jax.benchmarks import weights
     from ltx2_jax.models.transformer_config import LTX2_3_22B
+    from ltx2_jax.planning.bench import weights
 
     small = dataclasses.replace(
         LTX2_3_22B, num_heads=8, head_dim=16, audio_num_heads=8, audio_head_dim=8,
@@ -78,9 +78,9 @@ def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypat
 
 
 def test_a_synthetic_file_has_about_the_size_that_was_asked_for():
-    from ltx2_jax.benchmarks.weights import sized
-    from ltx2_jax.flops import total_parameters
+    from ltx2_jax.models.flops import total_parameters
     from ltx2_jax.models.transformer_config import LTX2_19B
+    from ltx2_jax.planning.bench.weights import sized
 
     assert sized(LTX2_19B, 37.75).num_layers == 48
     assert abs(2 * total_parameters(sized(LTX2_19B, 6.0)) / 1e9 - 6) < 0.4
