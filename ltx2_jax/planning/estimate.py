@@ -71,7 +71,7 @@ def estimate(
     tokens = clips * video / sequence  # of a device
     network = dataclasses.replace(cfg, remat="none")
     state, params = _state_bytes(Config("", network, config.text, optim=config.optim), mesh)
-    block = sum(flops.count_parameters(cfg).values()) / cfg.num_layers / model
+    block = flops.total_parameters(network) / cfg.num_layers / model
 
     whole, split = saved_rows(cfg)
     small = clips * (audio + 2 * config.text.length) * cfg.audio_width / cfg.width

@@ -38,8 +38,10 @@ def compile_facts(
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """The facts of a plan as lines for a person."""
+    """The facts of a plan or a search as lines for a person."""
     what = facts["what"]
+    if what == "search":
+        return _search(facts)
     title = f"{facts['program']} on {facts['topology']} ({facts['devices']} x " \
             f"{facts['device_kind']})"  # fmt: skip
     if "message" in facts:
@@ -138,3 +140,36 @@ def _helps(facts: dict[str, Any]) -> list[str]:
         f"  by estimate    {change['change']} saves {change['saves'] / GIB:.1f} GiB"
         for change in facts["helps"][:4]
     ] or ["  by estimate    no single change helps on this slice: take a larger one"]
+
+
+def _search(facts: dict[str, Any], most: int = 12) -> str:
+    """The best rows of a search as a table."""
+    lines = [
+        f"train on {facts['topology']} ({facts['devices']} devices), best first; the estimates "
+        "are by arithmetic",
+        "  data model sequence  remat              batch    estimated: GiB    MFU"
+        "    compiled: GiB    MFU  clips/s",
+    ]
+    for row in facts["rows"][:most]:
+        data, model, sequence = row["mesh"]
+        guess = row["estimate"]
+        lines.append(
+            f"  {data:4} {model:5} {sequence:8}  {row['remat']:<17} {row['batch']:6,} "
+            f"{guess['peak'] / GIB:17.1f} {guess['mfu']:6.1%}{_compiled(row)}"
+        )
+    if len(facts["rows"]) > most:
+        lines.append(f"  and {len(facts['rows']) - most} more that should fit")
+    if not facts["compiled"]:
+        lines.append(f"  not compiled   {NO_COMPILER}")
+    return "\n".join(lines)
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    plan = row["plan"]
+    if plan is None:
+        return ""
+    if not plan["fits"]:
+        return "    does not fit"
+    times = plan["roofline"]["practical"]
+    peak = plan["peak_bytes_per_device"] / GIB
+    return f"{peak:17.1f} {times['mfu']:6.1%} {row['batch'] / times['step']:8.2f}"

@@ -48,7 +48,7 @@ def test_a_long_clip_needs_no_more_than_a_tile(eight_devices):
 
 def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch, capsys):
     monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**10)
-    monkeypatch.setattr(plan_vae, "VAES", {"2.3": TINY})
+    monkeypatch.setitem(plan_vae.VAES, "2.3", TINY)
     monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
     arguments = ["--what=vae", "--topology=v5p:2x2x2", "--height=32", "--width=64", "--frames=1"]
     assert plan.cli(arguments) == 1
