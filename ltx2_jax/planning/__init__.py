@@ -1,8 +1,8 @@
 """What programs need on TPU slices that are not here, and how fast they run on this machine.
 
-The one door: `plan_*`, `search_plans` and `describe` are behind `python -m ltx2_jax.plan`, `BENCHES`
-behind `python -m ltx2_jax.bench`. FLOPs are counted in `ltx2_jax.models.flops`, rates of chips
-stand in `ltx2_jax.chips`.
+The one door: `BENCHES` are behind `python -m ltx2_jax.bench`, all else behind
+`python -m ltx2_jax.plan`. FLOPs are counted in `ltx2_jax.models.flops`, rates of chips stand in
+`ltx2_jax.chips`.
 
     compiled/   what a compiled program does, read from its text
     bench/      the parts of bench
