@@ -6,9 +6,9 @@ reduce-scatter. An asynchronous collective runs beside the instructions up to wh
 """
 
 import dataclasses
-import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,19 +51,13 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
 
 def collectives_of(module: Module, step: Step, mesh: Mapping[str, int]) -> list[Collective]:
     """Those that one instruction starts: itself, or those fused into it."""
-    return [_collective(step, *found, mesh) for found in _started(module, step)]
-
-
-def _started(module: Module, step: Step) -> Iterator[tuple[Computation, Instruction, bool]]:
-    """Collectives that an instruction starts: (computation, instruction, whether asynchronous)."""
-    instruction = step.instruction
-    opcode = instruction.opcode.removesuffix("-start")
-    if opcode in COLLECTIVES:
-        hidden = step.asynchronous or instruction.opcode.endswith("-start")
-        yield step.computation, instruction, hidden
+    instruction, found = step.instruction, []
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        found.append((step.computation, instruction, instruction.opcode.endswith("-start")))
     for computation, inner in counted_collectives(module, instruction):
-        hidden = "chain_id" in (inner.attribute("frontend_attributes") or "")
-        yield computation, inner, step.asynchronous or hidden
+        spread = "chain_id" in (inner.attribute("frontend_attributes") or "")
+        found.append((computation, inner, spread))
+    return [_collective(step, *one, mesh) for one in found]
 
 
 def _collective(
@@ -73,25 +67,22 @@ def _collective(
     hidden: bool,
     mesh: Mapping[str, int],
 ) -> Collective:
-    kind = instruction.opcode.removesuffix("-start")
-    result = finished(computation, instruction)
     share = share_of(computation, instruction)
-    if share is not None:
-        kind, result = "reduce-scatter", share
+    result = share or finished(computation, instruction)
     arrays = [shape for shape in result.shapes if shape.dtype not in ("token", "opaque")]
-    groups = groups_of(instruction, int(np.prod(list(mesh.values()))))
-    members = max(groups, key=len)
+    groups = groups_of(instruction, math.prod(mesh.values()))
+    members = tuple(max(groups, key=len))
     return Collective(
-        kind,
-        arrays[0].dtype,
-        sum(shape.bytes for shape in arrays),
-        step.times,
-        step.loops,
-        axes_of(groups, mesh),
-        len(members),
-        tuple(members),
-        hidden,
-        instruction.op_name or step.instruction.op_name,
+        kind="reduce-scatter" if share else instruction.opcode.removesuffix("-start"),
+        dtype=arrays[0].dtype,
+        bytes=sum(shape.bytes for shape in arrays),
+        times=step.times,
+        loops=step.loops,
+        axes=axes_of(groups, mesh),
+        group=len(members),
+        members=members,
+        asynchronous=step.asynchronous or hidden,
+        op_name=instruction.op_name or step.instruction.op_name,
     )
 
 
@@ -183,17 +174,9 @@ def table(found: Sequence[Collective]) -> list[dict[str, Any]]:
             "in_layers": in_layer_loop(c.loops),
             "asynchronous": c.asynchronous,
         }
-        start = {**key, "times": 0, "bytes": 0, "op_names": []}
-        row = rows.setdefault(str(key), start)
+        row = rows.setdefault(str(key), {**key, "times": 0, "bytes": 0, "op_names": []})
         row["times"] += c.times
         row["bytes"] += c.times * c.bytes
         if c.op_name and c.op_name not in row["op_names"] and len(row["op_names"]) < OP_NAMES:
             row["op_names"].append(c.op_name)
     return sorted(rows.values(), key=lambda row: -row["bytes"])
-
-
-def by_kind(found: Sequence[Collective]) -> dict[str, int]:
-    """How many of each kind run."""
-    ordered = sorted(found, key=lambda c: c.kind)
-    groups = itertools.groupby(ordered, key=lambda c: c.kind)
-    return {kind: sum(c.times for c in group) for kind, group in groups}

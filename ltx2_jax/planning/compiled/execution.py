@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module, Shape
 
 # Custom calls by which the compiler talks to itself; every other target is a kernel.
@@ -197,8 +199,9 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
     opcode = instruction.opcode
     if opcode == "dot":
         left = computation.operands(instruction)[0].shapes[0]
-        contracted = _numbers(instruction.attribute("lhs_contracting_dims"))
-        return 2.0 * instruction.shapes[0].elements * math.prod(left.dims[i] for i in contracted)
+        contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
+        sizes = (left.dims[int(axis)] for axis in contracted)
+        return 2.0 * instruction.shapes[0].elements * math.prod(sizes)
     if opcode == "convolution":
         return _convolution(computation, instruction)
     if opcode == "custom-call":
@@ -252,46 +255,28 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     """The TPU compiler turns matrix products into convolutions, batch axes into strided windows."""
     inputs, kernel = (operand.shapes[0] for operand in computation.operands(instruction)[:2])
     labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
-    of_input, of_kernel, of_output = (dict(zip(label, shape.dims, strict=True)) for label, shape in
-                                      zip(labels, (inputs, kernel, instruction.shapes[0]),
-                                          strict=True))  # fmt: skip
-    window = _window(instruction.attribute("window") or "")
-    products = math.prod(
-        _positions(of_input[axis], of_kernel[axis], of_output[axis], window, int(axis))
-        for axis in labels[0]
-        if axis.isdigit()
+    of_input, of_kernel, of_output = (
+        dict(zip(label, shape.dims, strict=True))
+        for label, shape in zip(labels, (inputs, kernel, instruction.shapes[0]), strict=True)
     )
+    # "size=3x1 stride=2x1" -> {"size": ["3", "1"], "stride": ["2", "1"]}
+    options = re.findall(r"(\w+)=(\S+)", instruction.attribute("window") or "")
+    window = {name: value.split("x") for name, value in options}
+    products = math.prod(
+        _positions(
+            of_input[axis], of_kernel[axis], of_output[axis],
+            {name: values[int(axis)] for name, values in window.items()},
+        )
+        for axis in filter(str.isdigit, labels[0])
+    )  # fmt: skip
     groups = int(instruction.attribute("batch_group_count") or 1)
     return 2.0 * products * of_kernel["i"] * of_kernel["o"] * of_input["b"] / groups
 
 
-def _window(text: str) -> dict[str, list[str]]:
-    """ "size=3x1 stride=2x1" -> {"size": ["3", "1"], "stride": ["2", "1"]}."""
-    return {name: value.split("x") for name, value in re.findall(r"(\w+)=(\S+)", text)}
-
-
-def _positions(size: int, taps: int, outputs: int, window: dict[str, list[str]], axis: int) -> int:
+def _positions(size: int, taps: int, outputs: int, window: dict[str, str]) -> int:
     """Pairs of output and tap, along one axis, that meet an element of the input."""
-
-    def of(name: str, default: str) -> str:
-        return window[name][axis] if name in window else default
-
-    low = int(of("pad", "0_0").split("_")[0])
-    stride, reversed_ = int(of("stride", "1")), of("rhs_reversal", "0") == "1"
-    spread, gap = int(of("rhs_dilate", "1")), int(of("lhs_dilate", "1"))
-    last = (size - 1) * gap
-    pairs = 0
-    for tap in range(taps):
-        shift = (taps - 1 - tap if reversed_ else tap) * spread - low
-        # Outputs o with 0 <= o stride + shift <= last, and on a multiple of the gap.
-        first = max(0, -(shift // stride))
-        end = min(outputs - 1, (last - shift) // stride)
-        if gap == 1:
-            pairs += max(0, end - first + 1)
-        else:
-            pairs += sum((o * stride + shift) % gap == 0 for o in range(first, end + 1))
-    return pairs
-
-
-def _numbers(text: str | None) -> list[int]:
-    return [int(n) for n in (text or "").split(",") if n]
+    stride, spread, gap = (int(window.get(x, 1)) for x in ("stride", "rhs_dilate", "lhs_dilate"))
+    low = int(window.get("pad", "0_0").split("_")[0])
+    tap = np.arange(taps)  # in either order: reversed ones meet the same elements
+    met = np.arange(outputs)[:, None] * stride + tap * spread - low  # of the input, spread by gap
+    return int(((met >= 0) & (met <= (size - 1) * gap) & (met % gap == 0)).sum())

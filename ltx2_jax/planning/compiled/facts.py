@@ -6,6 +6,7 @@ every loop counted as often as it runs. `execution.py`, `traffic.py`, `collectiv
 `roofline.py` say what is counted and what is not.
 """
 
+import collections
 import dataclasses
 import re
 from typing import Any
@@ -15,9 +16,8 @@ import jax
 from ltx2_jax import chips, units
 from ltx2_jax.chips import Chip
 from ltx2_jax.planning.compiled import roofline
-from ltx2_jax.planning.compiled.collectives import by_kind, collectives, table
+from ltx2_jax.planning.compiled.collectives import collectives, table
 from ltx2_jax.planning.compiled.execution import (
-    Step,
     flops,
     head_width,
     in_layer_loop,
@@ -29,6 +29,7 @@ from ltx2_jax.planning.compiled.hlo import HBM, Computation, Instruction, Module
 from ltx2_jax.planning.compiled.interconnect import Network
 from ltx2_jax.planning.compiled.traffic import finished, hbm_bytes, host_bytes
 
+GIB = 2**30
 LARGE = 2**24  # bytes of a copied weight that is worth a line
 
 
@@ -47,14 +48,16 @@ def program_facts(
     module, axes = parse(compiled.as_text()), dict(mesh.shape)
     devices = list(mesh.devices.flat)
     chip = chip or chips.of_kind(devices[0].device_kind)
-    found = collectives(module, axes)
+    rows, counts = table(collectives(module, axes)), collections.Counter()
+    for row in rows:
+        counts[row["kind"]] += row["times"]
     facts = {
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "mesh": axes,
         **module_facts(module),
-        "collectives": table(found),
-        "collective_counts": by_kind(found),
+        "collectives": rows,
+        "collective_counts": counts,
     }
     if chip is not None:
         network = Network.of(devices, chip)
@@ -70,45 +73,31 @@ def module_facts(module: Module) -> dict[str, Any]:
     kernels: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
     copies: dict[str, dict[str, Any]] = {}
     for step in steps(module):
-        instruction, computation = step.instruction, step.computation
-        work = step.times * flops(module, computation, instruction)
-        read, written = hbm_bytes(module, computation, instruction)
+        at = step.computation, step.instruction
+        work, in_layers = step.times * flops(module, *at), in_layer_loop(step.loops)
+        read, written = (step.times * moved for moved in hbm_bytes(module, *at))
         totals["flops"] += work
-        totals["hbm_read_bytes"] += step.times * read
-        totals["hbm_written_bytes"] += step.times * written
-        totals["host_traffic_bytes"] += step.times * host_bytes(module, computation, instruction)
-        in_layers = in_layer_loop(step.loops)
+        totals["hbm_read_bytes"] += read
+        totals["hbm_written_bytes"] += written
+        totals["host_traffic_bytes"] += step.times * host_bytes(module, *at)
         if in_layers:
             totals["flops_in_layers"] += work
-            totals["hbm_bytes_in_layers"] += step.times * (read + written)
-        if is_kernel(instruction):
+            totals["hbm_bytes_in_layers"] += read + written
+        if is_kernel(step.instruction):
             totals["kernel_flops"] += work
-            _count_kernel(kernels, step, work, in_layers)
+            name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", step.instruction.name)
+            key = {"name": name, "head_width": head_width(*at), "in_layers": in_layers}
+            row = kernels.setdefault(tuple(key.values()), {**key, "times": 0, "flops": 0.0})
+            row["times"] += step.times
+            row["flops"] += work
         if not step.loops:
-            _note_copy(copies, module, computation, instruction)
+            _note_copy(copies, module, *at)
     return {
         **totals,
         "loops": [dataclasses.asdict(loop) for loop in loops(module)],
         "kernels": list(kernels.values()),
         "weight_copies": sorted(copies.values(), key=lambda copy: -copy["bytes"]),
     }
-
-
-def _count_kernel(
-    kernels: dict[tuple[str, int | None, bool], dict[str, Any]],
-    step: Step,
-    work: float,
-    in_layers: bool,
-) -> None:
-    """Adds a kernel's runs to those of the same name, head width and place."""
-    name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", step.instruction.name)
-    width = head_width(step.computation, step.instruction)
-    row = kernels.setdefault(
-        (name, width, in_layers),
-        {"name": name, "head_width": width, "in_layers": in_layers, "times": 0, "flops": 0.0},
-    )
-    row["times"] += step.times
-    row["flops"] += work
 
 
 # ------------------------------------------------------------------------------ copies of weights
@@ -161,17 +150,16 @@ def _only_moves(module: Module, instruction: Instruction) -> bool:
 
 
 def describe(facts: dict[str, Any], execution: str) -> str:
-    """`program_facts` as lines; `execution` says what takes the time told, such as "a step"."""
+    """The facts as lines; `execution` names one of the program, such as "a step"."""
+    in_layers = facts["flops_in_layers"] / (facts["flops"] or 1)
+    host = facts["host_traffic_bytes"] / GIB
     lines = [
         f"  as compiled    {units.flops(facts['flops'])}FLOP per device, "
-        f"{units.flops(facts['kernel_flops'])} of them in kernels{_in_layers(facts)}",
-        f"  HBM traffic    {facts['hbm_read_bytes'] / 2**30:,.1f} GiB read, "
-        f"{facts['hbm_written_bytes'] / 2**30:,.1f} written per device",
-        *(
-            [f"  host traffic   {facts['host_traffic_bytes'] / 2**30:,.1f} GiB per device"]
-            if facts["host_traffic_bytes"]
-            else []
-        ),
+        f"{units.flops(facts['kernel_flops'])} of them in kernels"
+        + (f"; {in_layers:.1%} in the layers" if in_layers else ""),
+        f"  HBM traffic    {facts['hbm_read_bytes'] / GIB:,.1f} GiB read, "
+        f"{facts['hbm_written_bytes'] / GIB:,.1f} written per device",
+        *([f"  host traffic   {host:,.1f} GiB per device"] if host else []),
         *_kernel_lines(facts["kernels"]),
         *_collective_lines(facts["collectives"]),
         *_copy_lines(facts["weight_copies"]),
@@ -180,16 +168,12 @@ def describe(facts: dict[str, Any], execution: str) -> str:
             for loop in facts["loops"]
             if loop["trips"] is None
         ),
+        *(
+            _roofline_line(rates, times, execution)
+            for rates, times in facts.get("roofline", {}).items()
+        ),
     ]
-    for rates, times in facts.get("roofline", {}).items():
-        lines.append(_roofline_line(rates, times, execution))
     return "\n".join(lines)
-
-
-def _in_layers(facts: dict[str, Any]) -> str:
-    if not facts["flops_in_layers"]:
-        return ""
-    return f"; {facts['flops_in_layers'] / facts['flops']:.1%} in the layers"
 
 
 def _kernel_lines(kernels: list[dict[str, Any]], most: int = 4) -> list[str]:
@@ -212,19 +196,19 @@ def _collective_lines(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
         hidden = "asynchronous" if row["asynchronous"] else ""
         notes = ", ".join(note for note in (row["dtype"], place, hidden) if note)
         lines.append(
-            f"  {row['times']:20,} {row['bytes'] / 2**30:11.3f}  "
+            f"  {row['times']:20,} {row['bytes'] / GIB:11.3f}  "
             f"{' x '.join(row['axes']) or '-'} ({row['group']}), {row['kind']}: {notes}"
         )
     if rest := rows[most:]:
         times, size = (sum(row[name] for row in rest) for name in ("times", "bytes"))
-        lines.append(f"  {times:20,} {size / 2**30:11.3f}  of {len(rest)} more kinds")
+        lines.append(f"  {times:20,} {size / GIB:11.3f}  of {len(rest)} more kinds")
     return lines
 
 
 def _copy_lines(copies: list[dict[str, Any]], most: int = 3) -> list[str]:
     if not copies:
         return []
-    total = sum(copy["bytes"] for copy in copies) / 2**30
+    total = sum(copy["bytes"] for copy in copies) / GIB
     named = ", ".join(f"{_leaf(c['parameter'])} ({c['kind']})" for c in copies[:most])
     more = f" and {len(copies) - most} more" if len(copies) > most else ""
     return [f"  weight copies  {total:.2f} GiB outside the loops: {named}{more}"]
