@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ltx2_jax.benchmarks import codec, step, train, weights
+from ltx2_jax import planning
 from ltx2_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -21,19 +21,12 @@ example:
   python -m ltx2_jax.bench weights --gigabytes=8 --folder=/mnt/disks/data
 """
 
-PARTS = {
-    "codec": (codec, "encoding and decoding of a clip"),
-    "step": (step, "one denoising step, and the parts of its blocks"),
-    "train": (train, "training steps"),
-    "weights": (weights, "loading of an official file"),
-}
-
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after printing what the user can fix."""
     args = _parser().parse_args(argv)
     try:
-        PARTS[args.what][0].run(args)
+        planning.BENCHES[args.what][0].run(args)
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
@@ -46,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ltx2_jax.bench", description=DESCRIPTION, epilog=EXAMPLE, **form
     )
     parts = parser.add_subparsers(dest="what", required=True, metavar="PART")
-    for name, (module, what) in PARTS.items():
+    for name, (module, what) in planning.BENCHES.items():
         module.add_arguments(parts.add_parser(name, help=what, description=module.__doc__, **form))
     return parser
 

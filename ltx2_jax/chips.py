@@ -1,4 +1,5 @@
-"""The accelerators we run on: what one chip can do, and what share of it programs sustain.
+"""The accelerators we run on: what one chip can do, what share of it programs sustain, and what we
+ask of its compiler beyond the defaults.
 
 Peaks are the vendors'. A jax device is a chip, except on v7x, where it is one of the chip's two
 cores (v4 and v5p fuse theirs); `device_*` are of a jax device.
@@ -17,6 +18,8 @@ as assumed where no record was found:
 """
 
 import dataclasses
+
+from ltx2_jax.sharding import target
 
 GIB = 2**30
 
@@ -132,3 +135,41 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
     if chip.torus == 3:
         return (all(size % 4 == 0 for size in shape),) * len(shape)
     return tuple(size == 16 for size in shape)
+
+
+# ------------------------------------------------------------------------------- compiler options
+
+# Only what the TPU compiler's releases 0.0.42 and 0.0.50 both accept: the older way to run
+# collectives beside matrix products, `xla_tpu_enable_async_collective_fusion`, the newer refuses
+# on all chips but v5e, as it may give wrong results there.
+#
+# Sparse cores gather weights and reduce gradients while the matrix units go on; a v7x does so by
+# itself. (On v5p, 0.0.42 still gathers on the matrix units' time; 0.0.50 does not.)
+_ON_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+}
+# Otherwise the stacked weights of a v7x are copied into another layout before the loop over them.
+_STORED_LAYOUT = {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+Options = dict[str, bool | int]
+SAMPLING: dict[str, Options] = {"v7x": _STORED_LAYOUT}
+TRAINING: dict[str, Options] = {
+    "v5p": _ON_SPARSE_CORES,
+    "v6e": _ON_SPARSE_CORES,
+    "v7x": _STORED_LAYOUT,
+}
+
+
+def compiler_options(*, training: bool) -> Options | None:
+    """For the `compiler_options` of `jax.jit`, by the chip of the mesh in context; None: defaults.
+
+    To be called under the `jax.set_mesh` that the program runs under. A sampler gathers no weights,
+    and what it sends, the next instruction waits for.
+    """
+    platform, kind = target()
+    chip = of_kind(kind)
+    if platform != "tpu" or chip is None:
+        return None
+    return (TRAINING if training else SAMPLING).get(chip.name)

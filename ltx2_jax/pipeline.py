@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from ltx2_jax.caption_encoder import caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.checkpoint import ASSETS, weights_of_run
+from ltx2_jax.chips import compiler_options
 from ltx2_jax.clips import decode_clip, write_clip
 from ltx2_jax.codec import load_codec
-from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.contact_sheet import contact_sheet
 from ltx2_jax.data.media import Clip

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 
 from ltx2_jax import config as config_lib
+from ltx2_jax import planning
 from ltx2_jax.command import count, mesh_flag
-from ltx2_jax.config import Config, MeshConfig
+from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.planning import search, text, transformer, vae
-from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 
 DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.
@@ -64,13 +63,8 @@ def main(args: argparse.Namespace, overrides: dict[str, str]) -> bool:
     """Compiles, prints; returns whether it fits."""
     jax.config.update("jax_platforms", "cpu")
     _check_flags(args, overrides)
-    if args.what in ("vae", "text"):
-        facts, lines = _fixed_network(args)
-    else:
-        if args.config is None:
-            raise UserError(f"--what={args.what} needs --config=FILE.py")
-        facts, lines = _of_config(args, config_lib.load(args.config, overrides))
-    print(json.dumps(facts, indent=2) if args.json else lines)
+    facts = _of_config(args, overrides) if args.what in FLAGS["config"][0] else _released(args)
+    print(json.dumps(facts, indent=2) if args.json else planning.describe(facts))
     return facts["fits"]
 
 
@@ -92,32 +86,35 @@ def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError("--search tries all meshes: leave --mesh out")
 
 
-def _fixed_network(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _released(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "text":
-        encoder = text.TEXT_ENCODERS[args.generation]
-        facts = text.plan_text(encoder, args.batch, args.topology)
-        return facts, text.describe(facts)
-    size = tuple(
-        getattr(args, flag) or getattr(DEFAULT_SIZE, field)
-        for flag, field in (("frames", "num_frames"), ("height", "height"), ("width", "width"))
+        encoder = planning.TEXT_ENCODERS[args.generation]
+        return planning.plan_text(encoder, args.batch, args.topology)
+    default = planning.DEFAULT_SIZE
+    size = (
+        args.frames or default.num_frames,
+        args.height or default.height,
+        args.width or default.width,
     )
-    facts = vae.plan_vae(vae.VAES[args.generation], args.half, size, args.topology)
-    return facts, vae.describe(facts)
+    return planning.plan_vae(planning.VAES[args.generation], args.half, size, args.topology)
 
 
-def _of_config(args: argparse.Namespace, config: Config) -> tuple[dict[str, Any], str]:
+def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    if args.config is None:
+        raise UserError(f"--what={args.what} needs --config=FILE.py")
+    config = config_lib.load(args.config, overrides)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig(*args.mesh))
-    request = request_of(config, num_frames=args.frames, height=args.height, width=args.width)
+    request = planning.request_of(
+        config, num_frames=args.frames, height=args.height, width=args.width
+    )
     if args.search:
-        facts = search.search(config, request, args.topology, compiled=args.compile or TO_COMPILE)
-        return facts, search.describe(facts)
+        rows = args.compile or TO_COMPILE
+        return planning.search_plans(config, request, args.topology, compiled=rows)
     if args.what == "train":
-        facts = transformer.plan_train(config, request, args.topology)
-    else:
-        sampling = transformer.Sampling(args.batch, args.passes, args.steps or config.sample.steps)
-        facts = transformer.plan_sample(config, request, args.topology, sampling)
-    return facts, transformer.describe(facts)
+        return planning.plan_train(config, request, args.topology)
+    sampling = planning.Sampling(args.batch, args.passes, args.steps or config.sample.steps)
+    return planning.plan_sample(config, request, args.topology, sampling)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ltx2_jax.conv_flops import conv_flops, video_vae_flops
+from ltx2_jax.models.flops import count, video_vae_flops
 from ltx2_jax.models.video_vae import Block, VideoVAEConfig
 
 
@@ -26,10 +26,10 @@ def conv(x, kernel, **options):
 
 def test_a_convolution_costs_its_taps_at_every_output():
     x, kernel = zeros(2, 11, 6), zeros(3, 6, 8)
-    assert conv_flops(conv, x, kernel) == 2 * (2 * 9 * 8) * (3 * 6)
-    strided = conv_flops(lambda x, k: conv(x, k, strides=(2,), padding="SAME"), x, kernel)
+    assert count(conv, x, kernel) == 2 * (2 * 9 * 8) * (3 * 6)
+    strided = count(lambda x, k: conv(x, k, strides=(2,), padding="SAME"), x, kernel)
     assert strided == 2 * (2 * 6 * 8) * (3 * 6)
-    grouped = conv_flops(lambda x, k: conv(x, k, feature_group_count=3), x, zeros(3, 2, 9))
+    grouped = count(lambda x, k: conv(x, k, feature_group_count=3), x, zeros(3, 2, 9))
     assert grouped == 2 * (2 * 9 * 9) * (3 * 2)
 
 
@@ -37,13 +37,11 @@ def test_a_transposed_convolution_costs_its_taps_at_every_input():
     def up(x, kernel):
         return conv(x, kernel, padding=((3, 3),), lhs_dilation=(2,))
 
-    assert conv_flops(up, zeros(2, 5, 6), zeros(4, 6, 8)) == 2 * (2 * 5 * 6) * (4 * 8)
+    assert count(up, zeros(2, 5, 6), zeros(4, 6, 8)) == 2 * (2 * 5 * 6) * (4 * 8)
 
 
 def test_a_matrix_product_costs_its_three_sizes_per_batch_entry():
-    flops = conv_flops(
-        lambda a, b: jnp.einsum("bij,bjk->bik", a, b), zeros(2, 3, 4), zeros(2, 4, 5)
-    )
+    flops = count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), zeros(2, 3, 4), zeros(2, 4, 5))
     assert flops == 2 * 2 * 3 * 4 * 5
 
 
@@ -56,15 +54,15 @@ def test_bodies_count_as_often_as_they_run():
     def loop(x):
         return jax.lax.scan(lambda x, _: jax.lax.scan(step, x, None, length=3), x, None, length=5)
 
-    assert conv_flops(loop, zeros(4, 4)) == 15 * product
+    assert count(loop, zeros(4, 4)) == 15 * product
 
     def branch(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: x, lambda x: x @ x @ x, x)
 
-    assert conv_flops(branch, zeros(4, 4)) == 2 * product
+    assert count(branch, zeros(4, 4)) == 2 * product
     # Forward, again in the backward pass, and the gradients of both sides of either product.
     loss = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(jnp.sin(x @ w) @ w)))
-    assert conv_flops(jax.grad(loss, (0, 1)), zeros(4, 4), zeros(4, 4)) == (2 + 2 + 4) * product
+    assert count(jax.grad(loss, (0, 1)), zeros(4, 4), zeros(4, 4)) == (2 + 2 + 4) * product
 
 
 def test_a_loop_of_unknown_length_is_refused():
@@ -72,7 +70,7 @@ def test_a_loop_of_unknown_length_is_refused():
         return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
 
     with pytest.raises(ValueError, match="inside a while"):
-        conv_flops(search, zeros(4, 4))
+        count(search, zeros(4, 4))
 
 
 def test_flops_of_a_video_vae_are_those_of_its_convolutions():

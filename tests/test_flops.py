@@ -1,10 +1,10 @@
-"""Parameter and FLOP counts against published totals and an enumeration of module shapes."""
+"""Parameters and FLOPs against published totals and sums done by hand."""
 
 from dataclasses import replace
 
 import pytest
 
-from ltx2_jax import flops
+from ltx2_jax.models import flops
 from ltx2_jax.models.transformer_config import PRESETS
 
 V20, V23 = PRESETS["2.0"], PRESETS["2.3"]
@@ -16,11 +16,6 @@ TINY = replace(V23, **SIZES, **CHANNELS, head_dim=20, context_dim=40, audio_cont
 def test_the_released_sizes():
     assert flops.total_parameters(V20) == 18_876_174_592
     assert flops.total_parameters(V23) == 18_988_838_144
-    parts = flops.count_parameters(V20)
-    video = sum(count for name, count in parts.items() if name.startswith("video "))
-    audio = sum(count for name, count in parts.items() if name.startswith("audio "))
-    cross = parts["audio-to-video attention"] + parts["video-to-audio attention"]
-    assert [round(n / 1e9, 2) for n in (video, audio, cross)] == [12.89, 3.22, 2.42]
 
 
 def test_every_switch_counts_what_it_adds():
@@ -90,7 +85,8 @@ def test_projections_cost_two_flops_a_weight_and_token():
 
 def test_a_model_without_exchange_has_none_of_its_cost():
     silent = replace(TINY, audio_video_attention=False)
-    assert not any("audio-to-video" in name for name in flops.count_parameters(silent))
+    exchange = 2 * (TINY.width + 1) * TINY.audio_width  # the least that a projection has
+    assert flops.total_parameters(silent) < flops.total_parameters(TINY) - exchange
     assert not any("audio-to-video" in name for name in flops.forward_flops(silent, 64, 8))
     gates = flops.forward_flops(silent, 64, 8)["attention gates"]
     assert gates == 3 * 2 * 2 * 2 * (64 * TINY.width + 8 * TINY.audio_width)

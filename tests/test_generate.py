@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ltx2_jax import pipeline
-from ltx2_jax.accounting.collectives import collectives
-from ltx2_jax.accounting.hlo import parse
 from ltx2_jax.checkpoint import Checkpoints, weights_of_run
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.planning.compiled.collectives import collectives
+from ltx2_jax.planning.compiled.hlo import parse
 from ltx2_jax.sharding import make_mesh, resident_weights, weight_spec
 from ltx2_jax.training.objective import as_modality, draw
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ltx2_jax.benchmarks.weights import write_synthetic
 from ltx2_jax.models.transformer_config import LTX2_3_22B
+from ltx2_jax.planning.bench.weights import write_synthetic
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping, placing, transformer
 from ltx2_jax.weights.opening import open_release

@@ -9,7 +9,6 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import flops
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.models.remat import REMAT_POLICIES
@@ -49,7 +48,6 @@ def forward(cfg, params, video, audio, keep=None):
 def test_presets_have_the_published_number_of_parameters(preset, billions):
     model = jax.eval_shape(lambda: LTX2Transformer(PRESETS[preset], rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model, nnx.Param)[1]))
-    assert count == flops.total_parameters(PRESETS[preset])
     assert round(count / 1e9, 2) == billions
 
 

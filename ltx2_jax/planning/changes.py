@@ -13,8 +13,10 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
+from ltx2_jax.planning.topology import Slice
 from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
-from ltx2_jax.topology import Slice
+
+Changes = dict[str, Any]  # fields of a config, as "model.remat"; "mesh" is (data, model, sequence)
 
 
 def sizes_of(config: Config) -> tuple[int, int, int]:
@@ -27,25 +29,14 @@ def mesh_of(config: Config, where: Slice) -> jax.sharding.AbstractMesh:
     return abstract_mesh(*mesh_sizes(*sizes_of(config), where.devices))
 
 
-def changed(
-    config: Config,
-    *,
-    remat: str | None = None,
-    batch: int | None = None,
-    chunks: int | None = None,
-    mesh: tuple[int, int, int] | None = None,
-) -> Config:
-    """`config` with another remat policy, batch size, number of micro-batches, mesh."""
-    if remat is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-    if batch is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, batch_size=batch)
-        )
-    if chunks is not None:
-        optim = dataclasses.replace(config.optim, accumulate_steps=chunks)
-        config = dataclasses.replace(config, optim=optim)
-    return config if mesh is None else dataclasses.replace(config, mesh=MeshConfig(*mesh))
+def changed(config: Config, changes: Changes) -> Config:
+    """`config` with other values of some fields."""
+    for path, value in changes.items():
+        part, _, field = path.partition(".")
+        old = getattr(config, part)
+        new = dataclasses.replace(old, **{field: value}) if field else MeshConfig(*value)
+        config = dataclasses.replace(config, **{part: new})
+    return config
 
 
 def what_helps_training(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
@@ -55,56 +46,56 @@ def what_helps_training(config: Config, request: Request, where: Slice) -> list[
     """
     data, model, sequence = mesh_of(config, where).shape.values()
     batch, chunks = config.data.batch_size, config.optim.accumulate_steps
-    options = {
-        f"--config.model.remat={policy}": {"remat": policy}
-        for policy in POLICIES
-        if policy != config.model.remat
-    }
+    options = [{"model.remat": policy} for policy in POLICIES if policy != config.model.remat]
     if batch % (2 * data * chunks) == 0:
-        options[f"--config.data.batch_size={batch // 2}"] = {"batch": batch // 2}
-        flag = f"--config.optim.accumulate_steps={2 * chunks}"
-        options[flag] = {"chunks": 2 * chunks}
+        options += [{"data.batch_size": batch // 2}, {"optim.accumulate_steps": 2 * chunks}]
     if data % 2 == 0 and batch % 2 == 0:
         # Half as many clips at once, each on twice as many devices.
-        for mesh in ((data // 2, model, 2 * sequence), (data // 2, 2 * model, sequence)):
-            flags = f"--mesh={','.join(map(str, mesh))} --config.data.batch_size={batch // 2}"
-            options[flags] = {"mesh": mesh, "batch": batch // 2}
+        meshes = (data // 2, model, 2 * sequence), (data // 2, 2 * model, sequence)
+        options += [{"mesh": mesh, "data.batch_size": batch // 2} for mesh in meshes]
 
-    def peak(config: Config) -> float:
-        mesh = mesh_of(config, where)
-        check(config, request, mesh)
+    def peak(config: Config, mesh: jax.sharding.AbstractMesh) -> float:
         return estimate(config, request, mesh, where.chip).peak
 
-    return _ranked(config, options, peak)
+    return _ranked(config, request, where, options, peak)
 
 
 def what_helps_sampling(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
     """As `what_helps_training`: weights split over more devices, which is most of a sampler."""
     data, model, sequence = mesh_of(config, where).shape.values()
     meshes = {(data // 2, 2 * model, sequence), (data, 2 * model, sequence // 2)}
-    options = {
-        f"--mesh={','.join(map(str, mesh))}": {"mesh": mesh}
-        for mesh in sorted(meshes)
-        if math.prod(mesh) == where.devices
-    }
+    options = [{"mesh": mesh} for mesh in sorted(meshes) if math.prod(mesh) == where.devices]
 
-    def weights(config: Config) -> float:
-        mesh = mesh_of(config, where)
-        check(config, request, mesh)
+    def weights(config: Config, mesh: jax.sharding.AbstractMesh) -> float:
         return bytes_per_chip(ltx2.abstract_params(config.networks, mesh, for_sampling=True))
 
-    return _ranked(config, options, weights)
+    return _ranked(config, request, where, options, weights)
 
 
 def _ranked(
-    config: Config, options: dict[str, Any], size: Callable[[Config], float]
+    config: Config,
+    request: Request,
+    where: Slice,
+    options: list[Changes],
+    size: Callable[[Config, jax.sharding.AbstractMesh], float],
 ) -> list[dict[str, Any]]:
-    now, found = size(config), []
-    for flags, change in options.items():
+    """Options that are allowed and save bytes of what `size` says, the best first."""
+    now, found = size(config, mesh_of(config, where)), []
+    for changes in options:
+        option = changed(config, changes)
         try:
-            saves = now - size(changed(config, **change))
+            mesh = mesh_of(option, where)
+            check(option, request, mesh)
+            saves = now - size(option, mesh)
         except UserError:
             continue
         if saves > 0:
-            found.append({"change": flags, "saves": saves})
+            found.append({"change": _flags(changes), "saves": saves})
     return sorted(found, key=lambda change: -change["saves"])
+
+
+def _flags(changes: Changes) -> str:
+    return " ".join(
+        f"--mesh={','.join(map(str, value))}" if path == "mesh" else f"--config.{path}={value}"
+        for path, value in changes.items()
+    )

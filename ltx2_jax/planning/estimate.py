@@ -14,13 +14,13 @@ import math
 
 import jax
 
-from ltx2_jax import flops
-from ltx2_jax.accounting.interconnect import EFFICIENCY
-from ltx2_jax.accounting.roofline import HBM_EFFICIENCY
 from ltx2_jax.chips import Chip
 from ltx2_jax.config import Config
+from ltx2_jax.models import flops
 from ltx2_jax.models.transformer_config import TransformerConfig
 from ltx2_jax.pipeline import Request
+from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
+from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sharding import bytes_per_chip
 
@@ -71,7 +71,7 @@ def estimate(
     tokens = clips * video / sequence  # of a device
     network = dataclasses.replace(cfg, remat="none")
     state, params = _state_bytes(Config("", network, config.text, optim=config.optim), mesh)
-    block = sum(flops.count_parameters(cfg).values()) / cfg.num_layers / model
+    block = flops.total_parameters(network) / cfg.num_layers / model
 
     whole, split = saved_rows(cfg)
     small = clips * (audio + 2 * config.text.length) * cfg.audio_width / cfg.width

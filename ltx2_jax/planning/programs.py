@@ -8,19 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from ltx2_jax import pipeline
-from ltx2_jax.compiler_options import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
-from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
-from ltx2_jax.models.streams import Keep
 from ltx2_jax.pipeline import ClipSize, Request
+from ltx2_jax.sampling.programs import make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, sharding_of
 from ltx2_jax.training import checks
 from ltx2_jax.training.state import State, init_state
@@ -28,10 +24,6 @@ from ltx2_jax.training.step import make_train_step
 
 STRIDES, AUDIO_BINS, AUDIO_RATE = (8, 32, 32), 16, 25  # of the released codecs
 DEFAULT_SIZE = ClipSize(121, 704, 1280, 24.0)
-# Of four passes: what is added to the estimate under the prompt, per difference to it. As the
-# released pipelines' defaults for video (no prompt, self-attention skipped, streams apart).
-GUIDANCE = (2.0, 1.0, 2.0)
-PERTURBED_BLOCK = 28  # whose self-attention the third pass skips
 
 
 # ------------------------------------------------------------------------------------------ shapes
@@ -179,10 +171,10 @@ def sample_program(
     passes: int,
     steps: int,
 ) -> tuple[jax.stages.Lowered, Any]:
-    """Text features to clean latents of `batch` clips, as `pipeline.generate`, and the weights.
+    """Text features to clean latents of `batch` clips, and the weights.
 
-    Four passes are those of the released pipelines: under the prompt, without one, with one
-    self-attention skipped, and with each stream on its own.
+    One pass is that under the prompt, two are with that without a prompt, four those of the
+    released pipelines.
 
     Raises:
       UserError: the mesh does not divide passes, heads or tokens, or weights cannot be split so.
@@ -190,31 +182,22 @@ def sample_program(
     check(config, request, mesh)
     check_passes(batch, passes, mesh)
     params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
-    text = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, batch).items()}
-    null = {k: _on(mesh, x, *[None] * x.ndim) for k, x in text_fields(config, 1).items()}
-    scalar = _on(mesh, jax.ShapeDtypeStruct((), jnp.float32))
-    key = _on(mesh, jax.eval_shape(jax.random.key, 0))
-    rows = _on(mesh, jax.ShapeDtypeStruct((batch,), jnp.int32), None)
-    sigmas = _on(mesh, jax.ShapeDtypeStruct((steps + 1,), jnp.float32), None)
-    request = dataclasses.replace(request, guided=passes == 2)
+
+    def whole(x: jax.ShapeDtypeStruct) -> Any:
+        return _on(mesh, x, *[None] * x.ndim)
+
+    texts = tuple(text_fields(config, clips) for clips in (batch, 1))
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
+    others = released_passes(config.model.num_layers)[: passes - 1]
+    strengths = ((jax.ShapeDtypeStruct((), jnp.float32),) * 2,) * len(others)
+    key = jax.eval_shape(jax.random.key, 0)
+    given = jax.tree.map(whole, (texts, rows, key, sigmas, strengths))
     with jax.set_mesh(mesh):
         graphdef = ltx2.graph(config.networks)
-        if passes in (1, 2):
-            program = pipeline.make_generate().lower(
-                params, text, null, rows, key, sigmas, (scalar, scalar),
-                graphdef=graphdef, request=request,
-            )  # fmt: skip
-        else:
-            static = ("graphdef", "request")
-            jitted = jax.jit(
-                four_passes,
-                static_argnames=static,
-                compiler_options=compiler_options(training=False),
-            )
-            program = jitted.lower(
-                params, text, null, rows, key, sigmas, graphdef=graphdef, request=request
-            )
-    return program, params
+        return make_sampler().lower(
+            params, *given, graphdef=graphdef, request=request, passes=others
+        ), params
 
 
 def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
@@ -226,34 +209,6 @@ def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
             f"mesh: data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
             f"pass{'es'[: 2 * (passes > 1)]}; sizes that do: {sizes}"
         )
-
-
-def four_passes(params, text, null_text, rows, key, sigmas, *, graphdef, request):
-    """As `pipeline.generate`, in four passes."""
-    model = nnx.merge(graphdef, params)
-    clips, layers = rows.shape[0], model.transformer.cfg.num_layers
-    null_text = {k: jnp.broadcast_to(x, (clips, *x.shape[1:])) for k, x in null_text.items()}
-    every = jnp.ones((clips, layers), jnp.bool)
-    no_self = every.at[:, min(PERTURBED_BLOCK, layers - 1)].set(False)
-    keeps = [
-        Keep(video_self=own, audio_self=own, audio_to_video=cross, video_to_audio=cross)
-        for own, cross in ((every, every), (every, every), (no_self, every), (every, ~every))
-    ]
-    texts = [text, null_text, text, text]
-
-    def combine(prompt: Latents, *others: Latents) -> Latents:
-        def guided(x, *rest):
-            return x + sum(s * (x - y) for s, y in zip(GUIDANCE, rest, strict=True))
-
-        return jax.tree.map(guided, prompt, *others)
-
-    predict = in_passes(
-        lambda condition: pipeline.network(model, request, *condition),
-        list(zip(texts, keeps, strict=True)),
-        combine,
-    )
-    start = pipeline.noise(model, request, rows, key)
-    return pipeline.unpatchify(denoise(predict, start, sigmas), request)
 
 
 def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str | None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import chips, flops
+from ltx2_jax import chips
 from ltx2_jax.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import Config
@@ -23,6 +23,7 @@ from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import only_run, replacing
 from ltx2_jax.metrics import MetricsLogger, StepTimer
+from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks

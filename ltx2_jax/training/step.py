@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.compiler_options import compiler_options
+from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import sharding_of

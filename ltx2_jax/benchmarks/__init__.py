@@ -1,1 +1,0 @@
-"""What `python -m ltx2_jax.bench` measures."""

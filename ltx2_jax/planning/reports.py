@@ -1,0 +1,175 @@
+"""A program compiled, and what is known of it as lines for a person."""
+
+import time
+from typing import Any
+
+import jax
+
+from ltx2_jax import units
+from ltx2_jax.planning.compiled.facts import describe as describe_program
+from ltx2_jax.planning.compiled.facts import program_facts
+from ltx2_jax.planning.compiled.memory import compile_or_overflow, describe_memory, memory_facts
+from ltx2_jax.planning.topology import NO_COMPILER, describe_counts
+
+GIB = 2**30
+# Of a program: the names of what it is given and of what it makes, and one execution of it.
+ENDS = {
+    "train": ("state and batch", "new state", "a step"),
+    "sample": ("weights", "latents", "for {steps}"),
+    "text": ("weights", "contexts", "a batch"),
+    "encode": ("weights", "latents", "a tile"),
+    "decode": ("weights", "pixels", "a tile"),
+}
+
+
+def compile_facts(
+    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, model_flops: float
+) -> dict[str, Any]:
+    """Memory, work and time of a program for the devices of `mesh`, or why it does not fit."""
+    kind = mesh.devices.flat[0].device_kind
+    started = time.perf_counter()
+    compiled = compile_or_overflow(lowered)
+    seconds = round(time.perf_counter() - started, 1)
+    facts = {"compiled": True, "device_kind": kind, "compile_seconds": seconds}
+    if isinstance(compiled, dict):
+        return facts | compiled
+    facts |= memory_facts(compiled, kind)
+    return facts | program_facts(compiled, mesh, model_flops=model_flops)
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts of a plan or a search as lines for a person."""
+    what = facts["what"]
+    if what == "search":
+        return _search(facts)
+    title = f"{facts['program']} on {facts['topology']} ({facts['devices']} x " \
+            f"{facts['device_kind']})"  # fmt: skip
+    if "message" in facts:
+        return "\n".join([title, f"  {facts['message']}", *_helps(facts)])
+    about = {"vae": _about_vae, "text": _about_text}.get(what, _about_transformer)
+    before, after = about(facts)
+    if not facts["compiled"]:
+        return "\n".join([title, *before, *_uncompiled(facts), *_helps(facts)])
+    given, made, execution = ENDS[facts.get("half", what)]
+    execution = execution.format(steps=counted(facts.get("steps", 0), "step"))
+    return "\n".join([
+        title,
+        *before,
+        describe_memory(facts, given, made),
+        *after,
+        describe_program(facts, execution),
+        f"  compiled in    {facts['compile_seconds']:.0f} s",
+        *_helps(facts),
+    ])  # fmt: skip
+
+
+def counted(count: int, thing: str) -> str:
+    """(1, "step") -> "1 step", (2, "pass") -> "2 passes"."""
+    return f"{count} {thing}{('es' if thing.endswith('s') else 's') * (count > 1)}"
+
+
+def _about_transformer(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Lines before and after those about memory."""
+    train = facts["what"] == "train"
+    lines = [
+        f"  split          {describe_counts(facts['split'])}"
+        + (f", remat {facts['remat']}" if train else ""),
+        f"  tokens         {facts['video_tokens']:,} video and {facts['audio_tokens']:,} audio a "
+        f"clip, {facts['text_tokens']:,} of text",
+        f"  parameters     {units.parameters(facts['parameters'])}, the transformer's",
+        f"  model FLOPs    {units.flops(facts['model_flops'])}, "
+        f"{units.flops(facts['model_flops'] / facts['devices'])} a device; nothing recomputed",
+    ]
+    if "replicated" in facts:
+        whole = ", ".join(facts["replicated"]) or "none"
+        lines.append(f"  whole on every chip, of the train state above 1 MiB: {whole}")
+    return lines, []
+
+
+def _about_text(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
+    return [
+        f"  split          {facts['rows']} rows over {describe_counts(facts['split'])}",
+        f"  parameters     {units.parameters(facts['parameters'])}; whole on every chip: "
+        f"{', '.join(facts['whole_on_every_chip']) or 'none'}",
+    ], [f"  FLOPs          {units.flops(facts['flops_of_batch'])} for the batch"]
+
+
+def _about_vae(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
+    frames, height, width = facts["tile"]
+    return [
+        f"  largest tile   {frames} frames of {width}x{height}, split over "
+        f"{describe_counts(facts['split'])}",
+        f"  parameters     {units.parameters(facts['parameters'])} in both halves",
+    ], [
+        f"  FLOPs          {units.flops(facts['flops_of_clip'])} for the clip; a tile "
+        f"{units.flops(facts['flops_of_tile'])}",
+        "  the largest tile",
+    ]
+
+
+def _uncompiled(facts: dict[str, Any]) -> list[str]:
+    """Lines of what is known without the compiler."""
+    hbm, fits = facts["hbm_bytes_per_device"], facts["fits"]
+    if "estimate" not in facts:
+        weights = facts["weight_bytes_per_device"]
+        excess = "" if fits else f": {(weights - hbm) / GIB:.2f} GiB too much"
+        return [
+            f"  per device     weights {weights / GIB:.2f} of {hbm / GIB:.2f} GiB{excess}",
+            f"  not compiled   {NO_COMPILER}",
+        ]
+    guess = facts["estimate"]
+    parts = ", ".join(
+        f"{name} {guess[name] / GIB:.1f}"
+        for name in ("state", "gradients", "saved", "working", "weights")
+    )
+    excess = f"should not fit: {(guess['peak'] - hbm) / GIB:.1f} GiB too much"
+    return [
+        f"  estimate       peak {guess['peak'] / GIB:.1f} of {hbm / GIB:.1f} GiB per device "
+        f"({parts}): {'should fit' if fits else excess}",
+        f"  estimate       {guess['step']:.3g} s a step, {guess['mfu']:.1%} MFU at practical rates "
+        f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g})",
+        f"  not compiled   {NO_COMPILER}; these are estimates",
+    ]
+
+
+def _helps(facts: dict[str, Any]) -> list[str]:
+    """What to change if a program does not fit, of the plans that know."""
+    if "helps" not in facts:
+        return []
+    return [
+        f"  by estimate    {change['change']} saves {change['saves'] / GIB:.1f} GiB"
+        for change in facts["helps"][:4]
+    ] or ["  by estimate    no single change helps on this slice: take a larger one"]
+
+
+def _search(facts: dict[str, Any], most: int = 12) -> str:
+    """The best rows of a search as a table."""
+    lines = [
+        f"train on {facts['topology']} ({facts['devices']} devices), best first; the estimates "
+        "are by arithmetic",
+        "  data model sequence  remat              batch    estimated: GiB    MFU"
+        "    compiled: GiB    MFU  clips/s",
+    ]
+    for row in facts["rows"][:most]:
+        data, model, sequence = row["mesh"]
+        guess = row["estimate"]
+        lines.append(
+            f"  {data:4} {model:5} {sequence:8}  {row['remat']:<17} {row['batch']:6,} "
+            f"{guess['peak'] / GIB:17.1f} {guess['mfu']:6.1%}{_compiled(row)}"
+        )
+    if len(facts["rows"]) > most:
+        lines.append(f"  and {len(facts['rows']) - most} more that should fit")
+    if not facts["compiled"]:
+        lines.append(f"  not compiled   {NO_COMPILER}")
+    return "\n".join(lines)
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    plan = row["plan"]
+    if plan is None:
+        return ""
+    if not plan["fits"]:
+        return "    does not fit"
+    times = plan["roofline"]["practical"]
+    peak = plan["peak_bytes_per_device"] / GIB
+    return f"{peak:17.1f} {times['mfu']:6.1%} {row['batch'] / times['step']:8.2f}"

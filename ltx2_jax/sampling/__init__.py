@@ -1,0 +1,1 @@
+"""Prompt to clip: the compiled programs of sampling."""

@@ -1,0 +1,95 @@
+"""The 19B model at full width and six blocks deep, compiled for TPU slices that are not here."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from ltx2_jax import sharding
+from ltx2_jax.config import Config, DataConfig, TextConfig
+from ltx2_jax.models import flops
+from ltx2_jax.models.transformer_config import LTX2_19B
+from ltx2_jax.planning import programs
+from ltx2_jax.planning.compiled.facts import program_facts
+from ltx2_jax.planning.topology import tpu_devices
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+LAYERS = 6
+CONFIG = Config(
+    workdir="unused",
+    model=dataclasses.replace(LTX2_19B, num_layers=LAYERS),
+    text=TextConfig(generation="2.0"),
+    data=DataConfig(path="unused", batch_size=1),
+)
+REQUEST = programs.request_of(CONFIG, num_frames=17, height=512, width=768)
+TOKENS = 3 * 16 * 24
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    """A third of the time to compile, for a slower program: what it moves and keeps is the same."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1")
+    yield
+    jax.config.update("jax_optimization_level", before)
+
+
+def in_layers(facts, kind, *axes):
+    """(times, bytes) of the collectives of a kind over exactly these axes in the loops."""
+    rows = [r for r in facts["collectives"] if r["in_layers"] and r["kind"] == kind]
+    rows = [r for r in rows if tuple(r["axes"]) == axes]
+    return sum(r["times"] for r in rows), sum(r["bytes"] for r in rows)
+
+
+def block_parameters():
+    one = dataclasses.replace(CONFIG.model, num_layers=1)
+    two = dataclasses.replace(CONFIG.model, num_layers=2)
+    return LAYERS * (flops.total_parameters(two) - flops.total_parameters(one))
+
+
+def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
+    mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("v5p:2x2x1"))
+    lowered, state = programs.train_program(CONFIG, REQUEST, mesh)
+    compiled = lowered.compile()
+    facts = program_facts(compiled, mesh)
+    assert sharding.replicated(state, 2**20) == []
+
+    # Weights in bfloat16, their features split over model, are gathered for either pass; nothing
+    # else is, and never over the model axis.
+    weights = 2 * block_parameters() / 2
+    gathers = {tuple(r["axes"]) for r in facts["collectives"]
+               if r["kind"] == "all-gather" and r["in_layers"]}  # fmt: skip
+    assert gathers == {("sequence",)}
+    assert in_layers(facts, "all-gather", "sequence")[1] <= 1.1 * 2 * weights
+    # Tokens of queries, keys, values and the result are traded for heads in three passes.
+    row = 2 * TOKENS / 2 * CONFIG.model.width / 2
+    assert in_layers(facts, "all-to-all", "sequence")[1] <= 1.1 * LAYERS * 12 * row
+
+    calls = {"fwd": 0, "dkv": 0}
+    for kernel in facts["kernels"]:
+        for kind in calls:
+            calls[kind] += kernel["times"] * (f"_{kind}_" in kernel["name"])
+    assert calls["fwd"] == calls["dkv"] > 0
+
+
+@pytest.mark.parametrize(("slice_name", "sequence"), [("v6e:2x2", 2), ("tpu7x:1x1x1", 1)])
+def test_the_sampler_keeps_its_weights_and_sends_little(slice_name, sequence):
+    mesh = sharding.make_mesh(1, 2, sequence, devices=tpu_devices(slice_name))
+    lowered, params = programs.sample_program(CONFIG, REQUEST, mesh, batch=1, passes=1, steps=1)
+    compiled = lowered.compile()
+    facts = program_facts(compiled, mesh)
+    assert not [r for r in facts["collectives"] if r["kind"] == "all-gather" and r["in_layers"]]
+    # Four products of a block end in a sum over model: self-, text and audio attention of video,
+    # and its feed-forward; and as many of the audio stream, whose rows are few.
+    row = 2 * TOKENS / sequence * CONFIG.model.width
+    times, size = in_layers(facts, "all-reduce", "model")
+    assert times <= 12 * LAYERS
+    assert size <= 1.2 * LAYERS * 4 * row
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes >= sharding.bytes_per_chip(params)
+    assert memory.temp_size_in_bytes < 0.25 * memory.argument_size_in_bytes
+    assert facts["weight_copies"] == []  # in another layout, as a v7x would like them

@@ -1,0 +1,65 @@
+"""plan compiles the program that runs, and says what it needs."""
+
+import json
+from functools import partial
+
+import jax
+import pytest
+import tiny_codec
+
+from ltx2_jax import chips, plan
+from ltx2_jax.errors import UserError
+from ltx2_jax.planning import vae as plan_vae
+from ltx2_jax.weights.video_vae import video_vae_config
+
+TINY = video_vae_config(tiny_codec.VAE)
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """The machine's own devices in the place of a slice's."""
+    monkeypatch.setattr(plan_vae, "tpu_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**30)
+
+
+def test_a_plan_counts_what_a_chip_holds_and_sends(eight_devices):
+    facts = plan_vae.plan_vae(TINY, "decode", (9, 128, 128), "v5p:2x2x2")
+    assert facts["tile"] == [9, 128, 128]
+    assert facts["split"] == {"rows": 2, "columns": 4}
+    # A float32 picture of [9, 128, 128, 3], an eighth on each chip.
+    assert facts["output_bytes_per_device"] == 9 * 128 * 128 * 3 * 4 // 8
+    # bfloat16 matrices of the half that is compiled.
+    assert facts["parameters"] < facts["argument_bytes_per_device"] < 2 * facts["parameters"]
+    # Each convolution fetches the border of its neighbours, rows and columns one after another.
+    assert set(facts["collective_counts"]) == {"collective-permute"}
+    assert sorted(row["axes"] for row in facts["collectives"]) == [["columns"], ["rows"]]
+    assert facts["flops"] * 8 == pytest.approx(facts["flops_of_tile"], rel=0.3)
+    assert facts["fits"]
+    assert facts["flops_of_tile"] == facts["flops_of_clip"]
+    json.dumps(facts)
+
+
+def test_a_long_clip_needs_no_more_than_a_tile(eight_devices):
+    one = plan_vae.plan_vae(TINY, "decode", (73, 32, 64), "v5p:2x2x2")
+    many = plan_vae.plan_vae(TINY, "decode", (4801, 32, 64), "v5p:2x2x2")
+    assert many["peak_bytes_per_device"] < 1.25 * one["peak_bytes_per_device"]
+    assert many["flops_of_clip"] > 60 * one["flops_of_clip"]
+
+
+def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch, capsys):
+    monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**10)
+    monkeypatch.setitem(plan_vae.VAES, "2.3", TINY)
+    monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
+    arguments = ["--what=vae", "--topology=v5p:2x2x2", "--height=32", "--width=64", "--frames=1"]
+    assert plan.cli(arguments) == 1
+    assert "does not fit: 0.00 GiB too much" in capsys.readouterr().out
+    assert plan.cli([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_illegal_sizes_are_refused_before_compiling(eight_devices):
+    refused = partial(plan_vae.plan_vae, TINY, "encode", topology="v5p:2x2x2")
+    with pytest.raises(UserError, match="--frames=10 is not 8 k"):
+        refused(size=(10, 64, 64))
+    with pytest.raises(UserError, match="height 60"):
+        refused(size=(9, 60, 64))

@@ -1,0 +1,293 @@
+"""plan of training and sampling: the programs that run, the estimates, what is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import nnx
+
+from ltx2_jax import chips, config, plan
+from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
+from ltx2_jax.errors import UserError
+from ltx2_jax.models import flops
+from ltx2_jax.models.connectors import Connectors
+from ltx2_jax.models.mel import MelConfig
+from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.models.streams import Keep, Modality
+from ltx2_jax.models.transformer import Block, LTX2Transformer
+from ltx2_jax.planning import changes, estimate, programs, reports, search, topology, transformer
+from ltx2_jax.planning.transformer import Sampling
+from ltx2_jax.training import checks
+
+CLIPS = SyntheticConfig(num_clips=8, num_frames=5, height=16, width=32, fps=12.0)
+CODEC = LinearCodecConfig(
+    video_strides=(4, 8, 8), video_channels=8, audio_channels=16, mel=MelConfig(sample_rate=16000)
+)
+CONFIG = dataclasses.replace(
+    tiny.config(),
+    data=config.DataConfig(synthetic=CLIPS, codec=CODEC, batch_size=8),
+    mesh=config.MeshConfig(2, 2, 2),
+    text=dataclasses.replace(
+        tiny.TEXT, encoder=config.RandomEncoderConfig(video_dim=32, audio_dim=16)
+    ),
+)
+REQUEST = programs.request_of(CONFIG)
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """The machine's own devices in the place of a slice's."""
+    monkeypatch.setattr(transformer, "tpu_devices", lambda name: jax.devices())
+    monkeypatch.setattr(transformer, "has_compiler", lambda: True)
+    monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**30)
+
+
+def test_a_clip_is_as_large_as_the_config_the_flags_or_the_default_say():
+    assert REQUEST.video_shape == (2, 2, 4)
+    assert programs.pixels_of(REQUEST) == (5, 16, 32)
+    assert programs.request_of(CONFIG, num_frames=9).video_shape == (3, 2, 4)
+    released = dataclasses.replace(CONFIG, data=config.DataConfig(path="no/such/folder"))
+    request = programs.request_of(released, height=512, width=768)
+    assert (request.video_shape, request.audio_length) == ((16, 16, 24), 126)
+    assert programs.pixels_of(request) == (121, 512, 768)
+    with pytest.raises(UserError, match="120"):
+        programs.request_of(released, num_frames=120)
+
+
+def test_the_train_step_is_compiled(eight_devices):
+    """A clip per device and nothing recomputed."""
+    option = changes.changed(CONFIG, {"model.remat": "none", "mesh": (8, 1, 1)})
+    option = dataclasses.replace(option, flow=config.FlowConfig())  # one noise level a clip
+    facts = transformer.plan_train(option, REQUEST, "v5p:2x2x2")
+    assert facts["fits"]
+    assert facts["compiled"]
+    assert facts["mesh"] == {"data": 8, "model": 1, "sequence": 1}
+    assert facts["replicated"] == []
+    work = 8 * flops.train_flops(CONFIG.model, 16, REQUEST.audio_length, 6)
+    assert facts["model_flops"] == work
+    # The program does this work and that of the connectors.
+    graphdef, weights = nnx.split(
+        nnx.eval_shape(
+            lambda: Connectors(
+                CONFIG.text.video_connector, CONFIG.text.audio_connector, rngs=nnx.Rngs(0)
+            )
+        )
+    )
+    given = (tiny.batch(8)[name] for name in ("video_text", "audio_text", "text_mask"))
+    run = lambda weights, *text: nnx.merge(graphdef, weights)(*text)  # noqa: E731
+    connectors = 3 * flops.count(run, weights, *given)
+    assert facts["flops"] * 8 == pytest.approx(work + connectors, rel=0.05)
+    # Weights, moments and average are donated: the new state takes their place.
+    assert facts["aliased_bytes_per_device"] > 0.95 * facts["estimate"]["state"]
+    assert "remat none" in reports.describe(facts)
+    json.dumps(facts)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_sampling_is_compiled_with_its_passes_and_steps(eight_devices, passes):
+    facts = transformer.plan_sample(CONFIG, REQUEST, "v5p:2x2x2", Sampling(2, passes, 3))
+    assert facts["fits"]
+    assert [loop["trips"] for loop in facts["loops"]].count(3) == 1
+    terms = flops.forward_flops(CONFIG.model, 16, REQUEST.audio_length, 6)
+    assert facts["model_flops"] == 2 * passes * 3 * sum(terms.values())
+    assert f"3 steps of {passes} pass" in reports.describe(facts)
+
+
+def test_a_sampler_that_does_not_fit_is_told_what_helps(eight_devices, monkeypatch):
+    monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**10)
+    option = changes.changed(CONFIG, {"mesh": (4, 2, 1)})
+    facts = transformer.plan_sample(option, REQUEST, "v5p:2x2x2", Sampling(4, 1, 1))
+    assert not facts["fits"]
+    assert [change["change"] for change in facts["helps"]] == ["--mesh=2,4,1"]
+    assert "does not fit: 0.00 GiB too much" in reports.describe(facts)
+    assert "by estimate    --mesh=2,4,1 saves 0.0 GiB" in reports.describe(facts)
+
+
+@pytest.mark.parametrize("remat", ["block", "attention", "projections"])
+def test_a_policy_saves_as_many_numbers_as_estimated(remat):
+    """Counted in the residuals of one block: arrays with a row per video token and clip."""
+    cfg = dataclasses.replace(CONFIG.model, num_layers=1, remat=remat, gated_attention=False)
+    tokens, clips = 13, 3
+    model = nnx.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+
+    def given(count, axes, channels, width):
+        shape = jax.ShapeDtypeStruct
+        return Modality(
+            latent=shape((clips, count, channels), jnp.float32),
+            sigma=shape((clips,), jnp.float32),
+            timesteps=shape((clips, 1), jnp.float32),
+            positions=shape((1, axes, count, 2), jnp.float32),
+            context=shape((clips, 6, width), jnp.float32),
+        )
+
+    video, audio = given(tokens, 3, 8, 32), given(5, 1, 16, 16)
+    block = lambda w, *rest: nnx.merge(nnx.graphdef(_block(cfg)), w)(*rest)  # noqa: E731
+    weights = nnx.state(_block(cfg))
+    v, a, video_in, audio_in = jax.eval_shape(
+        lambda s, v, a: nnx.merge(graphdef, s).prepare(v, a), state, video, audio
+    )
+    run = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    residuals = jax.eval_shape(
+        lambda *inputs: jax.vjp(lambda w, v, a: run(w, v, a, *inputs[3:], Keep()), *inputs[:3])[1],
+        weights, v, a, video_in, audio_in,
+    )  # fmt: skip
+    rows = [x for x in jax.tree.leaves(residuals) if x.shape[:2] == (clips, tokens)]
+    assert sum(math.prod(x.shape[2:]) for x in rows) == sum(estimate.saved_rows(cfg))
+
+
+def _block(cfg):
+    return nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0)))
+
+
+def test_stricter_policies_need_less_memory():
+    chip = chips.CHIPS["v5p"]
+    where = topology.slice_of("v5p:4x4x4")
+
+    def peak(remat):
+        fields = {"model.remat": remat, "data.batch_size": 64, "mesh": (64, 1, 1)}
+        option = changes.changed(CONFIG, fields)
+        return estimate.estimate(option, REQUEST, changes.mesh_of(option, where), chip).peak
+
+    policies = ["attention_offload", "block", "attention", "projections"]
+    peaks = [peak(policy) for policy in policies]
+    assert peaks == sorted(peaks)
+    fields = {"model.remat": "projections", "data.batch_size": 128, "mesh": (32, 2, 1)}
+    helps = changes.what_helps_training(changes.changed(CONFIG, fields), REQUEST, where)
+    saves = [change["saves"] for change in helps]
+    assert saves == sorted(saves, reverse=True)
+    assert "--config.model.remat=block" in [change["change"] for change in helps]
+
+
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b"])
+@pytest.mark.parametrize(
+    ("variant", "slice_name", "frames"),
+    [
+        ("", "v5p:4x4x4", 121),
+        (":v5p256", "v5p:4x4x8", 121),
+        (":v6e256", "v6e:16x16", 121),
+        (":v7x128", "tpu7x:4x4x4", 121),
+        (":20s", "v5p:8x8x8", 481),
+    ],
+)
+def test_presets_should_fit_the_slices_that_they_are_for(name, variant, slice_name, frames):
+    preset = config.load(f"{Path(__file__).parents[2]}/configs/{name}.py{variant}")
+    checks.check_text(preset)
+    where = topology.slice_of(slice_name)
+    request = programs.request_of(preset, num_frames=frames)
+    mesh = changes.mesh_of(preset, where)
+    checks.check_batch(preset, mesh)
+    programs.check(preset, request, mesh)
+    guess = estimate.estimate(preset, request, mesh, where.chip)
+    assert guess.peak < where.chip.device_hbm_bytes
+
+
+def test_a_search_ranks_what_fits_and_compiles_the_best(monkeypatch):
+    monkeypatch.setattr(search, "has_compiler", lambda: True)
+    mfu = iter([0.4, 0.6])
+
+    def fake(option, request, name):
+        times = {"mfu": next(mfu), "step": 2.0}
+        return {"fits": True, "peak_bytes_per_device": 2**30, "roofline": {"practical": times}}
+
+    monkeypatch.setattr(search, "plan_train", fake)
+    facts = search.search_plans(CONFIG, REQUEST, "v5p:2x2x2", compiled=2)
+    first, second, *others = facts["rows"]
+    assert first["plan"]["roofline"]["practical"]["mfu"] == 0.6
+    assert second["plan"]["roofline"]["practical"]["mfu"] == 0.4
+    assert all(row["plan"] is None for row in others)
+    estimated = [row["estimate"]["mfu"] for row in others]
+    assert estimated == pytest.approx(sorted(estimated, reverse=True), abs=1e-3)
+    assert {tuple(row["mesh"]) for row in facts["rows"]} > {(8, 1, 1), (1, 8, 1), (1, 1, 8)}
+    table = reports.describe(facts).splitlines()
+    assert "60.0%" in table[2]
+    assert f"{first['batch'] / 2.0:8.2f}" in table[2]
+
+
+def test_a_search_in_too_little_memory_says_the_least(monkeypatch):
+    small = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=1000)
+    monkeypatch.setitem(chips.CHIPS, "v5e", small)
+    with pytest.raises(UserError, match=r"nothing fits the 0\.0 GiB .*; the least is 0\.0"):
+        search.search_plans(CONFIG, REQUEST, "v5e:2x2", compiled=1)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs plan with a config file; returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(transformer, "has_compiler", lambda: False)
+    file = tmp_path / "config.py"
+    file.write_text("import test_plan_transformer\nget_config = lambda arg: "
+                    "test_plan_transformer.CONFIG\n")  # fmt: skip
+
+    def run(*flags, config=True):
+        given = [f"--config={file}"] if config else []
+        code = plan.cli([*given, *flags])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_without_the_compiler_arithmetic_is_printed(command):
+    code, out, _ = command("--topology=v5p:2x2x2")
+    assert code == 0
+    assert "estimate       peak" in out
+    assert "the TPU compiler is not installed" in out
+    code, out, _ = command("--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["weight_bytes_per_device"] > 0
+    assert not facts["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5p:2x2x2", "--mesh=3,1,1"], "sizes that divide them: 1, 2, 4, 8"),
+        (["--topology=v5p:4x4x4", "--mesh=4,16,1"], "model=16 does not divide 8 attention heads; "
+         "sizes that do: 1, 2, 4, 8"),
+        (["--topology=v5p:4x4x4", "--mesh=2,1,32"], "sequence=32 does not divide 16 video tokens "
+         "of a clip; sizes that do: 1, 2, 4, 8, 16"),
+        (["--topology=v5p:3x4"], "v5p slices have three sizes; slices are v5p:2x2x1, "),
+        (["--topology=v9:2x2"], "no such slice; slices are named GENERATION:SHAPE"),
+        (["--topology=v5p:32x32x32"], "the largest is of 6,144 chips; slices are v5p:2x2x1, "),
+        (["--topology=v5p:2x2x2", "--what=sample", "--search"],
+         "--search is not of --what=sample, but of train"),
+        (["--topology=v5p:2x2x2", "--batch=8"], "--batch is not of --what=train, but of sample an"),
+        (["--topology=v5p:2x2x2", "--compile=8"], "--compile is a number of the rows of --search"),
+        (["--topology=v5p:2x2x2", "--search", "--mesh=8,1,1"], "--search tries all meshes"),
+        (["--topology=v5p:2x2x2", "--what=sample", "--mesh=8,1,1", "--passes=2", "--batch=2"],
+         "data=8 does not divide 2 clips x 2 passes; sizes that do: 1, 2, 4"),
+        (["--topology=v5p:2x2x2", "--what=text"], "--config is not of --what=text, but of train"),
+        (["--topology=v5p:2x2x2", "--config.model.in_channels=7"],
+         "model.in_channels=7 is not data.codec.video_channels=8"),
+        (["--topology=v5p:2x2x2", "--config.model.head_dim=7"], "head_dim=7 must be an even"),
+        (["--topology=v5p:2x2x2", "--frames=8"], "num_frames=8 is not 4*k+1"),
+        (["--topology=v5p:2x2x2", "--config.mesh.model=3"], "mesh (data=2, model=3, sequence=2)"),
+        (["--topology=v5p:2x2x2", "--config.data.batch_size=3"], "data.batch_size=3 is not a mult"),
+        (["--topology=v5p:2x2x2", "--config.model.context_dim=7"], "but model.context_dim=7"),
+        (["--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--config.model.context_dim=7"],
+         "but model.context_dim=7"),
+        (["--topology=v5p:2x2x2", "--nonsense"], "unknown flag --nonsense"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(command, flags, message):
+    code, out, error = command(*flags)
+    assert (code, out) == (2, "")
+    assert error.startswith("plan: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_config_is_needed(command):
+    code, _, error = command("--topology=v5p:2x2x2", config=False)
+    assert code == 2
+    assert "--what=train needs --config" in error
