@@ -31,8 +31,8 @@ from ltx2_jax.config import (
     TextConfig,
 )
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.connectors import CONNECTOR_2_0
-from ltx2_jax.models.transformer_config import LTX2_19B
+from ltx2_jax.models.text.connectors import CONNECTOR_2_0
+from ltx2_jax.models.transformer.config import LTX2_19B
 
 # Batch, mesh, remat policy.
 VARIANTS = {

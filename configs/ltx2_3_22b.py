@@ -28,8 +28,8 @@ from ltx2_jax.config import (
     TextConfig,
 )
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
-from ltx2_jax.models.transformer_config import LTX2_3_22B
+from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
+from ltx2_jax.models.transformer.config import LTX2_3_22B
 
 # Batch, mesh, remat policy.
 VARIANTS = {

@@ -26,8 +26,8 @@ from ltx2_jax.config import (
 )
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.transformer_config import LTX2_3_22B
+from ltx2_jax.models.text.connectors import ConnectorConfig
+from ltx2_jax.models.transformer.config import LTX2_3_22B
 
 
 def get_config(arg: str | None = None) -> Config:

@@ -8,22 +8,22 @@ __version__ = "0.1.0"
 # Imported when first used: `import ltx2_jax` is quick, and leaves time to set the environment
 # variables that jax reads when it is imported.
 _HOMES = {
-    "Clip": "data.media",
+    "Clip": "media",
     "Config": "config",
-    "LTX2Transformer": "models.transformer",
-    "PRESETS": "models.transformer_config",
-    "Pipeline": "pipeline",
-    "TextEncoder": "text_encoder",
-    "TransformerConfig": "models.transformer_config",
+    "LTX2Transformer": "models.transformer.transformer",
+    "PRESETS": "models.transformer.config",
+    "Pipeline": "sampling.pipeline",
+    "TextEncoder": "text.encoder",
+    "TransformerConfig": "models.transformer.config",
     "UserError": "errors",
-    "decode_clip": "clips",
-    "encode_clip": "clips",
-    "load_codec": "codec",
+    "decode_clip": "codecs.clips",
+    "encode_clip": "codecs.clips",
+    "load_codec": "codecs.codec",
     "make_mesh": "sharding",
     "open_release": "weights.opening",
-    "read_clip": "data.media",
+    "read_clip": "media",
     "read_lora": "weights.lora",
-    "write_clip": "clips",
+    "write_clip": "codecs.clips",
 }
 
 __all__ = ["__version__", *_HOMES]

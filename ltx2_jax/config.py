@@ -18,9 +18,9 @@ from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, Synthet
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import check_least, check_seed, replaced
-from ltx2_jax.models.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.ltx2 import LTX2Config
-from ltx2_jax.models.transformer_config import TransformerConfig
+from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
+from ltx2_jax.models.transformer.config import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checkpoint, command
+from ltx2_jax import command
 from ltx2_jax.command import count
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training import checkpoint
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.opening import open_release

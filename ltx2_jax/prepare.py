@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ltx2_jax import command
-from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
-from ltx2_jax.codec import load_codec
+from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.command import count
-from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
+from ltx2_jax.data.encoding import PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
+from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.linear_codec import LinearCodec
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.text_cache import TextCache
-from ltx2_jax.text_encoder import LENGTH, TextEncoder
+from ltx2_jax.text.cache import TextCache
+from ltx2_jax.text.captions import load_caption_encoder, released_encoder
+from ltx2_jax.text.encoder import LENGTH, TextEncoder
 
 _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.

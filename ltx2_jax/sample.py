@@ -10,12 +10,12 @@ from pathlib import Path
 from ltx2_jax import command
 from ltx2_jax.command import finite, seed_flag
 from ltx2_jax.config import Config, SampleConfig
-from ltx2_jax.data import synthetic
+from ltx2_jax.demo import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
-from ltx2_jax.pipeline import Pipeline, write_clips
+from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.sampling.pipeline import Pipeline, write_clips
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.sync import sync_report
 
 DESCRIPTION = """\
 Make clips with the model that train left in a workdir.

@@ -10,14 +10,14 @@ import jax
 
 from ltx2_jax import command
 from ltx2_jax import config as config_lib
-from ltx2_jax.checkpoint import ASSETS
 from ltx2_jax.config import Config
-from ltx2_jax.contact_sheet import contact_sheet
-from ltx2_jax.data import synthetic
-from ltx2_jax.data.media import read_clip
 from ltx2_jax.data.records import Records
-from ltx2_jax.pipeline import Pipeline, write_clips
-from ltx2_jax.sync import sync_report
+from ltx2_jax.demo import synthetic
+from ltx2_jax.evaluation.contact_sheet import contact_sheet
+from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.media import read_clip
+from ltx2_jax.sampling.pipeline import Pipeline, write_clips
+from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import train
 
 DESCRIPTION = "Train the joint audio-video model, then sample from it."

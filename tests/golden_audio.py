@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from golden_case import Case, file_of, load
 
-from ltx2_jax.models.audio_vae import AudioVAE
-from ltx2_jax.models.mel import log_mel
-from ltx2_jax.models.resample import resample
-from ltx2_jax.models.vocoder import Vocoder
+from ltx2_jax.models.codecs.audio_vae import AudioVAE
+from ltx2_jax.models.codecs.mel import log_mel
+from ltx2_jax.models.codecs.resample import resample
+from ltx2_jax.models.codecs.vocoder import Vocoder
 
 
 @cache

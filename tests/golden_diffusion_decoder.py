@@ -11,11 +11,12 @@ from flax import nnx
 from golden_case import Case, file_of, load, release_of
 from golden_video_vae import pixels_of
 
-from ltx2_jax.models import tiling
-from ltx2_jax.models.diffusion_decoder import DiffusionDecoder
-from ltx2_jax.models.diffusion_tiling import decode_chunks
-from ltx2_jax.models.video_vae import VideoVAE
-from ltx2_jax.weights import diffusion_decoder, mapping
+from ltx2_jax.models.codecs import tiling
+from ltx2_jax.models.codecs.diffusion_decoder import DiffusionDecoder
+from ltx2_jax.models.codecs.diffusion_tiling import decode_chunks
+from ltx2_jax.models.codecs.video_vae import VideoVAE
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.names import diffusion_decoder
 
 
 @cache

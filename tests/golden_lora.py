@@ -8,8 +8,9 @@ from flax import nnx
 from golden_case import Case, file_of, release_of
 from golden_transformer import forward, streams
 
-from ltx2_jax.weights import mapping, transformer
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights.lora import fuse, read_lora
+from ltx2_jax.weights.names import transformer
 
 # Into float32 weights, or into the weights as stored: matrices in bfloat16.
 KINDS = {"fused_float32": "float32", "fused_bfloat16_official": None}

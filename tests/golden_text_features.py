@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from golden_case import Case, load, release_of
 
-from ltx2_jax.models.connectors import Connectors
-from ltx2_jax.models.text_features import TextFeatures
-from ltx2_jax.text_encoder import TextEncoder
+from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.models.text.features import TextFeatures
+from ltx2_jax.text.encoder import TextEncoder
 from ltx2_jax.tokenizer import Tokenizer
-from ltx2_jax.weights.text import holder, text_features_config
+from ltx2_jax.weights.names.text import holder, text_features_config
 
 LENGTH = 1024
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from golden_case import Case, load
 
-from ltx2_jax.models.gemma import Gemma
+from ltx2_jax.models.text.gemma import Gemma
 
 
 @cache

@@ -10,8 +10,8 @@ from flax import nnx
 from golden_case import Case
 from golden_video_vae import load_video_vae
 
-from ltx2_jax.models import tiling
-from ltx2_jax.models.video_vae import VideoVAE
+from ltx2_jax.models.codecs import tiling
+from ltx2_jax.models.codecs.video_vae import VideoVAE
 
 AXES = ("frames", "height", "width")
 

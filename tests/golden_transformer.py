@@ -12,8 +12,8 @@ from flax import nnx
 from golden_case import Case, file_of, load
 
 from ltx2_jax.diffusion import flow
-from ltx2_jax.models.streams import Keep, Modality
-from ltx2_jax.models.transformer import LTX2Transformer
+from ltx2_jax.models.transformer.streams import Keep, Modality
+from ltx2_jax.models.transformer.transformer import LTX2Transformer
 
 
 @cache

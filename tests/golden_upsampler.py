@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from golden_case import Case, file_of, load
 
-from ltx2_jax.models.upsampler import upsample_latents
+from ltx2_jax.models.codecs.upsampler import upsample_latents
 
 load_network = cache(load)
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from golden_case import Case, file_of, load
 
-from ltx2_jax.models.video_vae import VideoVAE
+from ltx2_jax.models.codecs.video_vae import VideoVAE
 
 
 @cache

@@ -12,8 +12,8 @@ from ltx2_jax.config import (
     TextConfig,
 )
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
-from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.transformer_config import TransformerConfig
+from ltx2_jax.models.text.connectors import ConnectorConfig
+from ltx2_jax.models.transformer.config import TransformerConfig
 
 
 def get_config(arg: str | None = None) -> Config:

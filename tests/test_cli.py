@@ -17,10 +17,10 @@ import pytest
 import ltx2_jax
 from ltx2_jax import prepare, sample, train
 from ltx2_jax.config import load
-from ltx2_jax.data.encode import OtherDataset
-from ltx2_jax.data.media import Clip, read_clip
+from ltx2_jax.data.encoding import OtherDataset
 from ltx2_jax.data.records import open_records
-from ltx2_jax.text_cache import TextCache
+from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.text.cache import TextCache
 from ltx2_jax.training import loop
 from ltx2_jax.training.checks import check_same_makers
 
@@ -194,8 +194,8 @@ def workdir(tmp_path_factory):
     """What train leaves of an untrained model, with a checkpoint at step 3."""
     import jax
 
-    from ltx2_jax.checkpoint import Checkpoints
     from ltx2_jax.sharding import make_mesh
+    from ltx2_jax.training.checkpoint import Checkpoints
     from ltx2_jax.training.state import init_state
 
     folder = tmp_path_factory.mktemp("workdir")
@@ -367,8 +367,8 @@ def test_importing_the_package_does_not_import_jax():
 
 
 def test_public_names_are_those_of_their_modules():
-    from ltx2_jax.models import transformer_config
-    from ltx2_jax.pipeline import Pipeline
+    from ltx2_jax.models.transformer import config as transformer_config
+    from ltx2_jax.sampling.pipeline import Pipeline
 
     assert ltx2_jax.Pipeline is Pipeline
     assert ltx2_jax.PRESETS is transformer_config.PRESETS

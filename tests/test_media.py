@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ltx2_jax.data import media
+from ltx2_jax import media
 from ltx2_jax.errors import UserError
 
 

@@ -15,7 +15,7 @@ from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
-from ltx2_jax.models.transformer_config import LTX2_19B
+from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.training.objective import draw
 from ltx2_jax.training.state import init_state
 from ltx2_jax.training.step import make_train_step, place
@@ -129,7 +129,7 @@ def test_19b_train_step_traces_on_256_chips():
 
 
 def test_self_attention_exchanges_tokens_for_heads_and_gathers_nothing(mesh_context):
-    from ltx2_jax.models.attention import attend
+    from ltx2_jax.models.transformer.attention import attend
 
     with mesh_context(1, 2, 4):
         where = sharding.spec("batch", "video_tokens", "heads", None)
@@ -141,7 +141,7 @@ def test_self_attention_exchanges_tokens_for_heads_and_gathers_nothing(mesh_cont
 
 
 def test_audio_queries_do_not_gather_video_keys(mesh_context):
-    from ltx2_jax.models.attention import attend
+    from ltx2_jax.models.transformer.attention import attend
 
     with mesh_context(1, 2, 4):
         where = sharding.spec("batch", "video_tokens", "heads", None)

@@ -9,8 +9,8 @@ import numpy as np
 
 from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
 from ltx2_jax.models import ltx2
-from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.transformer_config import LTX2_5_22B
+from ltx2_jax.models.text.connectors import ConnectorConfig
+from ltx2_jax.models.transformer.config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
 from ltx2_jax.training.state import optimizer
 

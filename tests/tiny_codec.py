@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from ltx2_jax.weights import audio_vae, mapping, video_vae, vocoder
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.names import audio_vae, video_vae, vocoder
 
 VAE = {
     "_class_name": "CausalVideoAutoencoder",

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ltx2_jax.models.gemma import Gemma
-from ltx2_jax.models.gemma_layers import GemmaConfig, LayerKind
+from ltx2_jax.models.text.gemma import Gemma
+from ltx2_jax.models.text.gemma_layers import GemmaConfig, LayerKind
 from ltx2_jax.sharding import abstract_state
 
 SIZES = {"vocab_size": 24, "width": 24, "mlp": 16, "num_heads": 8, "dtype": "float32"}

@@ -4,9 +4,9 @@ import dataclasses
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import check_seed
-from ltx2_jax.models.gemma import GEMMA_SMALL
-from ltx2_jax.models.gemma_layers import GemmaConfig
-from ltx2_jax.models.mel import MelConfig
+from ltx2_jax.models.codecs.mel import MelConfig
+from ltx2_jax.models.text.gemma import GEMMA_SMALL
+from ltx2_jax.models.text.gemma_layers import GemmaConfig
 
 FAMILIES = ("bounce", "flash")
 
@@ -77,7 +77,7 @@ class LinearCodecConfig:
 
         For a clip of F frames this is the official round(F / fps * 25) (`ltx_core/types.py`) except
         where that product is a half, or a sample from one: at 69 / 30 * 25 float arithmetic falls
-        short of the half. `ltx2_jax.data.encode` cuts the sound to the official count first.
+        short of the half. `ltx2_jax.data.encoding` cuts the sound to the official count first.
         """
         return max(1, round(samples / (self.mel.hop * self.mel_frames_per_latent)))
 

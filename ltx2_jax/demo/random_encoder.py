@@ -21,9 +21,9 @@ from ltx2_jax.demo.config import RandomEncoderConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.files import replacing
-from ltx2_jax.models.gemma import Gemma
-from ltx2_jax.models.text_features import TextFeatures, TextFeaturesConfig
-from ltx2_jax.models.text_model import TextModel
+from ltx2_jax.models.text.features import TextFeatures, TextFeaturesConfig
+from ltx2_jax.models.text.gemma import Gemma
+from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.sharding import make_mesh, sharding_of
 from ltx2_jax.tokenizer import ASSET, Tokenizer
 from ltx2_jax.tokenizer import train as train_tokenizer

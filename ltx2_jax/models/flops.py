@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from ltx2_jax.models.transformer import LTX2Transformer
-from ltx2_jax.models.transformer_config import TransformerConfig
-from ltx2_jax.models.video_vae import VideoVAE, VideoVAEConfig
+from ltx2_jax.models.codecs.video_vae import VideoVAE, VideoVAEConfig
+from ltx2_jax.models.transformer.config import TransformerConfig
+from ltx2_jax.models.transformer.transformer import LTX2Transformer
 
 TIMESTEP_CHANNELS = 256  # sinusoid features entering the timestep MLPs
 TRAIN_PASSES = 3  # a backward pass costs two forward passes: gradients of inputs and of weights

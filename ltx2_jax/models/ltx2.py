@@ -12,9 +12,9 @@ import jax
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.models.connectors import ConnectorConfig, Connectors
-from ltx2_jax.models.transformer import LTX2Transformer
-from ltx2_jax.models.transformer_config import TransformerConfig
+from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
+from ltx2_jax.models.transformer.config import TransformerConfig
+from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.sharding import abstract_state, resident_weights
 
 # What the model reads of a text: features [B, S, Dv], [B, S, Da] (absent where audio receives those

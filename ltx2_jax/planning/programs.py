@@ -15,7 +15,7 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
-from ltx2_jax.pipeline import ClipSize, Request
+from ltx2_jax.sampling.pipeline import ClipSize, Request
 from ltx2_jax.sampling.programs import make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, sharding_of
 from ltx2_jax.training import checks

@@ -12,26 +12,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ltx2_jax.models import flops
-from ltx2_jax.models.connectors import (
+from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
     VIDEO_CONNECTOR_2_3,
     ConnectorConfig,
     Connectors,
 )
-from ltx2_jax.models.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
-from ltx2_jax.models.gemma_layers import GemmaConfig
-from ltx2_jax.models.text_features import (
+from ltx2_jax.models.text.features import (
     FEATURES_2_0,
     FEATURES_2_3,
     TextFeatures,
     TextFeaturesConfig,
 )
-from ltx2_jax.models.text_model import TextModel
+from ltx2_jax.models.text.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
+from ltx2_jax.models.text.gemma_layers import GemmaConfig
+from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import tpu_devices
 from ltx2_jax.sharding import abstract_state, make_mesh, replicated, sharding_of
-from ltx2_jax.text_encoder import LENGTH
+from ltx2_jax.text.encoder import LENGTH
 
 WHOLE = 2**24  # bytes above which a weight that no chip shares with another is worth a line
 

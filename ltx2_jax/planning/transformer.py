@@ -7,7 +7,6 @@ from typing import Any
 
 from ltx2_jax.config import Config
 from ltx2_jax.models import flops, ltx2
-from ltx2_jax.pipeline import Request
 from ltx2_jax.planning.changes import mesh_of, sizes_of, what_helps_sampling, what_helps_training
 from ltx2_jax.planning.estimate import estimate
 from ltx2_jax.planning.programs import (
@@ -19,6 +18,7 @@ from ltx2_jax.planning.programs import (
 )
 from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
+from ltx2_jax.sampling.pipeline import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
 from ltx2_jax.training import checks
 

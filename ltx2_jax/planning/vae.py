@@ -5,13 +5,13 @@ The program is that of `VideoCodec`, which all chips run on one tile of a clip.
 
 from typing import Any
 
+from ltx2_jax.codecs.video import VideoCodec
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.codec_inputs import legal_frames
+from ltx2_jax.models.codecs.inputs import legal_frames
+from ltx2_jax.models.codecs.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
 from ltx2_jax.models.flops import video_vae_flops
-from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
 from ltx2_jax.planning.reports import compile_facts
 from ltx2_jax.planning.topology import tpu_devices
-from ltx2_jax.video_codec import VideoCodec
 
 VAES = {"2.0": VIDEO_VAE_2_0, "2.3": VIDEO_VAE_2_3, "2.5": VIDEO_VAE_2_3}
 

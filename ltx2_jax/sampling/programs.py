@@ -20,11 +20,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from ltx2_jax import pipeline
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes, unguided
-from ltx2_jax.models.streams import Keep
-from ltx2_jax.pipeline import Request
+from ltx2_jax.models.transformer.streams import Keep
+from ltx2_jax.sampling import pipeline
+from ltx2_jax.sampling.pipeline import Request
 
 # What a strength multiplies, one pair (video, audio) of float32 scalars for each pass.
 Strengths = tuple[tuple[Array, Array], ...]

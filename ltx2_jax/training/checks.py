@@ -9,16 +9,15 @@ from pathlib import Path
 
 import jax
 
-from ltx2_jax import checkpoint
 from ltx2_jax.config import Config
-from ltx2_jax.data.media import check_even
 from ltx2_jax.data.records import Records, open_records, read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.media import check_even
 from ltx2_jax.sharding import sharding_of
-from ltx2_jax.weights import initial
+from ltx2_jax.training import checkpoint, initial
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:

@@ -13,23 +13,22 @@ import jax
 import numpy as np
 
 from ltx2_jax import chips
-from ltx2_jax.checkpoint import ASSETS, Checkpoints
-from ltx2_jax.codec import load_codec
+from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
-from ltx2_jax.data import synthetic
-from ltx2_jax.data.encode import OtherDataset, PrepareConfig, prepare_dataset
-from ltx2_jax.data.pipeline import make_dataset, seek
+from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
+from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
+from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import only_run, replacing
-from ltx2_jax.metrics import MetricsLogger, StepTimer
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks
+from ltx2_jax.training import checks, initial
+from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
+from ltx2_jax.training.metrics import MetricsLogger, StepTimer
 from ltx2_jax.training.state import State, all_finite, init_state, state_of
 from ltx2_jax.training.step import make_train_step, place
-from ltx2_jax.weights import initial
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]

@@ -19,7 +19,7 @@ from ltx2_jax.config import Config
 from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.models.ltx2 import LTX2, TEXT_FIELDS
-from ltx2_jax.models.streams import Modality
+from ltx2_jax.models.transformer.streams import Modality
 from ltx2_jax.sharding import pin, spec
 
 Batch = dict[str, Array]  # what the loader yields, placed on the mesh

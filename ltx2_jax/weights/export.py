@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype
 
-from ltx2_jax import checkpoint
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
-from ltx2_jax.weights import folder, initial, text, transformer, versions
+from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.weights import folder, versions
+from ltx2_jax.weights.loading import FLOAT8, Source
 from ltx2_jax.weights.mapping import Parameter, leaves
+from ltx2_jax.weights.names import text, transformer
 from ltx2_jax.weights.networks import NETWORKS
-from ltx2_jax.weights.placing import FLOAT8, Source
 from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.tensor_files import DTYPES, dtype_name
 from ltx2_jax.weights.writing import appearing, writing

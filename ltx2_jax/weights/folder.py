@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import checkpoint
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
+from ltx2_jax.training import checkpoint
 from ltx2_jax.weights import mapping
-from ltx2_jax.weights.placing import Source, dtype_for
+from ltx2_jax.weights.loading import Source, dtype_for
 from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.transformer_config import TransformerConfig
+from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.weights import mapping, versions
 from ltx2_jax.weights.lora_files import Lora, Target, is_matrix, matrices

@@ -22,11 +22,12 @@ import numpy as np
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
-from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig
-from ltx2_jax.weights import hub, mapping, transformer
-from ltx2_jax.weights.gemma import read_json
+from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
+from ltx2_jax.weights import hub, mapping
+from ltx2_jax.weights.loading import FLOAT8, finite
 from ltx2_jax.weights.mapping import Parameter, in_short
-from ltx2_jax.weights.placing import FLOAT8, finite
+from ltx2_jax.weights.names import transformer
+from ltx2_jax.weights.names.gemma import read_json
 from ltx2_jax.weights.tensor_files import TensorFile, layout, write_rows
 
 OFFICIAL = "diffusion_model."

@@ -16,20 +16,20 @@ from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.models.text_features import TextFeaturesConfig
-from ltx2_jax.weights import (
+from ltx2_jax.models.text.features import TextFeaturesConfig
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.mapping import Parameter
+from ltx2_jax.weights.names import (
     audio_vae,
     diffusion_decoder,
     duration_head,
     gemma,
-    mapping,
     text,
     transformer,
     upsampler,
     video_vae,
     vocoder,
 )
-from ltx2_jax.weights.mapping import Parameter
 
 Shapes = Mapping[str, tuple[int, ...]]  # official name, without prefix -> shape
 

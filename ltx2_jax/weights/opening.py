@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.weights import gemma, hub
+from ltx2_jax.weights import hub
 from ltx2_jax.weights.folder import INDEX, WeightsFolder
+from ltx2_jax.weights.names import gemma
 from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.tensor_files import TensorFile
 

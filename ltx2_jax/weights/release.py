@@ -22,9 +22,10 @@ from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.weights import gemma, mapping, placing, text, transformer, versions
+from ltx2_jax.weights import loading, mapping, versions
+from ltx2_jax.weights.loading import FLOAT8, Source
+from ltx2_jax.weights.names import gemma, text, transformer
 from ltx2_jax.weights.networks import BESIDE_TEXT, NETWORKS
-from ltx2_jax.weights.placing import FLOAT8, Source
 from ltx2_jax.weights.tensor_files import DTYPES, TensorFile
 
 # Prefix in a file -> the network whose tensors have it; connectors are taken out of the first two.
@@ -259,7 +260,7 @@ class Release:
     ) -> Iterator[tuple[mapping.Parameter, jax.Array]]:
         """What `load` gives, one parameter at a time: `wanted` is what `parameters` gave."""
         held = self.networks[network]
-        return placing.stream(
+        return loading.stream(
             wanted, held.tensors, held.scales, dtype=param_dtype, progress=progress
         )
 

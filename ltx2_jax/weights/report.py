@@ -7,10 +7,10 @@ from typing import Any
 
 from ltx2_jax import units
 from ltx2_jax.errors import UserError
+from ltx2_jax.weights.loading import Source
 from ltx2_jax.weights.lora import Lora
 from ltx2_jax.weights.mapping import in_short
 from ltx2_jax.weights.networks import NETWORKS
-from ltx2_jax.weights.placing import Source
 from ltx2_jax.weights.release import Held, Release
 from ltx2_jax.weights.tensor_files import dtype_name
 

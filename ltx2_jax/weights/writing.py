@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
+from ltx2_jax.weights.loading import Source, automatic, by_rows, shape_of, typed
 from ltx2_jax.weights.mapping import Parameter
-from ltx2_jax.weights.placing import Source, automatic, by_rows, shape_of, typed
 from ltx2_jax.weights.tensor_files import Layout, layout, write_rows
 
 COPY_ROWS_BYTES = 2**26  # of a tensor that is copied as it is

@@ -11,12 +11,12 @@ import tiny
 import tiny_codec
 
 from ltx2_jax import bench
-from ltx2_jax.models.audio_vae import AudioVAEConfig
+from ltx2_jax.models.codecs.audio_vae import AudioVAEConfig
 from ltx2_jax.planning.bench import codec, step, train
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.weights.audio_vae import audio_vae_config
-from ltx2_jax.weights.video_vae import video_vae_config
-from ltx2_jax.weights.vocoder import vocoder_config
+from ltx2_jax.weights.names.audio_vae import audio_vae_config
+from ltx2_jax.weights.names.video_vae import video_vae_config
+from ltx2_jax.weights.names.vocoder import vocoder_config
 
 SMALL = ["codec", "--frames=9", "--height=32", "--width=64", "--calls=1"]
 
@@ -51,7 +51,8 @@ def test_an_illegal_size_is_refused_before_weights_are_made(capsys):
 def test_random_weights_keep_activations_finite():
     from functools import partial
 
-    from ltx2_jax.weights import mapping, video_vae
+    from ltx2_jax.weights import mapping
+    from ltx2_jax.weights.names import video_vae
 
     create = partial(video_vae.create, video_vae_config(tiny_codec.VAE))
     weights = codec.random_weights(create)
@@ -60,7 +61,7 @@ def test_random_weights_keep_activations_finite():
 
 
 def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypatch, capsys):
-    from ltx2_jax.models.transformer_config import LTX2_3_22B
+    from ltx2_jax.models.transformer.config import LTX2_3_22B
     from ltx2_jax.planning.bench import weights
 
     small = dataclasses.replace(
@@ -79,7 +80,7 @@ def test_bench_weights_prints_a_line_for_each_way_of_reading(tmp_path, monkeypat
 
 def test_a_synthetic_file_has_about_the_size_that_was_asked_for():
     from ltx2_jax.models.flops import total_parameters
-    from ltx2_jax.models.transformer_config import LTX2_19B
+    from ltx2_jax.models.transformer.config import LTX2_19B
     from ltx2_jax.planning.bench.weights import sized
 
     assert sized(LTX2_19B, 37.75).num_layers == 48

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.chips import CHIPS
 from ltx2_jax.models import flops
-from ltx2_jax.models.streams import Modality
-from ltx2_jax.models.transformer import LTX2Transformer
-from ltx2_jax.models.transformer_config import LTX2_19B
+from ltx2_jax.models.transformer.config import LTX2_19B
+from ltx2_jax.models.transformer.streams import Modality
+from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.planning.compiled import hlo
 from ltx2_jax.planning.compiled.facts import describe, module_facts, program_facts
 from ltx2_jax.sharding import make_mesh

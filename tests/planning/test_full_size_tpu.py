@@ -9,7 +9,7 @@ import pytest
 from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.models import flops
-from ltx2_jax.models.transformer_config import LTX2_19B
+from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.planning import programs
 from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.planning.topology import tpu_devices

@@ -10,7 +10,7 @@ import tiny_codec
 from ltx2_jax import chips, plan
 from ltx2_jax.errors import UserError
 from ltx2_jax.planning import vae as plan_vae
-from ltx2_jax.weights.video_vae import video_vae_config
+from ltx2_jax.weights.names.video_vae import video_vae_config
 
 TINY = video_vae_config(tiny_codec.VAE)
 

@@ -11,8 +11,8 @@ import tiny_gemma
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from ltx2_jax.models.connectors import ConnectorConfig
-from ltx2_jax.models.text_features import TextFeaturesConfig
+from ltx2_jax.models.text.connectors import ConnectorConfig
+from ltx2_jax.models.text.features import TextFeaturesConfig
 from ltx2_jax.planning import text as module
 from ltx2_jax.planning.reports import describe
 from ltx2_jax.planning.text import (

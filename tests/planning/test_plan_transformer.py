@@ -15,11 +15,11 @@ from ltx2_jax import chips, config, plan
 from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
-from ltx2_jax.models.connectors import Connectors
-from ltx2_jax.models.mel import MelConfig
+from ltx2_jax.models.codecs.mel import MelConfig
 from ltx2_jax.models.remat import REMAT_POLICIES
-from ltx2_jax.models.streams import Keep, Modality
-from ltx2_jax.models.transformer import Block, LTX2Transformer
+from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.models.transformer.streams import Keep, Modality
+from ltx2_jax.models.transformer.transformer import Block, LTX2Transformer
 from ltx2_jax.planning import changes, estimate, programs, reports, search, topology, transformer
 from ltx2_jax.planning.transformer import Sampling
 from ltx2_jax.training import checks

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ltx2_jax import pipeline
 from ltx2_jax.models import ltx2
+from ltx2_jax.sampling import pipeline
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Pass, make_sampler, released_passes
 
 REQUEST = pipeline.Request((2, 2, 4), 5, 1, (4, 8, 8), 12.0, guided=False)

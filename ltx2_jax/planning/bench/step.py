@@ -18,21 +18,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax import chips, pipeline
+from ltx2_jax import chips
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
 from ltx2_jax.models import flops, ltx2
-from ltx2_jax.models.connectors import (
+from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
     VIDEO_CONNECTOR_2_3,
 )
-from ltx2_jax.models.streams import Keep, Modality
-from ltx2_jax.models.transformer import Block
-from ltx2_jax.models.transformer_config import LTX2_3_22B, LTX2_19B
-from ltx2_jax.pipeline import Request
+from ltx2_jax.models.transformer.config import LTX2_3_22B, LTX2_19B
+from ltx2_jax.models.transformer.streams import Keep, Modality
+from ltx2_jax.models.transformer.transformer import Block
 from ltx2_jax.planning.bench.timing import best_of
 from ltx2_jax.planning.programs import (
     DEFAULT_SIZE,
@@ -41,6 +40,8 @@ from ltx2_jax.planning.programs import (
     request_of,
     text_fields,
 )
+from ltx2_jax.sampling import pipeline
+from ltx2_jax.sampling.pipeline import Request
 from ltx2_jax.sharding import make_mesh, pin, spec
 
 STEPS = 4  # timed at once

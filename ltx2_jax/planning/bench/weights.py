@@ -22,9 +22,10 @@ import numpy as np
 from ltx2_jax.command import count, positive
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.models.transformer_config import PRESETS, TransformerConfig
+from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.weights import mapping, transformer
+from ltx2_jax.weights import mapping
+from ltx2_jax.weights.names import transformer
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.writing import writing
 

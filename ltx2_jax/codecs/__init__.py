@@ -1,0 +1,1 @@
+"""Pixels and sound to latents and back: the networks at work, tiled, on devices, from files."""

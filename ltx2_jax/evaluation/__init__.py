@@ -1,0 +1,1 @@
+"""What a clip is worth: onsets, lags, contact sheets. Needs no model."""

@@ -1,0 +1,1 @@
+"""VAEs, vocoders, upsamplers, and how they are tiled."""

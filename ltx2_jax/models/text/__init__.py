@@ -1,0 +1,1 @@
+"""Gemma, the features of its states, the connectors."""

@@ -1,0 +1,1 @@
+"""The dual-stream transformer: start reading at transformer.py."""

@@ -1,0 +1,1 @@
+"""Prompts to what the transformer reads: the encoder, its cache, prompt enhancement."""

@@ -1,0 +1,1 @@
+"""Official names and axis orders, one table for every network."""

@@ -1,0 +1,226 @@
+"""Released codecs from files: one interface, any number of devices, clear refusals."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_codec
+
+from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.codecs.tiling import TileSizes
+from ltx2_jax.weights import export
+from ltx2_jax.weights.opening import open_release
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("codec")
+
+
+@pytest.fixture(scope="module")
+def paths(folder):
+    return tiny_codec.write(folder)
+
+
+@pytest.fixture(scope="module")
+def codec(paths):
+    return load_codec(*paths, devices=jax.devices()[:1], dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (2, 9, 64, 128, 3), np.uint8)
+
+
+def test_the_interface_tells_the_geometry_of_the_release(codec):
+    assert codec.generation == "2.0"
+    assert (codec.video.strides, codec.video.channels) == ((8, 32, 32), 4)
+    assert (codec.audio.sample_rate, codec.audio.output_sample_rate) == (16000, 24000)
+    assert (codec.audio.bins, codec.audio.channels) == (16, 2)
+    assert codec.audio.latents_per_second == 25
+
+
+def test_uint8_pixels_are_scaled_to_plus_minus_one(codec, pixels):
+    latents = codec.video.encode(pixels)
+    assert (latents.shape, latents.dtype) == ((2, 2, 2, 4, 4), np.float32)
+    scaled = pixels / np.float32(127.5) - 1
+    np.testing.assert_allclose(codec.video.encode(scaled), latents, atol=1e-5)
+
+
+def test_frames_beyond_a_legal_number_change_nothing(codec, pixels):
+    longer = np.concatenate([pixels, pixels[:, :5]], axis=1)
+    np.testing.assert_array_equal(codec.video.encode(longer), codec.video.encode(pixels))
+
+
+def test_decoded_pixels_stay_within_their_range(codec):
+    latents = 30 * np.random.default_rng(1).normal(size=(1, 2, 2, 2, 4))
+    decoded = codec.video.decode(latents)
+    assert decoded.shape == (1, 9, 64, 64, 3)
+    assert abs(decoded).max() == 1
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_devices_share_a_clip_without_changing_it(paths, codec, pixels, count):
+    shared = load_codec(*paths, devices=jax.devices()[:count], dtype="float32")
+    one = pixels[:1]
+    sizes = dict(shared.video.mesh_of(one.shape[1:4]).shape)
+    assert sizes["columns"] * sizes["rows"] == count
+    latents = codec.video.encode(one)
+    np.testing.assert_allclose(shared.video.encode(one), latents, atol=1e-5)
+    np.testing.assert_allclose(shared.video.decode(latents), codec.video.decode(latents), atol=1e-5)
+
+
+def test_clips_are_split_before_pictures_and_what_does_not_divide_is_copied(paths, codec, pixels):
+    shared = load_codec(*paths, devices=jax.devices()[:6], dtype="float32")
+    assert dict(shared.video.mesh_of((9, 64, 128), 2).shape) == {
+        "clips": 2, "rows": 1, "columns": 1, "copies": 3}  # fmt: skip
+    np.testing.assert_allclose(shared.video.encode(pixels), codec.video.encode(pixels), atol=1e-5)
+
+
+def test_tiles_come_in_time_order_and_add_up_to_the_clip(paths, pixels):
+    tiling = TileSizes(frames=(16, 8), height=(0, 0), width=(0, 0))
+    tiled = load_codec(*paths, devices=jax.devices()[:1], dtype="float32", tiling=tiling)
+    latents = np.random.default_rng(2).normal(size=(1, 5, 2, 2, 4)).astype(np.float32)
+    chunks = list(tiled.video.decode_chunks(latents))
+    assert len(chunks) > 1
+    assert sum(chunk.shape[1] for chunk in chunks) == 33
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tiled.video.decode(latents))
+
+
+def test_long_clips_are_tiled_by_themselves_and_more_devices_take_larger_tiles(paths):
+    one = load_codec(*paths, devices=jax.devices()[:1]).video
+    eight = load_codec(*paths, devices=jax.devices()).video
+    clip = (1, 481, 704, 1280, 3)
+    small, large = one.largest_tile(clip), eight.largest_tile(clip)
+    assert max(small[0], large[0]) <= 80 + 8
+    assert small[1] * small[2] < 704 * 1280
+    assert large[1:] == (704, 1280)
+    # As long a clip as one likes is cut into tiles of the same size, or a little smaller.
+    assert one.largest_tile((1, 4801, 704, 1280, 3))[0] <= 80 + 8
+
+
+def test_the_split_pack_loads_as_the_single_file_does(codec, tmp_path, pixels):
+    split = load_codec(
+        *tiny_codec.write(tmp_path, split=True, version="2.5.1"),
+        devices=jax.devices()[:1],
+        dtype="float32",
+    )
+    assert split.generation == "2.5"
+    np.testing.assert_array_equal(split.video.encode(pixels), codec.video.encode(pixels))
+
+
+def test_silence_has_finite_latents_and_mono_is_doubled(codec):
+    latents = codec.audio.encode(np.zeros((1, 6400, 2)))
+    assert latents.shape == (1, 10, 16, 2)
+    assert np.isfinite(latents).all()
+    mono = np.random.default_rng(3).uniform(-1, 1, (1, 6400, 1))
+    np.testing.assert_array_equal(
+        codec.audio.encode(mono), codec.audio.encode(np.repeat(mono, 2, axis=2))
+    )
+
+
+def test_sound_lasts_as_long_as_asked(codec):
+    latents = codec.audio.encode(np.random.default_rng(4).uniform(-1, 1, (1, 6400, 2)))
+    assert codec.audio.decode(latents).shape == (1, 9600, 2)
+    longer = codec.audio.decode(latents, 10000)
+    assert (longer[:, 9600:] == 0).all()
+    np.testing.assert_array_equal(codec.audio.decode(latents, 100), longer[:, :100])
+
+
+def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, pixels):
+    codec.save(tmp_path / "codec.safetensors")
+    assert (tmp_path / "codec.safetensors").stat().st_size < 2000
+    again = load_codec(tmp_path / "codec.safetensors", devices=jax.devices()[:1], dtype="float32")
+    assert again.generation == codec.generation
+    np.testing.assert_array_equal(again.video.encode(pixels), codec.video.encode(pixels))
+
+
+def test_a_reference_to_a_folder_of_weights_tells_it_from_others(paths, tmp_path):
+    with open_release(*paths) as release:
+        export.of_release(release).save(tmp_path / "weights")
+    load_codec(tmp_path / "weights").save(tmp_path / "codec.safetensors")
+    assert load_codec(tmp_path / "codec.safetensors").paths == [tmp_path / "weights"]
+    big = max((tmp_path / "weights").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    big.write_bytes(big.read_bytes()[::-1])
+    with pytest.raises(UserError, match="weights is not the file"):
+        load_codec(tmp_path / "codec.safetensors")
+
+
+def test_a_reference_to_files_that_moved_or_changed_is_refused(tmp_path):
+    (path,) = tiny_codec.write(tmp_path)
+    load_codec(path).save(tmp_path / "codec.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\0" if content[-1:] != b"\0" else content[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"all\.safetensors is not the file"):
+        load_codec(tmp_path / "codec.safetensors")
+    path.unlink()
+    with pytest.raises(UserError, match=r"names .*all\.safetensors, which is not there"):
+        load_codec(tmp_path / "codec.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"vae": tiny_codec.VAE | {"encoder_blocks": [["res_z", {}]]}}, "'res_z' is not supported"),
+        ({"vae": tiny_codec.VAE | {"norm_layer": "group_norm"}}, "norm_layer='group_norm'"),
+        ({"vocoder": tiny_codec.VOCODER | {"resblock": "7"}}, "resblock='7'"),
+    ],
+)
+def test_a_config_that_is_not_implemented_is_refused_by_name(tmp_path, sections, message):
+    with pytest.raises(UserError, match=message):
+        load_codec(*tiny_codec.write(tmp_path, **sections))
+
+
+def test_files_without_a_network_or_with_two_are_refused(tmp_path, paths):
+    video, audio = tiny_codec.write(tmp_path, split=True)
+    with pytest.raises(UserError, match=r"no audio_vae and no vocoder in .*video\.safetensors"):
+        load_codec(video)
+    with pytest.raises(UserError, match=r"holds a video_vae, and so does"):
+        load_codec(*paths, video)
+    with pytest.raises(UserError, match=r"gone\.safetensors: no such file"):
+        load_codec(tmp_path / "gone.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.safetensors: not a readable safetensors file"):
+        load_codec(video, audio, tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 9, 60, 64, 3), "height 60 is not a multiple of the codec's stride 32; 64 would be"),
+        ((1, 9, 64, 65, 3), "width 65 is not a multiple"),
+        ((1, 0, 64, 64, 3), "F >= 1"),
+        ((1, 9, 64, 64, 4), r"expected \[B, F, H, W, 3\]"),
+    ],
+)
+def test_pictures_of_an_illegal_size_are_refused(codec, shape, message):
+    with pytest.raises(UserError, match=message):
+        codec.video.encode(np.zeros(shape, np.uint8))
+
+
+def test_sound_that_is_empty_or_not_finite_is_refused(codec):
+    with pytest.raises(UserError, match="audio is empty"):
+        codec.audio.encode(np.zeros((1, 0, 2)))
+    with pytest.raises(UserError, match="not finite"):
+        codec.audio.encode(np.full((1, 6400, 2), np.nan))
+    with pytest.raises(UserError, match=r"expected \[B, samples, 2\] or mono"):
+        codec.audio.encode(np.zeros((1, 6400, 6)))
+
+
+def test_latents_of_another_codec_are_refused(codec):
+    with pytest.raises(UserError, match=r"expected \[B, F', H', W', 4\]"):
+        codec.video.decode(np.zeros((1, 2, 2, 2, 128)))
+
+
+def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
+    split = Path(__file__).parents[1] / "golden" / "v2.5" / "split"
+    paths = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
+    one, two = (load_codec(*paths, devices=jax.devices()[:n], dtype="float32") for n in (1, 2))
+    assert one.generation == "2.5"
+    latents = np.random.default_rng(5).normal(size=(1, 1, 3, 4, one.video.channels))
+    pixels = one.video.decode(latents)
+    assert pixels.shape == (1, 1, 96, 128, 3)
+    np.testing.assert_array_equal(one.video.decode(latents), pixels)
+    np.testing.assert_allclose(two.video.decode(latents), pixels, atol=1e-4)

@@ -1,0 +1,170 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ltx2_jax import prepare
+from ltx2_jax.data.records import open_records
+from ltx2_jax.demo.linear_codec import LinearCodec
+from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.captions import caption_features, load_caption_encoder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SIZE = ["--num-frames", "9", "--height", "16", "--width", "16", "--text-length", "48"]
+CHANNELS = ["--video-channels", "6", "--audio-channels", "5"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Three clips of smooth noise with sound, one without, and a file that is no video."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    rows = ["video,caption"]
+    for index in range(4):
+        coarse = rng.integers(0, 256, (9, 4, 4, 3), np.uint8)
+        video = coarse.repeat(4, axis=1).repeat(4, axis=2)
+        audio = rng.normal(0, 0.1, (12000, 2)).astype(np.float32) if index < 3 else None
+        Clip(video, 12.0, audio, 16000).save(folder / f"{index}.mp4")
+        rows.append(f"{index}.mp4,noise number {index}")
+    (folder / "text.mp4").write_text("not a video")
+    rows.append("text.mp4,nothing")
+    (folder / "captions.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "nested" / "set"
+    assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS]) == 0
+    return out
+
+
+def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset):
+    records = open_records(dataset)
+    assert [record["source"] for record in records] == ["0.mp4", "1.mp4", "2.mp4"]
+    records.require(generation="linear", text_generation="random")
+    records.require(video=(3, 2, 2, 6), audio=(19, 1, 5), video_text=(48, 96), audio_text=(48, 64))
+    codec = LinearCodec.load(records.codec_path)
+    encoder = load_caption_encoder(records.text_encoder_path)
+    for record in records:
+        path = clips / record["source"]
+        clip = read_clip(path, num_frames=9, height=16, width=16, sample_rate=16000)
+        pixels = clip.video[None].astype(np.float32) / 127.5 - 1
+        np.testing.assert_allclose(record["video"], codec.video.encode(pixels)[0], atol=1e-5)
+        sound = np.pad(clip.audio, ((0, 19 * 640 - len(clip.audio)), (0, 0)))
+        np.testing.assert_allclose(record["audio"], codec.audio.encode(sound[None])[0], atol=1e-4)
+        for name, value in caption_features(encoder, [record["caption"]]).items():
+            np.testing.assert_allclose(record[name], value[0], atol=1e-5, err_msg=name)
+    for name, value in caption_features(encoder, [""]).items():
+        np.testing.assert_array_equal(records.empty_caption()[name], value[0])
+
+
+def test_preparing_again_gives_the_same_dataset(clips, dataset, tmp_path):
+    assert prepare.cli([str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]) == 0
+    assert open_records(tmp_path / "set").schema == open_records(dataset).schema
+    shard = "data-00000-of-00001.arrayrecord"
+    assert (tmp_path / "set" / shard).read_bytes() == (dataset / shard).read_bytes()
+
+
+def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, capsys):
+    assert prepare.cli([str(clips / "captions.csv"), str(dataset), *SIZE, *CHANNELS]) == 0
+    out = capsys.readouterr().out
+    assert "3 records are there already" in out
+    assert "float32[3, 2, 2, 6]" in out
+    assert "float32[19, 1, 5]" in out
+    assert "% of the audio variance" in out
+    assert "skipped 3.mp4: no sound" in out
+    assert "skipped text.mp4: not a readable video file" in out
+    assert out.endswith(f"in {dataset}\n")
+
+
+def test_other_settings_need_overwrite(clips, tmp_path, capsys):
+    command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
+    assert prepare.cli(command) == 0
+    other = [*command, "--audio-channels", "4"]
+    assert prepare.cli(other) == 2
+    assert "codec.audio_channels 5, not 4" in capsys.readouterr().err
+    assert prepare.cli([*other, "--overwrite"]) == 0
+    assert open_records(tmp_path / "set").schema.fields["audio"].shape == (19, 1, 4)
+
+
+def test_the_text_encoder_of_another_dataset_is_used_as_it_is(clips, dataset, tmp_path, capsys):
+    file = str(dataset / "text_encoder.safetensors")
+    size = [*SIZE[: SIZE.index("--text-length")], *CHANNELS, "--text-encoder", file]
+    (tmp_path / "two.csv").write_text(f"video,caption\n{clips}/0.mp4,noise number 2\n")
+    assert prepare.cli([str(tmp_path / "two.csv"), str(tmp_path / "set"), *size]) == 0
+    made, first = open_records(tmp_path / "set"), open_records(dataset)
+    assert made.schema.text_encoder_hash == first.schema.text_encoder_hash
+    np.testing.assert_allclose(made[0]["video_text"], first[2]["video_text"], atol=1e-5)
+    command = [str(clips / "captions.csv"), str(tmp_path / "other"), *size]
+    assert prepare.cli([*command, "--vocab-size", "300"]) == 2
+    assert f"--vocab-size: --text-encoder {file} decides that" in capsys.readouterr().err
+
+
+def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
+    release = GOLDEN / "v2.0" / "checkpoint.safetensors", GOLDEN / "v2.0" / "gemma"
+    flags = ["--text-encoder", *map(str, release)]
+    out = tmp_path / "set"
+    assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS, *flags]) == 0
+    records = open_records(out)
+    records.require(text_generation="2.0", video_text=(48, 32), text_mask=(48,))
+    assert "audio_text" not in records.schema.fields
+    # On the same devices, in the same batches: the order of bfloat16 sums depends on both.
+    encoder = load_caption_encoder(records.text_encoder_path, make_mesh())
+    found = caption_features(encoder, [record["caption"] for record in records])["video_text"]
+    np.testing.assert_array_equal([record["video_text"] for record in records], found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--num-frames", "10"], "num_frames"),
+        (["--height", "20"], "height"),
+        (["--height", "9", "--video-strides", "4,9,8"], "needs even sizes; height 9 x width 16"),
+        (["--num-frames", "81"], "none of the 5 clips can be used; the first: 0.mp4: 81 frames"),
+        (["--video-channels", "4000"], "video_channels"),
+        (["--vocab-size", "200"], "vocab_size"),
+        (["--fps", "-3"], "fps"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(clips, tmp_path, capsys, change, message):
+    out = tmp_path / "set"
+    command = [str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS, *change]
+    assert prepare.cli(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prepare: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", [["--height", "x"], ["--video-strides", "4,8"], ["--text-widths", "4"], ["--bogus"]]
+)
+def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
+    command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *change]
+    with pytest.raises(SystemExit) as stop:
+        prepare.cli(command)
+    assert stop.value.code == 2
+    assert change[0] in capsys.readouterr().err
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.cli(["--help"])
+    assert stop.value.code == 0
+    assert "python -m ltx2_jax.prepare clips/captions.csv" in capsys.readouterr().out
+
+
+def test_the_command_exits_with_2_and_no_traceback(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "ltx2_jax.prepare", "none.csv", str(tmp_path / "set"), *SIZE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "prepare: error: none.csv: no such table\n"

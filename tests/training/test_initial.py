@@ -1,0 +1,105 @@
+"""Training that starts from weights in a file: the right ones, on any mesh, or a plain refusal."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import resume_config
+import tiny
+
+from ltx2_jax import train
+from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training import initial
+from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.weights import export
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RUN = tiny.config()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Weights of RUN as an official file."""
+    path = tmp_path_factory.mktemp("initial") / "run.safetensors"
+    with pytest.warns(UserWarning, match="3 registers"):
+        export.of_run(RUN, tiny.params(RUN)).write(path)
+    return path
+
+
+def changed(config, **fields):
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
+def test_weights_are_loaded_onto_the_shards_that_training_wants(file, sizes):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    config = changed(RUN, init_from=str(file))
+    initial.check(config)
+    got, want = initial.load(config, mesh), tiny.params(RUN, mesh)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_train_command_starts_from_them(tmp_path):
+    config = resume_config.get_config()
+    config = changed(
+        config,
+        num_steps=1,
+        workdir=str(tmp_path / "run"),
+        init_from=str(tmp_path / "weights"),
+        optim=changed(config.optim, learning_rate=1e-12, weight_decay=0.0),
+        sample=changed(config.sample, num_clips=1, steps=1),
+    )
+    before = tiny.params(config)
+    with pytest.warns(UserWarning, match="8 registers"):
+        export.of_run(config, before).save(tmp_path / "weights")
+    train.main(config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    _, after, step = weights_of_run(config.workdir, mesh)
+    assert step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, before)
+    # A run that has begun goes on from its own checkpoint.
+    with Checkpoints(config.workdir) as checkpoints:
+        assert checkpoints.config(1).init_from == config.init_from
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"num_layers": 3}}, r"is another network \(model.num_layers: 2 -> 3\)"),
+        (
+            {
+                "text": {
+                    "video_connector": dataclasses.replace(RUN.text.video_connector, head_dim=2)
+                }
+            },
+            "text.video_connector.head_dim: 4 -> 2",
+        ),
+        ({"text": {"generation": "2.3"}}, "features of 'random', but text.generation='2.3'"),
+    ],
+)
+def test_weights_of_another_network_are_refused(file, change, message):
+    fields = {name: changed(getattr(RUN, name), **inner) for name, inner in change.items()}
+    with pytest.raises(UserError, match=message):
+        initial.check(changed(RUN, init_from=str(file), **fields))
+
+
+def test_released_weights_want_released_text_features():
+    path = GOLDEN / "v2.3" / "checkpoint.safetensors"
+    with pytest.raises(UserError, match="is another network"):
+        initial.check(changed(RUN, init_from=str(path)))
+
+
+def test_what_does_not_compute_anything_else_may_differ(file):
+    model = changed(RUN.model, dtype="bfloat16", remat="block")
+    initial.check(changed(RUN, init_from=str(file), model=model))
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.safetensors: no such file"):
+        initial.check(changed(RUN, init_from="nowhere.safetensors"))
