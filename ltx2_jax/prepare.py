@@ -98,10 +98,7 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomE
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
     if len(paths) == 1:
-        encoder = load_caption_encoder(paths[0], make_mesh(), args.text_cache)
-        if args.text_cache and not isinstance(encoder, TextCache):
-            raise UserError(f"--text-cache: {paths[0]} holds a random text encoder, not a released")
-        return encoder
+        return load_caption_encoder(paths[0], make_mesh(), args.text_cache)
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
     return released_encoder(

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from ltx2_jax.models.codecs.audio_vae import AudioVAEConfig
+from ltx2_jax.diffusion.geometry import AudioClock
+from ltx2_jax.models.codecs.audio_vae import FRAMES_PER_LATENT, AudioVAEConfig
 from ltx2_jax.models.codecs.inputs import as_stereo
 from ltx2_jax.models.codecs.vocoder import VocoderConfig
 from ltx2_jax.sharding import replicated_on
@@ -44,6 +45,7 @@ class AudioCodec:
         self.sample_rate = config.mel.sample_rate
         self.output_sample_rate = (vocoder.extension or vocoder).sample_rate
         self.channels, self.bins = config.latent_channels, config.latent_bins
+        self.clock = AudioClock(config.mel.sample_rate, config.mel.hop, FRAMES_PER_LATENT)
         self.latents_per_second = config.latents_per_second
         self.device = device or jax.local_devices()[0]
         self._read = read

@@ -11,7 +11,7 @@ Every codec has two halves with one interface; callers use nothing else:
     codec.video.decode_chunks(latents)          the same in pieces, in time order
     codec.audio.encode(audio)    [B, samples, 2] at .sample_rate -> [B, A, .bins, .channels]
     codec.audio.decode(latents, num_samples)    -> [B, samples, 2] at .output_sample_rate
-    codec.audio.latents_per_second
+    codec.audio.clock            an `AudioClock`: when each latent is; .latents_per_second
 
 Dims: B batch, F frames, H, W pixels, F', H', W' the latent grid, A audio latents, C channels.
 """

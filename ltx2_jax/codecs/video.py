@@ -268,7 +268,7 @@ class DiffusionVideoCodec(VideoCodec):
             )
 
         def draw(shape: tuple[int, ...]) -> Array:
-            return place(jax.random.normal(jax.random.key(next(numbers)), shape))
+            return place(jax.random.normal(jax.random.key(next(numbers)), shape, jnp.float32))
 
         with jax.set_mesh(mesh):
             raw = place(np.asarray(statistics.unnormalize(latents)))

@@ -140,6 +140,12 @@ def event_kind(caption: str) -> tuple[str, ...]:
     return tuple(word for word in words if word in caption)
 
 
+def is_scripted(caption: str) -> bool:
+    """Whether a caption is of these clips, for which the measure of sync is made."""
+    words = event_kind(caption)
+    return bool({"ball", "lamp"} & set(words)) and bool(set(COUNTS.values()) & set(words))
+
+
 def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
     """Renders `config.num_clips` clips to files: H.264 + AAC in clips/*.mp4, then captions.csv.
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+    # It may name a window system that this version lacks, which ends the import; none is opened
+    # here. One that it has is taken all the same.
+    _backend = os.environ.pop("MPLBACKEND")
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = _backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
+
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
