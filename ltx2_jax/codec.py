@@ -91,13 +91,16 @@ def load_codec(
         if metadata.get("kind") == REFERENCE:
             paths = followed(path, metadata)
     release = open_release(*paths)  # open as long as the codec, which reads weights when it works
-    missing = [n for n in ("video_vae", "audio_vae", "vocoder") if n not in release.networks]
-    if missing:
+    audio_config = release.config("audio_vae") if "audio_vae" in release.networks else None
+    sound = ["audio_vae", "vocoder"]
+    if audio_config is not None and not audio_config.has_decoder:
+        sound = ["audio_vae"]
+    if missing := [n for n in ("video_vae", *sound) if n not in release.networks]:
         raise UserError(f"no {' and no '.join(missing)} in {release.name}")
     audio = AudioCodec(
-        release.config("audio_vae"),
-        release.config("vocoder"),
-        lambda where: tuple(release.load(name, where)[1] for name in ("audio_vae", "vocoder")),
+        audio_config,
+        release.config("vocoder") if "vocoder" in sound else None,
+        lambda where: tuple(release.load(name, where)[1] for name in sound),
         device=devices[0] if devices else None,
     )
     video = _video_codec(release, dtype, devices=devices, tiling=tiling)
@@ -126,13 +129,13 @@ def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:
 def fingerprint(path: Path) -> str:
     """A hash that tells a released file from others without reading all of it.
 
-    Of its size, its first megabyte with the header, and a megabyte at its middle and its end; of a
-    folder of weights those of all its files, and their names.
+    Of its size, its first megabyte with the header, and a megabyte at its middle and its end.
+
+    Raises:
+      UserError: it is a folder.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        named = [f"{file.relative_to(path)} {fingerprint(file)}" for file in files]
-        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+        raise UserError(f"{path}: is a folder, not a released file")
     size, piece = path.stat().st_size, 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

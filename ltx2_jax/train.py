@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import checks, chips, flops, training
+from ltx2_jax import checks, chips, flops, initial, training
 from ltx2_jax import config as config_lib
 from ltx2_jax.checkpoint import Checkpoints
 from ltx2_jax.codec import load_codec
@@ -29,7 +29,6 @@ from ltx2_jax.pipeline import ASSETS, Pipeline, write_clips
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals, termination_interrupts
 from ltx2_jax.sync import sync_report
-from ltx2_jax.weights import initial
 
 EPILOG = """\
 example:

@@ -13,16 +13,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ltx2_jax import tokenizer
-from ltx2_jax.codec import followed
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3, Connectors
 from ltx2_jax.models.gemma import GEMMA_3_12B, Gemma
 from ltx2_jax.models.text_features import FEATURES_2_3, TextFeatures
 from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text_encoder import TextEncoder, TextModel
-from ltx2_jax.weights import export
 from ltx2_jax.weights.opening import open_release
-from ltx2_jax.weights.tensor_files import read_metadata
 from ltx2_jax.weights.text import check_text_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,16 +117,6 @@ def test_what_is_no_prompt_is_refused():
         encoder().encode(["fine", "a\0"])
     with pytest.raises(TypeError, match="not one string"):
         encoder().encode("fox")
-
-
-def test_folders_of_weights_are_named_by_a_reference(tmp_path):
-    for path, name in ((CHECKPOINT, "model"), (GEMMA, "gemma")):
-        with open_release(path) as release:
-            export.of_release(release).save(tmp_path / name)
-    given = tmp_path / "model", tmp_path / "gemma"
-    TextEncoder.load(*given, tokenizer=GEMMA, length=32).save(tmp_path / "text.safetensors")
-    metadata = read_metadata(tmp_path / "text.safetensors")
-    assert followed(tmp_path / "text.safetensors", metadata) == [*given]
 
 
 # ---- which text encoder --------------------------------------------------------------------------

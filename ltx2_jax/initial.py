@@ -1,11 +1,16 @@
-"""Weights for a training run to start from (`config.init_from`)."""
+"""Between a run and released weights: what a run starts from, and the file that it becomes.
 
+Training starts from `config.init_from`; `convert` makes an official file of what it has trained.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from ltx2_jax.config import Config, difference
 from ltx2_jax.errors import UserError
+from ltx2_jax.weights import export
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
 
@@ -59,3 +64,39 @@ def load(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             network: release.load(network, mesh, param_dtype="float32", progress=True)[1]
             for network in ("connectors", "transformer")
         }
+
+
+def as_export(
+    config: Config,
+    params: Mapping[str, Any],
+    *,
+    base: Release | None = None,
+    param_dtype: Any = None,
+) -> export.Export:
+    """The official file of a run's weights, with all other networks from `base`.
+
+    Args:
+      config: of the run.
+      params: its weights, {"transformer": .., "connectors": ..}.
+      base: a release with the other networks; its transformer and connectors are replaced.
+      param_dtype: of the tensors; None takes those of `base`, or keeps what is given.
+
+    Raises:
+      UserError: a config that no official network has, or another one than `base`.
+
+    Warns:
+      UserWarning: what the official code would read differently.
+    """
+    if base is not None:
+        check_same(config, base)
+    networks = {
+        "transformer": config.model,
+        "connectors": (config.text.video_connector, config.text.audio_connector),
+    }
+    return export.of_params(
+        networks,
+        params,
+        base=base,
+        param_dtype=param_dtype,
+        metadata={TEXT_GENERATION: config.text.generation},
+    )
