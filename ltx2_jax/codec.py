@@ -129,13 +129,13 @@ def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:
 def fingerprint(path: Path) -> str:
     """A hash that tells a released file from others without reading all of it.
 
-    Of its size, its first megabyte with the header, and a megabyte at its middle and its end.
-
-    Raises:
-      UserError: it is a folder.
+    Of its size, its first megabyte with the header, and a megabyte at its middle and its end; of a
+    folder those of all its files, and their names.
     """
     if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a released file")
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        named = [f"{file.relative_to(path)} {fingerprint(file)}" for file in files]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
     size, piece = path.stat().st_size, 2**20
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

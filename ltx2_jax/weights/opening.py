@@ -38,12 +38,15 @@ def open_release(*sources: str | os.PathLike) -> Release:
     try:
         for path in paths:
             files.append(TensorFile(path))
-        return Release(files, ", ".join(map(str, sources)), gemma_config)
+        try:
+            return Release(files, ", ".join(map(str, sources)), gemma_config)
+        except UserError:
+            for folder in folders:
+                _refuse_several(folder, [file for file in files if folder in file.path.parents])
+            raise
     except UserError:
         for file in files:
             file.close()
-        for folder in folders:
-            _refuse_several(folder, [file for file in files if folder in file.path.parents])
         raise
 
 
