@@ -191,7 +191,7 @@ def test_a_folder_is_all_of_its_files(tmp_path):
     with open_release(tmp_path) as release:
         assert set(release.networks) == {"transformer", "connectors", "gemma", "text_projection"}
     (tmp_path / "again.safetensors").write_bytes(PACK[0].read_bytes())
-    message = "holds several models (again.safetensors, transformer.safetensors)"
+    message = "holds several models: again.safetensors, transformer.safetensors each have"
     assert message in refused(tmp_path)
     both = refused(tmp_path / "again.safetensors", PACK[0])
     assert "holds a transformer, and so does" in both.replace("connectors", "transformer")
@@ -428,15 +428,17 @@ def test_of_a_folder_with_several_models_one_file_is_asked_for(tmp_path):
     )
     (tmp_path / "lora.safetensors").write_bytes((GOLDEN / "v2.3" / "lora.safetensors").read_bytes())
     assert refused(tmp_path) == (
-        f"{tmp_path}: holds several models ({', '.join(names)}); give the one file that is meant, "
-        f"as {tmp_path / names[0]}"
+        f"{tmp_path}: holds several models: {', '.join(names)} each have a transformer; in place "
+        f"of the folder give one of them, such as {tmp_path / names[0]}"
     )
 
 
 def test_a_downloaded_repository_with_parts_for_diffusers_is_its_checkpoint(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "vae").mkdir()
-    written(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {"x": np.zeros(2)})
+    written(tmp_path / "vae" / "a.safetensors", {"x": np.zeros(2)})
+    index = {"weight_map": {"x": "a.safetensors"}}
+    (tmp_path / "vae" / "a.safetensors.index.json").write_text(json.dumps(index))
     assert "is a model in the layout of diffusers, which is not read" in refused(tmp_path)
     (tmp_path / "ltx.safetensors").write_bytes(CHECKPOINT.read_bytes())
     fits(tmp_path)

@@ -6,6 +6,7 @@ alpha. Source: `ltx_core/loader/fuse_loras.py`; the LoRA loaders of diffusers, P
 (names, and where they keep alpha).
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -62,7 +63,8 @@ ADAPTERS = (_PEFT, "pytorch_lora_weights.safetensors")
 # Adapters of connectors and text projections: the official loader passes them over.
 _BESIDE = re.compile(r"embeddings_connector|text_embedding_projection|(^|[._])connectors[._]")
 # Where a header may have PEFT's config as JSON, and the scale as plain text. Of several the first.
-_CONFIG_KEYS = ("lora_adapter_metadata", "peft_config", "lora_config", "adapter_config")
+_DIFFUSERS_KEY = "lora_adapter_metadata"
+_CONFIG_KEYS = ("peft_config", "lora_config", "adapter_config")
 _ALPHA_KEYS = ("lora_alpha", "network_alpha", "alpha")
 _ROOT_KEY = "use_rslora"
 # The alpha with which trainers of kohya's family trained. They write it beside the matrices, too;
@@ -275,9 +277,9 @@ def _scales(metadata: Mapping[str, str], path: Path, bare: Mapping[str, int]) ->
 
     `bare` are the modules without an alpha beside their matrices, with their ranks.
     """
-    where, stored = _stated(metadata, path)
-    if where:
-        return _scales_of_config(stored, where)
+    stated = _stated(metadata, path)
+    if stated.alpha is not None or stated.patterns:
+        return stated
     if not bare:
         return _Scales()
     for key in _ALPHA_KEYS:
@@ -296,19 +298,25 @@ def _scales(metadata: Mapping[str, str], path: Path, bare: Mapping[str, int]) ->
     return _Scales()
 
 
-def _stated(metadata: Mapping[str, str], path: Path) -> tuple[str, Any]:
-    """Where PEFT's config is stated, and its JSON; ("", None) where it is not."""
-    for key in _CONFIG_KEYS:
-        if key in metadata:
-            where = f"{path}: {key}"
-            try:
-                return where, json.loads(metadata[key])
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({reason(error)})") from None
+def _stated(metadata: Mapping[str, str], path: Path) -> _Scales:
+    """What a config of PEFT says, in the header or beside the file."""
+    if _DIFFUSERS_KEY in metadata:
+        where = f"{path}: {_DIFFUSERS_KEY}"
+        try:
+            stored = json.loads(metadata[_DIFFUSERS_KEY])
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({reason(error)})") from None
+        return _scales_of_config(stored, where)
     config = path.with_name(_PEFT_CONFIG)
     if path.name == _PEFT and config.is_file():
-        return str(config), read_json(config)
-    return "", None
+        return _scales_of_config(read_json(config), str(config))
+    for key in _CONFIG_KEYS:  # which need not be such a config
+        stored = None
+        with contextlib.suppress(ValueError):
+            stored = json.loads(metadata.get(key, ""))
+        if isinstance(stored, dict) and "lora_alpha" in stored:
+            return _scales_of_config(stored, f"{path}: {key}")
+    return _Scales()
 
 
 def _scales_of_config(stored: Any, where: str) -> _Scales:
@@ -392,7 +400,8 @@ def write_lora(path: str | os.PathLike, lora: Lora, *, dtype: Any = ml_dtypes.bf
         for letter, values, stored in (("A", target.a, target.a.dtype), ("B", b, target.b.dtype)):
             kept = ml_dtypes.bfloat16 if stored in FLOAT8 else stored
             tensors[f"{OFFICIAL}{module}.lora_{letter}.weight"] = values.astype(dtype or kept)
-    scales = (*_CONFIG_KEYS, *_ALPHA_KEYS, _ROOT_KEY, _KOHYA_ALPHA)  # which B now has in it
+    # Which B now has in it.
+    scales = (_DIFFUSERS_KEY, *_CONFIG_KEYS, *_ALPHA_KEYS, _ROOT_KEY, _KOHYA_ALPHA)
     metadata = {k: v for k, v in lora.metadata.items() if k not in scales}
     places = layout(
         {n: (v.dtype, v.shape) for n, v in tensors.items()}, {"format": "pt"} | metadata

@@ -76,7 +76,7 @@ def _files_of(folder: Path) -> list[Path]:
         has = f" (but {', '.join(other)}, which is not read)" if other else ""
         raise UserError(f"{folder}: has no safetensors files{has}")
     announced = [f for index in folder.rglob("*.index.json") for f in gemma.indexed(index)]
-    gemma.check_shards(folder, {*gemma.numbered(found), *announced}.difference(found))
+    gemma.check_shards(folder, {*gemma.numbered(found), *announced})
     return found
 
 
@@ -90,7 +90,8 @@ def _refuse_several(folder: Path, files: list[TensorFile]) -> None:
         shared = (paths for (n, _), paths in holders.items() if n == network and len(paths) > 1)
         if several := sorted({path for paths in shared for path in paths}):
             names = ", ".join(str(path.relative_to(folder)) for path in several)
+            rest = "" if network == "transformer" else ", with the other files of the model"
             raise UserError(
-                f"{folder}: holds several models ({names}); give the one file that is meant, as "
-                f"{several[0]}"
+                f"{folder}: holds several models: {names} each have a {network.replace('_', ' ')}; "
+                f"in place of the folder give one of them{rest}, such as {several[0]}"
             ) from None
