@@ -123,23 +123,17 @@ def test_float8_stays_as_it_is_stored_with_its_scales(float8, tmp_path, capsys):
     assert "_quantization_metadata" in metadata_of(tmp_path / "full.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"),
-    [(("--lora", LORA), "bfloat16"), (("--dtype=bfloat16",), "bfloat16"),
-     (("--dtype=float32",), "float32")],
-)  # fmt: skip
-def test_float8_that_is_changed_is_scaled_up_and_its_dtype_is_said(
-    flags, dtype, float8, tmp_path, capsys
-):
+@pytest.mark.parametrize("flags", [("--lora", LORA), ("--dtype=bfloat16",)])
+def test_float8_that_is_changed_is_scaled_up_and_its_dtype_is_said(flags, float8, tmp_path, capsys):
     run(float8, tmp_path / "out.safetensors", *flags)
-    assert f"transformer: its float8 weights become {dtype}" in capsys.readouterr().out
+    assert "transformer: its float8 weights become bfloat16" in capsys.readouterr().out
     got, metadata = (
         tensors_of(tmp_path / "out.safetensors"),
         metadata_of(tmp_path / "out.safetensors"),
     )
     assert set(got) == set(load_file(CHECKPOINT))  # neither scales nor marks
     assert "_quantization_metadata" not in metadata
-    assert got[f"{TO_Q}.weight"].dtype == dtype
+    assert got[f"{TO_Q}.weight"].dtype == "bfloat16"
     if "--lora" not in flags:
         small = tensors_of(float8)[f"{TO_Q}.weight"].astype(np.float32)
         np.testing.assert_array_equal(got[f"{TO_Q}.weight"].astype(np.float32), small / 2)

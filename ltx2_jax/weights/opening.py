@@ -52,7 +52,8 @@ def open_release(*sources: str | os.PathLike) -> Release:
 
 def _files_of(folder: Path) -> list[Path]:
     """The safetensors files of a folder without config.json; UserError if it is no such thing."""
-    if (folder / "weights.json").is_file():
+    index = folder / "weights.json"
+    if index.is_file() and "ltx2_jax.weights." in index.read_text("utf-8", errors="replace"):
         raise UserError(
             f"{folder}: is a folder of weights as an earlier version wrote it, which this version "
             "does not read; use the official file that it was made from (a training run: convert "
