@@ -99,7 +99,7 @@ class OptimConfig:
     # squares stays float32: with b2 = 0.999 it moves by less than bfloat16 resolves.
     first_moment_dtype: str = "float32"
     # What gradients of matrices are summed in over the shards of a batch, "float32" or "bfloat16".
-    reduce_dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
     accumulate_steps: int = 1  # micro-batches whose gradients are averaged into one step
     ema_decay: float | None = None  # of the averaged weights that sampling uses; None: no average
 
