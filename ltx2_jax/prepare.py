@@ -10,7 +10,7 @@ from ltx2_jax.arguments import count
 from ltx2_jax.caption_encoder import load_caption_encoder, released_encoder
 from ltx2_jax.codec import load_codec
 from ltx2_jax.config import RandomEncoderConfig
-from ltx2_jax.data.encode import PrepareConfig, prepare_dataset
+from ltx2_jax.data.encode import PrepareConfig, clip_notes, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.linear_codec import LinearCodec, LinearCodecConfig
@@ -209,6 +209,8 @@ def _report(records: Records) -> None:
     if records.schema.generation == LinearCodec.generation:
         for name, fraction in LinearCodec.load(records.codec_path).explained.items():
             print(f"  the codec keeps {fraction:.1%} of the {name} variance")
+    for note, number in clip_notes(records).items():
+        print(f"{number} clip{'s' if number > 1 else ''} {note}")
     for clip in records.skipped:
         print(f"skipped {clip['source']}: {clip['reason']}")
     print(f"in {records.folder}")

@@ -13,7 +13,6 @@ import html
 import io
 import itertools
 import os
-import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -24,6 +23,7 @@ import av
 import numpy as np
 import soundfile
 
+from ltx2_jax.data.clip_files import found
 from ltx2_jax.data.picture import to_rgb
 from ltx2_jax.data.sound import SoundTrack, to_stereo
 from ltx2_jax.data.timing import FrameClock, paced, resampled
@@ -230,10 +230,10 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """
     _quiet()
     try:
-        found = _found(path)
-        if found.is_dir():
+        file = found(path)
+        if file.is_dir():
             raise UserError("is a folder, not a video file")
-        with av.open(_url(found), **_ANY_TITLE) as container:
+        with av.open(_url(file), **_ANY_TITLE) as container:
             yield container
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -246,21 +246,6 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
 def _url(path: str | os.PathLike) -> str:
     """A path as libav takes it; without the scheme, a colon in a name would end one."""
     return f"file:{os.fspath(path)}"
-
-
-def _found(path: Path) -> Path:
-    """The path on this disk: macOS spells é as two characters in names, most tables as one.
-
-    Raises UserError, without the path, where there is no such file under either spelling.
-    """
-    if path.exists() or path.parent == path:
-        return path
-    with contextlib.suppress(OSError, UserError):
-        wanted = unicodedata.normalize("NFC", path.name)
-        for other in _found(path.parent).iterdir():
-            if unicodedata.normalize("NFC", other.name) == wanted:
-                return other
-    raise UserError("no such file")
 
 
 def _decode_video(
