@@ -5,7 +5,7 @@ The codes are those of ITU-T H.273, which libav uses too. The white of SDR is li
 HDR becomes SDR by published rules alone. PQ and HLG become light as ITU-R BT.2100 says, HLG on its
 nominal display of 1000 cd/m2. The EETF of ITU-R BT.2390 (5.4.1), applied to the largest of R, G and
 B, rolls 1000 cd/m2 off to 203 cd/m2, the reference white of ITU-R BT.2408, which becomes the white
-of SDR; up to 92 cd/m2 nothing changes. One rule for all clips, whatever display their film was
+of SDR; up to 88 cd/m2 nothing changes. One rule for all clips, whatever display their film was
 graded on, so that the same light is the same colour in all of them.
 """
 

@@ -154,10 +154,14 @@ def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[n
     Raises UserError when the file is missing or unreadable.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        file = found(path)
+        if not file.is_file():
+            raise UserError("no such file")
+        # In full, because "-" would be the standard input.
+        audio, rate = soundfile.read(file.absolute(), dtype="float32", always_2d=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"{path}: not a readable sound file ({reason(error)})") from None
     if sample_rate is not None:
@@ -286,7 +290,7 @@ def _pictures(
     """(timestamp, frame) in the order of time. An empty packet shows the frame before again."""
     again: deque[float] = deque()
     last: tuple[float | None, av.VideoFrame] | None = None
-    for frame in _deinterlaced(_decoded(container, stream, again), stream, notes):
+    for frame in _deinterlaced(_decoded(container, stream, again), notes):
         while again and frame.time is not None and again[0] < frame.time:
             time = again.popleft()
             if last is not None and (last[0] is None or time > last[0]):
@@ -322,9 +326,7 @@ def _decoded(
         yield from last.decode()  # PyAV ends with an empty packet, which is meant as the end
 
 
-def _deinterlaced(
-    frames: Iterable[av.VideoFrame], stream: av.VideoStream, notes: set[str]
-) -> Iterator[av.VideoFrame]:
+def _deinterlaced(frames: Iterable[av.VideoFrame], notes: set[str]) -> Iterator[av.VideoFrame]:
     """The frames; from the first interlaced one on through libav's bwdif, one for every frame."""
     graph = None
     for frame in frames:
@@ -332,7 +334,13 @@ def _deinterlaced(
             notes.add(DEINTERLACED)
             graph = av.filter.Graph()
             bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
-            graph.link_nodes(graph.add_buffer(template=stream), bwdif, graph.add("buffersink"))
+            source = graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base,
+            )
+            graph.link_nodes(source, bwdif, graph.add("buffersink"))
             graph.configure()
         if graph is None:
             yield frame

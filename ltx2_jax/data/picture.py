@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ltx2_jax.data.colour import conversion, matrix_of
+from ltx2_jax.data.colour import UNSPECIFIED, conversion, matrix_of
 from ltx2_jax.errors import UserError
 
 ALMOST_SQUARE = Fraction(1, 4), Fraction(4)  # pixel shapes that are no mistake
@@ -26,6 +26,8 @@ def to_rgb(
     Raises UserError for a meaning of its numbers that we do not know.
     """
     codes = int(frame.color_primaries), int(frame.color_trc)
+    if frame.side_data.get("DOVI_METADATA") is not None and codes[1] == UNSPECIFIED:
+        raise UserError("Dolby Vision with colours that only its own players know (profile 5)")
     convert = conversion(*codes)
     is_rgb = frame.format.is_rgb
     matrix = None if is_rgb else matrix_of(int(frame.colorspace), *codes)
