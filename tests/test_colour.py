@@ -174,3 +174,12 @@ def test_dolby_vision_that_only_its_players_can_show_is_refused():
     with pytest.raises(UserError, match="Dolby Vision"):
         to_rgb(Marked(), None, None)
     assert to_rgb(frame, None, None)[0].shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 32, "width": 32}])
+def test_deep_pictures_are_as_bright_as_they_say(tmp_path, size):
+    frames = [level(value) for value in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    write_film(tmp_path / "a.mp4", frames, pix_fmt="yuv420p10le", tags=tagged(1, 1, 1), **HDR)
+    clip = media.read_clip(tmp_path / "a.mp4", **size)
+    np.testing.assert_allclose(clip.video[:, 16, 16, 1], [0, 64, 128, 191, 255], atol=1)
+    assert clip.notes == ()

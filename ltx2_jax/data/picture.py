@@ -40,10 +40,13 @@ def to_rgb(
         scale = max(size[0] / upright[0], size[1] / upright[1])
         full = tuple(max(size[i], round(upright[i] * scale)) for i in (0, 1))
         full = full[::-1] if transposed else full
+    deep = frame.format.components[0].bits > 8
     image = frame.reformat(
         width=full[1],
         height=full[0],
-        format="rgb48le" if convert else "rgb24",
+        # Planes: libav's short cut from deep pictures to rgb24 makes them darker by two levels,
+        # and that to rgb48 had a fault in its version 8.0.
+        format="gbrp16le" if convert else "gbrp" if deep else "rgb24",
         src_colorspace=matrix,
         interpolation="BICUBIC" if size or shown[1] != frame.width else None,
     ).to_ndarray()
