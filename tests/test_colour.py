@@ -176,6 +176,17 @@ def test_dolby_vision_that_only_its_players_can_show_is_refused():
     assert to_rgb(frame, None, None)[0].shape == (64, 96, 3)
 
 
+def test_what_the_container_says_of_colours_holds_where_the_codec_is_silent(tmp_path):
+    """The frames of this ProRes do not say it; its .mov does."""
+    options = {"codec": "prores_ks", "pix_fmt": "yuv422p10le", "tags": tagged(9, 9, PQ)}
+    path = write_film(tmp_path / "a.mov", [level(0.5807)] * 3, **options)
+    with av.open(str(path)) as container:
+        assert int(next(container.decode(video=0)).color_trc) == colour.UNSPECIFIED
+    clip = media.read_clip(path)
+    assert clip.notes == (colour.CONVERTED_HDR,)
+    np.testing.assert_allclose(clip.video[1, 32, 48], 231, atol=2)
+
+
 @pytest.mark.parametrize("size", [{}, {"height": 32, "width": 32}])
 def test_deep_pictures_are_as_bright_as_they_say(tmp_path, size):
     frames = [level(value) for value in (0.0, 0.25, 0.5, 0.75, 1.0)]

@@ -353,9 +353,7 @@ def prepare_dataset(
             codec = LinearCodec.fit(codec, (clip for _, clip in bar))
         codec.save(writer.staging / CODEC_NAME)
         encode_clips(clips, codec=codec, encoder=text_encoder, config=config, writer=writer)
-        notes = Counter(n for i, of in clips.notes.items() if i not in clips.bad for n in of)
-        contents = json.dumps({"files": files, "notes": notes}, indent=1)
-        (writer.staging / CLIPS_NAME).write_text(contents + "\n", encoding="utf-8")
+        _write_clips(writer.staging / CLIPS_NAME, files, clips)
     return Records(out)
 
 
@@ -365,6 +363,12 @@ def clip_notes(records: Records) -> dict[str, int]:
     Empty for a dataset of a version that did not note it.
     """
     return _clips_of(records)["notes"]
+
+
+def _write_clips(path: Path, files: dict[str, str | None], clips: ClipReader) -> None:
+    notes = Counter(n for i, of in clips.notes.items() if i not in clips.bad for n in of)
+    contents = json.dumps({"files": files, "notes": notes}, indent=1)
+    path.write_text(contents + "\n", encoding="utf-8")
 
 
 def _clips_of(records: Records) -> dict[str, dict]:

@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 
 from ltx2_jax.data.clip_files import found
-from ltx2_jax.data.picture import to_rgb
+from ltx2_jax.data.picture import to_rgb, with_colours
 from ltx2_jax.data.sound import SoundTrack, to_stereo
 from ltx2_jax.data.timing import FrameClock, paced, resampled
 from ltx2_jax.data.tracks import best_stream
@@ -112,8 +112,13 @@ def read_clip(
     The sound comes back as stereo (see `to_stereo`), float32 [round(F / fps * sample_rate), 2],
     trimmed or padded with zeros; it is None where the file has no audio stream.
 
+    Pictures are as they are meant to be seen: upright, of square pixels, with whole pictures made
+    of fields, in SDR and BT.709 (`ltx2_jax.data.colour`). Of several tracks, the film's
+    (`ltx2_jax.data.tracks`). The clip's notes say what was done.
+
     Raises UserError, naming the file, when it is missing, unreadable, has no video stream, no
-    frames, fewer frames than asked for, or, with fps None, frames that do not keep to its rate.
+    frames, fewer frames than asked for, timestamps that run backwards or leave a hole, colours that
+    no rule turns into SDR, or, with fps None, frames that do not keep to its rate.
     """
     path = Path(path)
     if (height is None) != (width is None):
@@ -290,7 +295,8 @@ def _pictures(
     """(timestamp, frame) in the order of time. An empty packet shows the frame before again."""
     again: deque[float] = deque()
     last: tuple[float | None, av.VideoFrame] | None = None
-    for frame in _deinterlaced(_decoded(container, stream, again), notes):
+    decoded = with_colours(_decoded(container, stream, again), stream.codec_context)
+    for frame in _deinterlaced(decoded, notes):
         while again and frame.time is not None and again[0] < frame.time:
             time = again.popleft()
             if last is not None and (last[0] is None or time > last[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -57,6 +58,20 @@ def to_rgb(
     if convert is not None:
         return convert(image), convert.note
     return np.ascontiguousarray(image), None
+
+
+def with_colours(frames: Iterable[Any], context: Any) -> Iterator[Any]:
+    """Frames of PyAV; where they do not say what their colours mean, the container's word holds.
+
+    context: of their decoder, which knows that word until it decodes the first frame.
+    """
+    unsaid = {"color_primaries": 2, "color_trc": 2, "colorspace": 2, "color_range": 0}
+    said = {name: int(getattr(context, name)) for name in unsaid}
+    for frame in frames:
+        for name, value in said.items():
+            if int(getattr(frame, name)) == unsaid[name] != value:
+                setattr(frame, name, value)
+        yield frame
 
 
 def orientation(frame: Any) -> tuple[bool, tuple[slice, slice]]:
