@@ -9,7 +9,7 @@ from typing import Any
 from ltx2_jax import command
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.command import count
-from ltx2_jax.data.encoding import PrepareConfig, prepare_dataset
+from ltx2_jax.data.encoding import PrepareConfig, clip_notes, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
@@ -192,6 +192,8 @@ def _report(records: Records) -> None:
     if records.schema.generation == LinearCodec.generation:
         for name, fraction in LinearCodec.load(records.codec_path).explained.items():
             print(f"  the codec keeps {fraction:.1%} of the {name} variance")
+    for note, number in clip_notes(records).items():
+        print(f"{number} clip{'s' if number > 1 else ''} {note}")
     for clip in records.skipped:
         print(f"skipped {clip['source']}: {clip['reason']}")
     print(f"in {records.folder}")
