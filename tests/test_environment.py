@@ -68,7 +68,7 @@ def test_commands_compute_in_single_precision_whatever_the_environment(monkeypat
 def test_a_backend_of_an_older_matplotlib_ends_no_command():
     env = os.environ | {"MPLBACKEND": "Qt4Agg"}
     code = (
-        "import numpy as np; from ltx2_jax.media import Clip; "
+        "import numpy as np; from ltx2_jax.media.media import Clip; "
         "from ltx2_jax.evaluation.contact_sheet import contact_sheet; "
         "contact_sheet('/dev/null/no', [Clip(np.zeros((2, 8, 8, 3), np.uint8), 2, None, 1)], ['a'])"
     )

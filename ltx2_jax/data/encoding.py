@@ -16,7 +16,6 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from ltx2_jax.blobs import content_hash
-from ltx2_jax.data.clip_files import fingerprints
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
     INDEX_NAME,
@@ -30,7 +29,8 @@ from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, check_even, read_clip
+from ltx2_jax.media.clip_files import fingerprints
+from ltx2_jax.media.media import Clip, check_even, read_clip
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, tell_cut
 
 CODEC_NAME = "codec.safetensors"

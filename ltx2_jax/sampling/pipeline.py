@@ -33,7 +33,7 @@ from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.files import replacing
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.transformer.streams import Keep, Modality

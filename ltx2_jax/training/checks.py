@@ -15,7 +15,7 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
-from ltx2_jax.media import check_even
+from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.training import checkpoint, initial
 
