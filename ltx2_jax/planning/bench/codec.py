@@ -18,14 +18,13 @@ from flax import nnx
 from ltx2_jax.arguments import count, positive
 from ltx2_jax.audio_codec import AudioCodec
 from ltx2_jax.chips import peak_flops
-from ltx2_jax.conv_flops import conv_flops, video_vae_flops
 from ltx2_jax.diffusion.geometry import audio_latent_length
-from ltx2_jax.errors import UserError
+from ltx2_jax.models import flops
 from ltx2_jax.models.audio_vae import AUDIO_VAE
-from ltx2_jax.models.codec_inputs import legal_frames
 from ltx2_jax.models.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from ltx2_jax.models.vocoder import VOCODER_2_0, VOCODER_2_3
 from ltx2_jax.planning.bench.timing import best_of
+from ltx2_jax.planning.vae import check_size
 from ltx2_jax.video_codec import VideoCodec
 from ltx2_jax.weights import audio_vae as audio_weights
 from ltx2_jax.weights import video_vae as video_weights
@@ -53,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints a line per network and direction as it is measured."""
     video, vocoder = VAES[args.generation]
     size = (args.frames, args.height, args.width)
-    if legal_frames((1, *size, 3), video.strides) != args.frames:
-        raise UserError(f"--frames={args.frames} is not {video.strides[0]} k + 1")
+    check_size(video, size)
     device = jax.devices()[0]
     print(
         f"codec of {args.generation}: {args.frames} frames of {args.width}x{args.height} at "
@@ -77,7 +75,7 @@ def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterat
     """Encoding and decoding of (frames, height, width) pixels."""
     create = partial(video_weights.create, config)
     codec = VideoCodec(config, lambda where: jax.device_put(random_weights(create), where))
-    flops = video_vae_flops(config, *size)
+    work = flops.video_vae_flops(config, *size)
     pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
     st, sh, sw = config.strides
     grid = ((size[0] - 1) // st + 1, size[1] // sh, size[2] // sw)
@@ -89,7 +87,7 @@ def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterat
     for half, call in halves.items():
         seconds, first = best_of(call, calls)
         peak = measured_peak() or compiled_peak(codec.lower(half, pixels.shape))
-        yield Measurement(f"{half} video", seconds, first, flops[half], peak)
+        yield Measurement(f"{half} video", seconds, first, work[half], peak)
 
 
 def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measurement]:
@@ -111,7 +109,7 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
         seconds, first = best_of(call, args.calls)
         program, *given = codec.program(half, audio.shape if half == "encode" else latents.shape)
         peak = measured_peak() or compiled_peak(jax.jit(program).lower(*given))
-        yield Measurement(f"{half} audio", seconds, first, conv_flops(program, *given), peak)
+        yield Measurement(f"{half} audio", seconds, first, flops.count(program, *given), peak)
 
 
 def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:
