@@ -42,8 +42,8 @@ def describe(facts: dict[str, Any]) -> str:
     what = facts["what"]
     if what == "search":
         return _search(facts)
-    title = f"{facts['program']} on {facts['topology']} ({facts['devices']} x " \
-            f"{facts['device_kind']})"  # fmt: skip
+    where = f"{facts['topology']} ({facts['devices']} x {facts['device_kind']})"
+    title = f"{facts['program']} on {where}"
     if "message" in facts:
         return "\n".join([title, f"  {facts['message']}", *_helps(facts)])
     about = {"vae": _about_vae, "text": _about_text}.get(what, _about_transformer)
