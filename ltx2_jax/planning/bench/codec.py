@@ -5,8 +5,8 @@ released sizes. The first call, which compiles, is not counted; the best of the 
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,15 +37,8 @@ VAES = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One line of the table: seconds of the best call, seconds of the first, FLOPs, bytes."""
-
-    name: str
-    seconds: float
-    first: float
-    flops: int
-    peak_bytes: int
+# A line of the table: name, seconds of the best call, seconds of the first, FLOPs, bytes.
+Measurement = tuple[str, float, float, int, int]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,13 +53,14 @@ def run(args: argparse.Namespace) -> None:
         f"{'':14}{'seconds':>9}{'first':>9}{'frames/s':>10}{'TFLOP':>9}{'TFLOP/s':>9}"
         f"{'of peak':>9}{'peak GiB':>10}"
     )
-    for m in (*measure_video(video, size, args.calls), *measure_audio(vocoder, args)):
-        rate = m.flops / m.seconds
+    measured = itertools.chain(measure_video(video, size, args.calls), measure_audio(vocoder, args))
+    for name, seconds, first, work, peak_bytes in measured:
+        rate = work / seconds
         peak = peak_flops(device.device_kind)
         share = f"{rate / peak / jax.device_count():9.1%}" if peak else f"{'-':>9}"
         print(
-            f"{m.name:14}{m.seconds:9.3f}{m.first:9.2f}{args.frames / m.seconds:10.1f}"
-            f"{m.flops / 1e12:9.3f}{rate / 1e12:9.3f}{share}{m.peak_bytes / 2**30:10.2f}",
+            f"{name:14}{seconds:9.3f}{first:9.2f}{args.frames / seconds:10.1f}"
+            f"{work / 1e12:9.3f}{rate / 1e12:9.3f}{share}{peak_bytes / 2**30:10.2f}",
             flush=True,
         )
 
@@ -87,7 +81,7 @@ def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterat
     for half, call in halves.items():
         seconds, first = best_of(call, calls)
         peak = measured_peak() or compiled_peak(codec.lower(half, pixels.shape))
-        yield Measurement(f"{half} video", seconds, first, work[half], peak)
+        yield f"{half} video", seconds, first, work[half], peak
 
 
 def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measurement]:
@@ -109,7 +103,7 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
         seconds, first = best_of(call, args.calls)
         program, *given = codec.program(half, audio.shape if half == "encode" else latents.shape)
         peak = measured_peak() or compiled_peak(jax.jit(program).lower(*given))
-        yield Measurement(f"{half} audio", seconds, first, flops.count(program, *given), peak)
+        yield f"{half} audio", seconds, first, flops.count(program, *given), peak
 
 
 def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:
