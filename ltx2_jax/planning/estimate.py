@@ -34,7 +34,7 @@ ATTENTION_PASSES = 3.5  # a kernel's backward pass costs 2.5 forward ones: it co
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one jax device: bytes, and seconds of a step. `mfu` as in `accounting.roofline`."""
+    """Of one jax device: bytes, and seconds of a step. `mfu` as in `compiled.roofline`."""
 
     state: float
     gradients: float

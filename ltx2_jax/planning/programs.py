@@ -141,20 +141,15 @@ def train_inputs(
     size = config.data.batch_size
     channels = config.model.audio_in_channels // request.audio_bins
     text = text_fields(config, size)
-    fields = {
-        "video": jax.ShapeDtypeStruct(
-            (size, *request.video_shape, config.model.in_channels), jnp.float32
-        ),
-        "audio": jax.ShapeDtypeStruct(
-            (size, request.audio_length, request.audio_bins, channels), jnp.float32
-        ),
-        "fps": jax.ShapeDtypeStruct((size,), jnp.float32),
-        **text,
+    shapes = {
+        "video": (*request.video_shape, config.model.in_channels),
+        "audio": (request.audio_length, request.audio_bins, channels),
+        "fps": (),
     }
-    batch = {k: _on(mesh, x, "batch", *[None] * (x.ndim - 1)) for k, x in fields.items()}
+    fields = {k: jax.ShapeDtypeStruct((size, *x), jnp.float32) for k, x in shapes.items()}
+    batch = {name: _on(mesh, x, "batch") for name, x in (fields | text).items()}
     null_text = {
-        k: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), *[None] * (x.ndim - 1))
-        for k, x in text.items()
+        name: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype)) for name, x in text.items()
     }
     return batch, null_text
 
@@ -183,21 +178,19 @@ def sample_program(
     check_passes(batch, passes, mesh)
     params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
 
-    def whole(x: jax.ShapeDtypeStruct) -> Any:
-        return _on(mesh, x, *[None] * x.ndim)
-
-    texts = tuple(text_fields(config, clips) for clips in (batch, 1))
-    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
     others = released_passes(config.model.num_layers)[: passes - 1]
-    strengths = ((jax.ShapeDtypeStruct((), jnp.float32),) * 2,) * len(others)
-    key = jax.eval_shape(jax.random.key, 0)
-    given = jax.tree.map(whole, (texts, rows, key, sigmas, strengths))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    given = (
+        tuple(text_fields(config, rows) for rows in (batch, 1)),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.eval_shape(jax.random.key, 0),
+        jax.ShapeDtypeStruct((steps + 1,), jnp.float32),
+        ((number, number),) * len(others),
+    )
+    given = jax.tree.map(partial(_on, mesh), given)
     with jax.set_mesh(mesh):
-        graphdef = ltx2.graph(config.networks)
-        return make_sampler().lower(
-            params, *given, graphdef=graphdef, request=request, passes=others
-        ), params
+        static = {"graphdef": ltx2.graph(config.networks), "request": request, "passes": others}
+        return make_sampler().lower(params, *given, **static), params
 
 
 def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
@@ -211,5 +204,7 @@ def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str | None) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(mesh, *names))
+def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str) -> jax.ShapeDtypeStruct:
+    """`x` on a mesh, its first axes split as `names` say, the others whole."""
+    where = sharding_of(mesh, *names, *[None] * (x.ndim - len(names)))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -24,12 +24,7 @@ from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
 from ltx2_jax.models import flops, ltx2
-from ltx2_jax.models.text.connectors import (
-    AUDIO_CONNECTOR_2_3,
-    CONNECTOR_2_0,
-    VIDEO_CONNECTOR_2_3,
-)
-from ltx2_jax.models.transformer.config import LTX2_3_22B, LTX2_19B
+from ltx2_jax.models.transformer.config import PRESETS
 from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.models.transformer.transformer import Block
 from ltx2_jax.planning.bench.timing import best_of
@@ -40,6 +35,7 @@ from ltx2_jax.planning.programs import (
     request_of,
     text_fields,
 )
+from ltx2_jax.planning.text import TEXT_ENCODERS
 from ltx2_jax.sampling import pipeline
 from ltx2_jax.sampling.pipeline import Request
 from ltx2_jax.sharding import make_mesh, pin, spec
@@ -47,8 +43,8 @@ from ltx2_jax.sharding import make_mesh, pin, spec
 STEPS = 4  # timed at once
 PAPER = 49.18  # steps per minute on one H100 (arXiv 2601.03233, table 1)
 MODELS = {
-    "2.0": (LTX2_19B, CONNECTOR_2_0, CONNECTOR_2_0),
-    "2.3": (LTX2_3_22B, VIDEO_CONNECTOR_2_3, AUDIO_CONNECTOR_2_3),
+    version: (PRESETS[version], TEXT_ENCODERS[version].video, TEXT_ENCODERS[version].audio)
+    for version in ("2.0", "2.3")
 }
 # Of a part: the step of `Block` that it is, and what its terms in `flops.forward_flops` contain.
 PARTS = {
