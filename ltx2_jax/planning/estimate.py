@@ -21,7 +21,7 @@ from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
 from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip
 
 WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass

@@ -15,8 +15,8 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
-from ltx2_jax.sampling.pipeline import ClipSize, Request
-from ltx2_jax.sampling.programs import make_sampler, released_passes
+from ltx2_jax.sampling.pipeline import ClipSize
+from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, sharding_of
 from ltx2_jax.training import checks
 from ltx2_jax.training.state import State, init_state
@@ -70,7 +70,6 @@ def request_of(config: Config, **given: int | None) -> Request:
         audio_bins=bins,
         strides=strides,
         fps=size.fps,
-        guided=False,
     )
 
 

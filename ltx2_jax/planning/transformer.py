@@ -17,7 +17,7 @@ from ltx2_jax.planning.programs import (
 )
 from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
 from ltx2_jax.training import checks
 

@@ -36,8 +36,8 @@ from ltx2_jax.planning.programs import (
     text_fields,
 )
 from ltx2_jax.planning.text import TEXT_ENCODERS
-from ltx2_jax.sampling import pipeline
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling import programs
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import make_mesh, pin, spec
 
 STEPS = 4  # timed at once
@@ -166,7 +166,7 @@ def parts(
 
     def fixed(params, text):
         model = nnx.merge(graphdef, params)
-        return model.transformer.fixed(*pipeline.modalities(model, request, text))
+        return model.transformer.fixed(*programs.modalities(model, request, text))
 
     def before(params, fixed, x):
         """Tokens and conditioning, as the sampler makes them in every step."""
@@ -198,7 +198,7 @@ def steps(
 
     def run(params, text, x, sigmas):
         model = nnx.merge(graphdef, params)
-        return denoise(unguided(partial(pipeline.network, model, request), text), x, sigmas)
+        return denoise(unguided(partial(programs.network, model, request), text), x, sigmas)
 
     jitted = jax.jit(run, compiler_options=compiler_options(training=False))
     sigmas = jnp.linspace(1.0, 0.5, count + 1)
