@@ -163,7 +163,7 @@ def test_stricter_policies_need_less_memory():
     assert "--config.model.remat=block" in [change["change"] for change in helps]
 
 
-@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b"])
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b", "ltx2_5_22b"])
 @pytest.mark.parametrize(
     ("variant", "slice_name", "frames"),
     [
