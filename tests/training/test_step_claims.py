@@ -16,8 +16,8 @@ from ltx2_jax.training import objective, step
 from ltx2_jax.training.state import all_finite, learning_rate, optimizer, state_of
 
 
-def config(flow=FlowConfig(), **optim):
-    return tiny.config(flow=flow, optim=OptimConfig(**optim))
+def config(flow=None, **optim):
+    return tiny.config(flow=flow or FlowConfig(), optim=OptimConfig(**optim))
 
 
 def draws(config, batch, seed=0):
