@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run, who may go on from it, and which weights are taken out of it."""
+"""What a checkpoint keeps of a run, who may go on from it, and which weights are taken of it."""
 
 import dataclasses
 
