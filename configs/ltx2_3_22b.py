@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> Config:
             video_connector=VIDEO_CONNECTOR_2_3,
             audio_connector=AUDIO_CONNECTOR_2_3,
         ),
-        data=DataConfig(path="data/clips", batch_size=batch, read_threads=16),
+        data=DataConfig(path="data/clips", release="2.3", batch_size=batch, read_threads=16),
         mesh=mesh,
         flow=FlowConfig(first_frame_prob=0.1, caption_dropout=0.1),
         optim=OptimConfig(learning_rate=1e-4, warmup_steps=1000),

@@ -52,6 +52,7 @@ class DataConfig:
     path: str | None = None  # dataset folder; None: rendered and prepared under the workdir
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if path is None
     codec: LinearCodecConfig = field(default_factory=LinearCodecConfig)  # fitted to it
+    release: str = "linear"  # whose latents: of a linear codec, or of "2.0", "2.3", "2.5"
     batch_size: int = 16  # clips per step over all hosts
     read_threads: int = 2
 
@@ -97,16 +98,17 @@ class OptimConfig:
     # Of the average of gradients, "float32" or "bfloat16", 2 bytes a parameter less. That of their
     # squares stays float32: with b2 = 0.999 it moves by less than bfloat16 resolves.
     first_moment_dtype: str = "float32"
+    # What gradients of matrices are summed in over the shards of a batch, "float32" or "bfloat16".
+    reduce_dtype: str = "float32"
     accumulate_steps: int = 1  # micro-batches whose gradients are averaged into one step
     ema_decay: float | None = None  # of the averaged weights that sampling uses; None: no average
 
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"schedule={self.schedule!r}: use constant, linear or cosine")
-        if self.first_moment_dtype not in ("float32", "bfloat16"):
-            raise UserError(
-                f"first_moment_dtype={self.first_moment_dtype!r}: use float32 or bfloat16"
-            )
+        for name in ("first_moment_dtype", "reduce_dtype"):
+            if (value := getattr(self, name)) not in ("float32", "bfloat16"):
+                raise UserError(f"{name}={value!r}: use float32 or bfloat16")
         check_least(self, accumulate_steps=1)
 
 
@@ -194,7 +196,23 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
         raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
     if not isinstance(config, Config):
         raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
-    return replaced(config, overrides or {})
+    config = replaced(config, overrides or {})
+    _check_used(config, overrides or {})
+    return config
+
+
+def _check_used(config: Config, overrides: dict[str, str]) -> None:
+    """UserError for a flag that this config would accept and never read."""
+    idle = {}
+    if config.data.path is not None:
+        made = ("data.synthetic.", "data.codec.", "text.encoder.")
+        idle = dict.fromkeys(made, f"the dataset is given (data.path={config.data.path})")
+    if config.optim.schedule == "constant":
+        idle["optim.final_fraction"] = "optim.schedule is constant"
+    for flag in overrides:
+        for name, why in idle.items():
+            if flag.startswith(name):
+                raise UserError(f"--config.{flag} is not used: {why}")
 
 
 def _place(error: Exception, path: str) -> str:

@@ -17,9 +17,10 @@ from ltx2_jax.command import count
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint
+from ltx2_jax.training import checkpoint, initial
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
+from ltx2_jax.weights.loading import FLOAT8
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release, looks_like_lora
 from ltx2_jax.weights.tensor_files import TensorFile
@@ -28,18 +29,17 @@ from ltx2_jax.weights.writing import check_writable
 RANK = 64  # of an extracted LoRA
 
 DESCRIPTION = """\
-Convert weights between the official layout and ours, merge and extract LoRA files, look into files.
+Make official files of weights: of training runs, of several files, with LoRA files merged in; make
+LoRA files; look into files.
 
 SRC is an official file, several of them (a split pack), a folder of files, a name on the Hugging
-Face Hub, a folder of weights that this command wrote, the workdir of a training run, or a LoRA
-(a file, or the folder of an adapter of PEFT). DST ending in .safetensors becomes an official file;
-any other DST becomes a folder of weights in our layout, which restores onto any mesh. DST appears
-whole or not at all, and is never replaced.
+Face Hub, the workdir of a training run, or a LoRA (a file, or the folder in which diffusers or PEFT
+saved one). DST is a .safetensors file. It appears whole or not at all, and is never replaced.
+Tensors that nothing changes are copied byte by byte, float8 with its scales.
 """
 
 EXAMPLE = """\
 example:
-  python -m ltx2_jax.convert ltx-2-19b-dev.safetensors weights/ltx-2-19b
   python -m ltx2_jax.convert workdir/mine mine.safetensors --base ltx-2-19b-dev.safetensors \\
       --dtype bfloat16
   python -m ltx2_jax.convert ltx-2-19b-dev.safetensors merged.safetensors \\
@@ -63,6 +63,9 @@ def main(args: argparse.Namespace) -> None:
     *sources, dst = args.paths
     if Path(dst).exists():
         raise UserError(f"{dst}: exists already")
+    if Path(dst).suffix != ".safetensors":
+        name = Path(dst).with_suffix(".safetensors")
+        raise UserError(f"{dst}: weights are written as a safetensors file: name it {name}")
     if args.extract_lora:
         _refuse(args, "--extract-lora", "base", "step", "lora")
         extract_lora(sources, dst, args)
@@ -85,13 +88,11 @@ def main(args: argparse.Namespace) -> None:
 def convert_lora(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
     """Another tool's LoRA file to an official one."""
     source = _alone(sources, "a LoRA file")
-    _check_lora_name(dst)
     loras.write_lora(dst, loras.read_lora(source), dtype=args.dtype)
 
 
 def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
-    """Released files, or a folder of weights, to either layout."""
-    official = Path(dst).suffix == ".safetensors"
+    """Released files to one file, with LoRA files merged and what they lack from --base."""
     with contextlib.ExitStack() as stack:
         release = stack.enter_context(open_release(*sources))
         if args.dtype and not set(export.TRAINED) & set(release.networks):
@@ -104,7 +105,10 @@ def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) 
         out = export.of_release(release, param_dtype=args.dtype, raw=raw)
         if args.lora:
             _merge(out, release, args.lora)
-        _write(out if base is None else out.over(base), dst, official)
+        for network in sorted(set(out.names) - set(out.raw)):
+            if {s.stored.dtype for s in release.networks[network].tensors.values()} & set(FLOAT8):
+                print(f"{network}: its float8 weights become {args.dtype or 'bfloat16'}")
+        (out if base is None else out.over(base)).write(dst, progress=True)
 
 
 def convert_run(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
@@ -115,13 +119,12 @@ def convert_run(sources: Sequence[str], dst: str, args: argparse.Namespace) -> N
     print(f"{workdir}: weights of step {step}")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_release(args.base)) if args.base else None
-        out = export.of_run(config, params, base=base, param_dtype=args.dtype)
-        _write(out, dst, Path(dst).suffix == ".safetensors")
+        out = initial.as_export(config, params, base=base, param_dtype=args.dtype)
+        out.write(dst, progress=True)
 
 
 def extract_lora(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
     """The difference between two transformers as a LoRA file, read parameter by parameter."""
-    _check_lora_name(dst)
     check_writable(Path(dst))
     with open_release(*sources) as tuned, open_release(args.extract_lora) as before:
         tuned.describe_by(before)
@@ -185,24 +188,12 @@ def _strength(given: Sequence[str]) -> float:
     return value
 
 
-def _write(out: export.Export, dst: str, official: bool) -> None:
-    if official:
-        out.write(dst, progress=True)
-    else:
-        out.save(dst)
-
-
 def _is_lora(source: str) -> bool:
     path = loras.lora_file(source)
     if not path.is_file():
         return False
     with TensorFile(path) as file:
         return looks_like_lora(file.tensors)
-
-
-def _check_lora_name(dst: str) -> None:
-    if Path(dst).suffix != ".safetensors":
-        raise UserError(f"{dst}: a LoRA file ends in .safetensors")
 
 
 def _alone(sources: Sequence[str], what: str) -> str:
@@ -246,7 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of transformer and connectors, or a LoRA (default: as stored; extracted: bfloat16)",
+        help="of transformer and connectors, or a LoRA (default: as stored, but bfloat16 of float8 "
+        "into which a LoRA is merged, and of an extracted LoRA)",
     )
     add("--base", metavar="FILE", help="a release to take from what SRC lacks (VAEs, vocoder, ...)")
     add("--step", type=count, metavar="N", help="of a run: the checkpoint (default: the newest)")

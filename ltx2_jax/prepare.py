@@ -9,7 +9,7 @@ from typing import Any
 from ltx2_jax import command
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.command import count
-from ltx2_jax.data.encoding import PrepareConfig, prepare_dataset
+from ltx2_jax.data.encoding import PrepareConfig, clip_notes, prepare_dataset
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
@@ -98,10 +98,7 @@ def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomE
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
     if len(paths) == 1:
-        encoder = load_caption_encoder(paths[0], make_mesh(), args.text_cache)
-        if args.text_cache and not isinstance(encoder, TextCache):
-            raise UserError(f"--text-cache: {paths[0]} holds a random text encoder, not a released")
-        return encoder
+        return load_caption_encoder(paths[0], make_mesh(), args.text_cache)
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
     return released_encoder(
@@ -195,6 +192,8 @@ def _report(records: Records) -> None:
     if records.schema.generation == LinearCodec.generation:
         for name, fraction in LinearCodec.load(records.codec_path).explained.items():
             print(f"  the codec keeps {fraction:.1%} of the {name} variance")
+    for note, number in clip_notes(records).items():
+        print(f"{number} clip{'s' if number > 1 else ''} {note}")
     for clip in records.skipped:
         print(f"skipped {clip['source']}: {clip['reason']}")
     print(f"in {records.folder}")

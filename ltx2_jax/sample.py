@@ -62,8 +62,9 @@ def main(args: argparse.Namespace) -> None:
         return
     clips = pipeline(prompts, sample=settings)
     write_clips(clips, prompts, out)
-    kinds = [synthetic.event_kind(prompt) for prompt in prompts]
-    if len(clips) > 1:  # one clip has no other to exchange its sound with
+    # One clip has no other to exchange its sound with; the measure is made for the synthetic clips.
+    if len(clips) > 1 and all(map(synthetic.is_scripted, prompts)):
+        kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
 
 

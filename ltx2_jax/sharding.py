@@ -45,6 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "shards": MESH_AXES,
 }
 _RESIDENT = contextvars.ContextVar("resident", default=False)
+_REDUCED_IN_FLOAT32 = contextvars.ContextVar("reduced_in_float32", default=False)
 
 
 def make_mesh(
@@ -169,6 +170,24 @@ def resident_weights() -> Iterator[None]:
         yield
     finally:
         _RESIDENT.reset(token)
+
+
+@contextlib.contextmanager
+def gradients_reduced_in(dtype: str) -> Iterator[None]:
+    """Gradients traced within are summed over the shards of a batch in `dtype`.
+
+    "float32", or "bfloat16": the dtype of the activations.
+    """
+    token = _REDUCED_IN_FLOAT32.set(dtype == "float32")
+    try:
+        yield
+    finally:
+        _REDUCED_IN_FLOAT32.reset(token)
+
+
+def reduces_in_float32() -> bool:
+    """Whether `gradients_reduced_in` asks for it, and there is a mesh whose shards are summed."""
+    return _REDUCED_IN_FLOAT32.get() and not jax.sharding.get_abstract_mesh().empty
 
 
 def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:

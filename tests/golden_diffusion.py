@@ -43,10 +43,12 @@ def run_positions(case: Case):
     if case.name.startswith("positions/audio"):
         positions = geometry.audio_positions(
             args["frames"],
+            geometry.AudioClock(
+                args.get("sample_rate", 16000),
+                args.get("hop_length", 160),
+                args.get("downsample", 4),
+            ),
             shift=args.get("shift", 0),
-            sample_rate=args.get("sample_rate", 16000),
-            hop=args.get("hop_length", 160),
-            downsample=args.get("downsample", 4),
             causal=args["is_causal"],
         )
         return {"positions": positions}

@@ -249,3 +249,18 @@ def test_difference_names_dotted_paths_and_both_values():
         "seed: 0 -> 4",
     ]
     assert difference(a, a) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"data__path": "a/b", "data__synthetic__num_clips": "3"}, "the dataset is given"),
+        ({"data__path": "a/b", "text__encoder__seed": "3"}, "the dataset is given"),
+        (
+            {"optim__schedule": "constant", "optim__final_fraction": "0.5"},
+            "optim.schedule is constant",
+        ),
+    ],
+)
+def test_a_flag_that_would_not_be_read_is_refused(flags, why):
+    assert f"is not used: {why}" in refused(lambda: change(**flags))

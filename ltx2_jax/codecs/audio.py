@@ -14,7 +14,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from ltx2_jax.models.codecs.audio_vae import AudioVAEConfig
+from ltx2_jax.diffusion.geometry import AudioClock
+from ltx2_jax.errors import UserError
+from ltx2_jax.models.codecs.audio_vae import FRAMES_PER_LATENT, AudioVAEConfig
 from ltx2_jax.models.codecs.inputs import as_stereo
 from ltx2_jax.models.codecs.vocoder import VocoderConfig
 from ltx2_jax.sharding import replicated_on
@@ -28,36 +30,39 @@ class AudioCodec:
     def __init__(
         self,
         config: AudioVAEConfig,
-        vocoder: VocoderConfig,
-        read: Callable[[Any], tuple[Any, Any]],
+        vocoder: VocoderConfig | None,
+        read: Callable[[Any], tuple[Any, ...]],
         *,
         device: jax.Device | None = None,
     ):
         """
         Args:
           config: of the VAE.
-          vocoder: of the vocoder.
+          vocoder: of the vocoder; None where the VAE has no decoder that would need one.
           read: gives the weights of both with the sharding that it is called with.
           device: to work on; the first of this process when None.
         """
         self.config, self.vocoder = config, vocoder
         self.sample_rate = config.mel.sample_rate
-        self.output_sample_rate = (vocoder.extension or vocoder).sample_rate
+        self.output_sample_rate = self.sample_rate
+        if vocoder is not None:
+            self.output_sample_rate = (vocoder.extension or vocoder).sample_rate
         self.channels, self.bins = config.latent_channels, config.latent_bins
+        self.clock = AudioClock(config.mel.sample_rate, config.mel.hop, FRAMES_PER_LATENT)
         self.latents_per_second = config.latents_per_second
         self.device = device or jax.local_devices()[0]
         self._read = read
 
     @cached_property
-    def graph(self) -> tuple[Any, Any]:
-        """Structure of both networks."""
-        return (
-            nnx.graphdef(nnx.eval_shape(partial(audio_weights.create, self.config))),
-            nnx.graphdef(nnx.eval_shape(partial(vocoder_weights.create, self.vocoder))),
-        )
+    def graph(self) -> tuple[Any, ...]:
+        """Structure of the networks."""
+        create = [partial(audio_weights.create, self.config)]
+        if self.vocoder is not None:
+            create.append(partial(vocoder_weights.create, self.vocoder))
+        return tuple(nnx.graphdef(nnx.eval_shape(network)) for network in create)
 
     @cached_property
-    def params(self) -> tuple[Any, Any]:
+    def params(self) -> tuple[Any, ...]:
         return self._read(jax.sharding.SingleDeviceSharding(self.device))
 
     def encode(self, audio: ArrayLike) -> np.ndarray:
@@ -66,8 +71,14 @@ class AudioCodec:
         A is samples / sample_rate * latents_per_second, halves to even, at least one.
 
         Raises:
-          UserError: no samples, a sample that is not finite, or neither one nor two channels.
+          UserError: no samples, a sample that is not finite, or neither one nor two channels; there
+            is no encoder.
         """
+        if not self.config.has_encoder:
+            raise UserError(
+                "this audio VAE has no encoder (its file holds a decoder alone): sound cannot be "
+                "encoded with it"
+            )
         audio = as_stereo(audio)
         count = max(1, round(audio.shape[1] / self.sample_rate * self.latents_per_second))
         with jax.set_mesh(replicated_on([self.device]).mesh):
@@ -79,7 +90,15 @@ class AudioCodec:
 
         num_samples is A / latents_per_second seconds when None. The sound ends 30 ms before that,
         with the last mel frame; silence follows.
+
+        Raises:
+          UserError: there is no decoder.
         """
+        if not self.config.has_decoder:
+            raise UserError(
+                "this audio VAE has no decoder (its file holds an encoder alone): latents cannot "
+                "be decoded with it"
+            )
         count = round(latents.shape[1] / self.latents_per_second * self.output_sample_rate)
         count = count if num_samples is None else num_samples
         with jax.set_mesh(replicated_on([self.device]).mesh):

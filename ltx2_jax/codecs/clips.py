@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ltx2_jax.diffusion.geometry import audio_latent_length
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, resample, stream_mp4
+from ltx2_jax.media.media import Clip, resample, stream_mp4
 from ltx2_jax.models.codecs.inputs import as_stereo, legal_frames, to_uint8
 
 
@@ -70,7 +70,7 @@ def write_clip(
     Host memory is bounded by tiles, not by the length of the clip; a progress bar counts frames.
 
     Raises:
-      UserError: what `ltx2_jax.media.write_mp4` raises; nothing is left under `path` then.
+      UserError: what `media.write_mp4` raises; nothing is left under `path` then.
     """
     total = (np.shape(video)[0] - 1) * codec.video.strides[0] + 1
     sound = _sound(codec, audio, total / fps)

@@ -11,7 +11,7 @@ Every codec has two halves with one interface; callers use nothing else:
     codec.video.decode_chunks(latents)          the same in pieces, in time order
     codec.audio.encode(audio)    [B, samples, 2] at .sample_rate -> [B, A, .bins, .channels]
     codec.audio.decode(latents, num_samples)    -> [B, samples, 2] at .output_sample_rate
-    codec.audio.latents_per_second
+    codec.audio.clock            an `AudioClock`: when each latent is; .latents_per_second
 
 Dims: B batch, F frames, H, W pixels, F', H', W' the latent grid, A audio latents, C channels.
 """
@@ -84,13 +84,16 @@ def load_codec(
         if metadata.get("kind") == REFERENCE:
             paths = references.follow(path, metadata)
     release = open_release(*paths)  # open as long as the codec, which reads weights when it works
-    missing = [n for n in ("video_vae", "audio_vae", "vocoder") if n not in release.networks]
-    if missing:
+    audio_config = release.config("audio_vae") if "audio_vae" in release.networks else None
+    sound = ["audio_vae", "vocoder"]
+    if audio_config is not None and not audio_config.has_decoder:
+        sound = ["audio_vae"]
+    if missing := [n for n in ("video_vae", *sound) if n not in release.networks]:
         raise UserError(f"no {' and no '.join(missing)} in {release.name}")
     audio = AudioCodec(
-        release.config("audio_vae"),
-        release.config("vocoder"),
-        lambda where: tuple(release.load(name, where)[1] for name in ("audio_vae", "vocoder")),
+        audio_config,
+        release.config("vocoder") if "vocoder" in sound else None,
+        lambda where: tuple(release.load(name, where)[1] for name in sound),
         device=devices[0] if devices else None,
     )
     video = _video_codec(release, dtype, devices=devices, tiling=tiling)

@@ -82,8 +82,14 @@ class VideoCodec:
         the largest one that is.
 
         Raises:
-          UserError: H or W is not a multiple of its stride, no frames, or not three colours.
+          UserError: H or W is not a multiple of its stride, no frames, or not three colours; there
+            is no encoder.
         """
+        if self.config.encoder_blocks is None:
+            raise UserError(
+                "this video VAE has no encoder (its file holds a decoder alone): clips cannot be "
+                "encoded with it"
+            )
         video = np.asarray(video)
         video = video[:, : legal_frames(video.shape, self.strides)]
         tiling = self._tiling(video.shape)
@@ -116,8 +122,13 @@ class VideoCodec:
         Host memory is about two pieces, whatever the length of the clip.
 
         Raises:
-          UserError: latents of another shape or number of channels.
+          UserError: latents of another shape or number of channels; there is no decoder.
         """
+        if self.config.decoder_blocks is None:
+            raise UserError(
+                "this video VAE has no decoder (its file holds an encoder alone): latents cannot "
+                "be decoded with it"
+            )
         latents = self._checked(latents)
         tiling = self._tiling(self.pixel_shape(latents.shape))
         plan = tiles.plan_decode(latents.shape[1:4], self.strides, tiling)
@@ -239,6 +250,7 @@ class DiffusionVideoCodec(VideoCodec):
     ):
         """As `VideoCodec`; `read_decoder` gives the weights of the diffusion decoder."""
         super().__init__(config, read, devices=devices, tiling=tiling)
+        self.strides = decoder.strides  # which a file of the decoder alone has nowhere else
         self.decoder_config = decoder
         self._read_decoder = read_decoder
 
@@ -268,7 +280,7 @@ class DiffusionVideoCodec(VideoCodec):
             )
 
         def draw(shape: tuple[int, ...]) -> Array:
-            return place(jax.random.normal(jax.random.key(next(numbers)), shape))
+            return place(jax.random.normal(jax.random.key(next(numbers)), shape, jnp.float32))
 
         with jax.set_mesh(mesh):
             raw = place(np.asarray(statistics.unnormalize(latents)))

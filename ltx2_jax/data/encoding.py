@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +29,13 @@ from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, check_even, read_clip
+from ltx2_jax.media.clip_files import fingerprints
+from ltx2_jax.media.media import Clip, check_even, read_clip
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, tell_cut
 
 CODEC_NAME = "codec.safetensors"
 TEXT_ENCODER_NAME = "text_encoder.safetensors"
+CLIPS_NAME = "clips.json"  # {"files": name -> fingerprint, "notes": note -> number of clips}
 
 
 # ---- reading clips -------------------------------------------------------------------------------
@@ -77,6 +79,7 @@ class ClipReader:
     Attributes:
       rows: the table.
       bad: index to reason, for the clips found unusable so far.
+      notes: index to what the user should know of a clip, see `Clip`, for those read so far.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ClipReader:
         """Takes what the audio codec needs: Hz and latents per second."""
         self.rows = rows
         self.bad: dict[int, str] = {}
+        self.notes: dict[int, tuple[str, ...]] = {}
         self._config = config
         self._sample_rate = sample_rate
         self._latents_per_second = latents_per_second
@@ -124,6 +128,7 @@ class ClipReader:
             # Listed under the name the table gives it; the path once more would only be noise.
             self.bad[index] = str(error).removeprefix(f"{self.rows[index].path}: ")
             return
+        self.notes[index] = clip.notes
         size = clip.video.nbytes + clip.audio.nbytes
         if index not in self._cache and size <= self._room:
             self._room -= size
@@ -286,8 +291,8 @@ def prepare_dataset(
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
 
     A dataset that is there already and was made with the same settings is returned as it is. The
-    settings include the table's rows, not the contents of the clips: give `overwrite` after
-    changing a clip under its old name.
+    settings include the table's rows, and the clips must not have changed under their names since;
+    those that are gone since do not matter.
 
     Args:
       table: see `read_table`.
@@ -301,7 +306,8 @@ def prepare_dataset(
 
     Raises:
       UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
-        clip; `out` holds something else. `OtherDataset` if that is one made with other settings.
+        clip; `out` holds something else. `OtherDataset` if that is one made with other settings or
+        of other clips.
     """
     codec = LinearCodecConfig() if codec is None else codec
     fits = isinstance(codec, LinearCodecConfig)
@@ -318,6 +324,7 @@ def prepare_dataset(
     if (Path(out) / INDEX_NAME).exists() and not overwrite:
         records = Records(out)
         _check_settings(records, settings)
+        _check_clips(records, rows)
         print(f"{out}: {len(records)} records are there already, made with the same settings")
         return records
 
@@ -326,6 +333,9 @@ def prepare_dataset(
         rates = mel.sample_rate, mel.sample_rate / mel.hop / codec.mel_frames_per_latent
     else:
         rates = codec.audio.sample_rate, codec.audio.latents_per_second
+    # Before they are read, so that a change while they are is seen next time.
+    names = [row.name for row in rows]
+    files = dict(zip(names, fingerprints(row.path for row in rows), strict=True))
     clips = ClipReader(rows, config, sample_rate=rates[0], latents_per_second=rates[1])
     with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
         encoder_path = writer.staging / TEXT_ENCODER_NAME
@@ -342,7 +352,29 @@ def prepare_dataset(
             codec = LinearCodec.fit(codec, (clip for _, clip in bar))
         codec.save(writer.staging / CODEC_NAME)
         encode_clips(clips, codec=codec, encoder=text_encoder, config=config, writer=writer)
+        _write_clips(writer.staging / CLIPS_NAME, files, clips)
     return Records(out)
+
+
+def clip_notes(records: Records) -> dict[str, int]:
+    """What a user should know of the clips a dataset was made of: how many each thing is true of.
+
+    Empty for a dataset of a version that did not note it.
+    """
+    return _clips_of(records)["notes"]
+
+
+def _write_clips(path: Path, files: dict[str, str | None], clips: ClipReader) -> None:
+    notes = Counter(n for i, of in clips.notes.items() if i not in clips.bad for n in of)
+    contents = json.dumps({"files": files, "notes": notes}, indent=1)
+    path.write_text(contents + "\n", encoding="utf-8")
+
+
+def _clips_of(records: Records) -> dict[str, dict]:
+    try:
+        return json.loads((Path(records.folder) / CLIPS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"files": {}, "notes": {}}
 
 
 def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
@@ -391,6 +423,19 @@ def _check_settings(records: Records, settings: dict[str, Any]) -> None:
         raise OtherDataset(
             f"{records.folder}: holds a dataset with {held}; "
             "choose another folder or overwrite it (--overwrite)"
+        )
+
+
+def _check_clips(records: Records, rows: Sequence[Row]) -> None:
+    """OtherDataset for a clip that is another file now, or was not there when it was made."""
+    then = _clips_of(records)["files"]
+    for row, now in zip(rows, fingerprints(row.path for row in rows), strict=True):
+        if now is None or row.name not in then or now == then[row.name]:
+            continue
+        changed = "was not there" if then[row.name] is None else "was another file"
+        raise OtherDataset(
+            f"{records.folder}: {row.name} {changed} when this dataset was made; "
+            "choose another folder or make it anew (--overwrite)"
         )
 
 

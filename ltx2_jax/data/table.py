@@ -1,5 +1,6 @@
 """The table that a dataset is made of: clips and captions, as CSV, JSON or JSONL."""
 
+import codecs
 import csv
 import dataclasses
 import io
@@ -31,7 +32,10 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     """Reads a table of clips and captions, in the layout of the official trainer.
 
     CSV with a header, JSON (a list of objects) or JSONL, told apart by the suffix. Columns: `video`
-    (or `media_path`) and `caption`; others are ignored (`T/docs/dataset-preparation.md`).
+    (or `media_path`) and `caption`; others are ignored. What spreadsheets write is understood:
+    blank lines before the header, a first line `sep=;`, semicolons or tabs in place of commas,
+    capitals in the header, UTF-16. Source of the columns: `scripts/process_dataset.py` of the
+    released trainer.
 
     Raises:
       UserError: naming the file, and the line or column: missing or malformed file, missing column
@@ -42,13 +46,16 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: a table is a .csv, .json or .jsonl file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the table: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        kind = error.encoding.upper()
+        raise UserError(f"{path}: not {kind} text (byte {error.start}): save it as UTF-8") from None
     rows = []
     for where, values in readers[path.suffix.lower()](path, text):
         video = "video" if "video" in values else "media_path"
@@ -59,7 +66,7 @@ def read_table(path: str | os.PathLike) -> list[Row]:
                 raise UserError(f"{where}: no column {name}; there: {there}")
             if not isinstance(values[column], str):
                 raise UserError(f"{where}: column {column!r} has no text")
-            _check_unicode(values[column], f"{where}: column {column!r}")
+            _check_text(values[column], f"{where}: column {column!r}")
         name, caption = values[video].strip(), values["caption"].strip()
         if not name:
             raise UserError(f"{where}: column {video!r} is empty")
@@ -69,8 +76,10 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def _check_unicode(text: str, where: str) -> None:
-    """JSON can spell out half a surrogate pair, which no file is named and nothing can encode."""
+def _check_text(text: str, where: str) -> None:
+    """Refuses what no file is named and no tokenizer takes, and JSON can spell out."""
+    if "\0" in text:
+        raise UserError(f"{where}: a NUL character at position {text.index(chr(0))}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -78,21 +87,44 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    skipped, delimiter, text = _dialect(text)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # else 131,072 characters
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter
+    )
     try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         for values in reader:
             # The header is at fault when a column is missing; its line is 1.
             complete = "caption" in values and ("video" in values or "media_path" in values)
             # Key None holds the values beyond the last column.
             if None in values:
                 raise UserError(
-                    f"{path}:{reader.line_num}: more values than columns; "
-                    "put a caption with commas in double quotes"
+                    f"{path}:{skipped + reader.line_num}: more values than columns; "
+                    f"put a caption with {delimiter!r} in double quotes"
                 )
-            yield f"{path}:{reader.line_num if complete else 1}", values
+            yield f"{path}:{skipped + (reader.line_num if complete else 1)}", values
     except csv.Error as error:
         # The inner reader's count: the outer one's stays at the last row that was fine.
-        raise UserError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
+        line = skipped + reader.reader.line_num
+        raise UserError(f"{path}:{line}: not CSV: {error}") from None
+
+
+def _dialect(text: str) -> tuple[int, str, str]:
+    """Lines before the header, what separates values, and the text from the header on."""
+    lines = text.splitlines(keepends=True)
+    skipped, delimiter = 0, None
+    while skipped < len(lines) and not lines[skipped].strip(" ,;\t\r\n"):
+        skipped += 1
+    if skipped < len(lines) and (line := lines[skipped].rstrip("\r\n")).lower().startswith("sep="):
+        delimiter = line[4:] or ","
+        skipped += 1
+    header = lines[skipped].lower() if skipped < len(lines) else ""
+    if delimiter is None or len(delimiter) != 1:
+        # A header without a comma that has the columns all the same.
+        other = [d for d in ";\t" if d in header and "," not in header and "caption" in header]
+        delimiter = other[0] if other else ","
+    return skipped, delimiter, "".join(lines[skipped:])
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,6 +132,8 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a table: brackets in brackets without end") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: must be a list of objects, not {type(rows).__name__}")
     for index, values in enumerate(rows):
@@ -117,6 +151,8 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON: {error.msg}") from None
+        except RecursionError:
+            raise UserError(f"{path}:{number}: brackets in brackets without end") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}:{number}: must be an object, not {values!r:.40}")
         yield f"{path}:{number}", values

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ltx2_jax.demo.config import LinearCodecConfig
+from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
 from ltx2_jax.models.codecs.inputs import as_pixels, as_stereo, legal_frames
@@ -100,9 +101,14 @@ class LinearAudioCodec:
         self.space = space
 
     @property
-    def latents_per_second(self) -> float:
+    def clock(self) -> AudioClock:
+        """When each latent is."""
         mel = self.config.mel
-        return mel.sample_rate / (mel.hop * self.config.mel_frames_per_latent)
+        return AudioClock(mel.sample_rate, mel.hop, self.config.mel_frames_per_latent)
+
+    @property
+    def latents_per_second(self) -> float:
+        return self.clock.latents_per_second
 
     def encode(self, audio: ArrayLike) -> Array:
         """Latents float32 [B, A, 1, C] of a waveform [B, samples, 2] in [-1, 1]; mono is doubled.

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from ltx2_jax import media
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
+from ltx2_jax.media import media
 
 COLORS = {
     "red": (214, 40, 46),
@@ -138,6 +138,12 @@ def event_kind(caption: str) -> tuple[str, ...]:
     """What a caption tells of its events: family, number and tempo, as far as it does."""
     words = ("ball", "lamp", *COUNTS.values(), *TEMPOS)
     return tuple(word for word in words if word in caption)
+
+
+def is_scripted(caption: str) -> bool:
+    """Whether a caption is of these clips, for which the measure of sync is made."""
+    words = event_kind(caption)
+    return bool({"ball", "lamp"} & set(words)) and bool(set(COUNTS.values()) & set(words))
 
 
 def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:

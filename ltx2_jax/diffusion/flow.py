@@ -86,20 +86,22 @@ def sample_sigmas(
     mu = shift_mu(jnp.asarray(tokens, jnp.float32))
     # In the complement 1 - u = sigmoid(-x): from ~50k tokens on (20 s at 720p) u and both quantiles
     # round to 1 in float32, and the quotient of their differences would be 0 / 0.
-    x = jax.nn.sigmoid(-(std * jax.random.normal(normal_key, shape) + mu))
+    x = jax.nn.sigmoid(-(std * jax.random.normal(normal_key, shape, jnp.float32) + mu))
     at_zero = jax.nn.sigmoid(-(mu - 2.5758 * std))
     at_one = jax.nn.sigmoid(-(mu + 3.0902 * std))
     sigma = (at_zero - x) / (at_zero - at_one)
     sigma = jnp.clip(jnp.where(sigma < eps, 2 * eps - sigma, sigma), 0.0, 1.0)
-    uniform = (1.0 - eps) * jax.random.uniform(uniform_key, shape) + eps
-    return jnp.where(jax.random.uniform(pick_key, shape) > uniform_prob, sigma, uniform)
+    uniform = (1.0 - eps) * jax.random.uniform(uniform_key, shape, jnp.float32) + eps
+    return jnp.where(
+        jax.random.uniform(pick_key, shape, jnp.float32) > uniform_prob, sigma, uniform
+    )
 
 
 def uniform_sigmas(
     key: Array, shape: tuple[int, ...], min_value: float = 0.0, max_value: float = 1.0
 ) -> Array:
     """Training sigmas uniform on [min_value, max_value): float32 of `shape`."""
-    return jax.random.uniform(key, shape, minval=min_value, maxval=max_value)
+    return jax.random.uniform(key, shape, jnp.float32, minval=min_value, maxval=max_value)
 
 
 def draw_sigmas(
@@ -124,7 +126,7 @@ def draw_sigmas(
     sample = partial(sample_sigmas, std=std, uniform_prob=uniform_prob)
     video_sigma = sample(video_key, (batch,), video_tokens)
     audio_sigma = sample(audio_key, (batch,), audio_tokens)
-    shared = jax.random.uniform(shared_key, (batch,)) < shared_prob
+    shared = jax.random.uniform(shared_key, (batch,), jnp.float32) < shared_prob
     return video_sigma, jnp.where(shared, video_sigma, audio_sigma)
 
 

@@ -8,6 +8,8 @@ each other in the cross-modal attention.
 Sources: `ltx_core/types.py`, `ltx_core/tools.py`, `ltx_core/components/patchifiers.py`.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,23 @@ from ltx2_jax.errors import UserError
 VIDEO_STRIDES = (8, 32, 32)  # pixel frames, rows and columns behind one latent of a released codec
 
 # ---------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class AudioClock:
+    """What an audio latent lasts: `downsample` mel frames of `hop` samples at `sample_rate` Hz."""
+
+    sample_rate: int
+    hop: int
+    downsample: int
+
+    @property
+    def latents_per_second(self) -> float:
+        """25 in all releases."""
+        return self.sample_rate / (self.hop * self.downsample)
+
+
+AUDIO_CLOCK = AudioClock(sample_rate=16000, hop=160, downsample=4)  # of all releases
 
 
 def video_latent_shape(
@@ -166,22 +185,20 @@ def video_positions(
 
 def audio_positions(
     length: int,
+    clock: AudioClock = AUDIO_CLOCK,
     *,
     shift: int = 0,
-    sample_rate: int = 16000,
-    hop: int = 160,
-    downsample: int = 4,
     causal: bool = True,
 ) -> np.ndarray:
     """Bounds of `length` audio tokens in seconds: float32 [1, 1, A, 2].
 
-    A latent covers `downsample` mel frames of `hop` samples; with `causal` the first covers one mel
-    frame only. `shift` is the index of the first token, for audio that starts inside a longer clip.
+    A latent covers `clock.downsample` mel frames; with `causal` the first covers one only.
+    `shift` is the index of the first token, for audio that starts inside a longer clip.
     """
-    mel = np.arange(shift, shift + length + 1, dtype=np.float64) * downsample
+    mel = np.arange(shift, shift + length + 1, dtype=np.float64) * clock.downsample
     if causal:
-        mel = np.maximum(mel + 1 - downsample, 0)
-    seconds = mel * hop / sample_rate
+        mel = np.maximum(mel + 1 - clock.downsample, 0)
+    seconds = mel * clock.hop / clock.sample_rate
     return np.stack([seconds[:-1], seconds[1:]], axis=-1).astype(np.float32)[None, None]
 
 

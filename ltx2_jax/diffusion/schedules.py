@@ -10,6 +10,7 @@ Sources: `ltx_core/components/schedulers.py`, `ltx_pipelines/utils/constants.py`
 import math
 
 import numpy as np
+from scipy.special import betaincinv
 
 from ltx2_jax.diffusion.flow import shift_mu
 from ltx2_jax.errors import UserError
@@ -95,7 +96,7 @@ def beta_sigmas(steps: int, alpha: float = 0.6, beta: float = 0.6) -> np.ndarray
     """
     _check_steps(steps)
     grid, mu = 10000, 2.37
-    quantiles = np.array([_beta_quantile(1.0 - i / steps, alpha, beta) for i in range(steps)])
+    quantiles = betaincinv(alpha, beta, 1.0 - np.arange(steps) / steps)
     # Rounded first: the median of a symmetric Beta lies on a half, where one ulp would decide.
     index = np.rint(np.round(quantiles * (grid - 1), 6))
     t = (np.unique(index)[::-1] + 1.0) / grid
@@ -110,40 +111,3 @@ def _closed_by_zero(sigmas: np.ndarray) -> np.ndarray:
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise UserError(f"steps={steps}: a schedule needs at least one step")
-
-
-def _beta_quantile(p: float, a: float, b: float) -> float:
-    """x with Beta(a, b) CDF p, by bisection to the last bit of a float64."""
-    if p >= 1.0:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if _beta_cdf(middle, a, b) < p else (low, middle)
-    return 0.5 * (low + high)
-
-
-def _beta_cdf(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function: continued fraction (DLMF 8.17.22), Lentz's method.
-
-    Written out because scipy is not a run-time dependency and jax.scipy's is float32, too coarse
-    to settle which of 10000 grid points a quantile rounds to.
-    """
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1.0) / (a + b + 2.0):  # the fraction converges fast only below the mean
-        return 1.0 - _beta_cdf(1.0 - x, b, a)
-    log_front = a * math.log(x) + b * math.log1p(-x)
-    log_front += math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0))
-    fraction = d
-    for m in range(1, 300):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1.0 / (1.0 + term * d)
-            c = 1.0 + term / c
-            fraction *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return math.exp(log_front) * fraction / a

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+    # It may name a window system that this version lacks, which ends the import; none is opened
+    # here. One that it has is taken all the same.
+    _backend = os.environ.pop("MPLBACKEND")
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = _backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
+
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,7 +29,7 @@ from matplotlib.figure import Figure
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import audio_onsets, visual_onsets
 from ltx2_jax.files import replacing
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 
 INK, MUTED, GRID = "#1c2430", "#7d8896", "#e3e7ec"
 SOUND, HEARD, SEEN = "#8fa6bf", "#d1495b", "#00798c"

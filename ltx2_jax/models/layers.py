@@ -6,6 +6,7 @@ point of use.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from ltx2_jax.models.remat import PROJECTION
-from ltx2_jax.sharding import axis_size, pin, spec, weight_spec
+from ltx2_jax.sharding import axis_size, pin, reduces_in_float32, spec, spec_of, weight_spec
 
 Axes = tuple[str | None, ...]
 
@@ -61,14 +62,46 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
-        # Cast first, then gather: half the bytes on the wire in bfloat16.
-        weight = pin(self.weight[...].astype(x.dtype), n_out, n_in)
-        y = jnp.einsum("...i,oi->...o", x, weight, out_sharding=spec(*lead, n_out))
+        product = _product_reduced_in_float32 if reduces_in_float32() else _product
+        y = product(x, self.weight[...], (n_out, n_in), lead)
         if self.adapter is not None:
             y = y + self.adapter(x, lead)
         if self.bias is not None:
             y = y + pin(self.bias[...].astype(x.dtype), n_out)
         return y
+
+
+def _product(x: Array, weight: Array, axes: Axes, lead: Axes) -> Array:
+    """x [..., in] and weight [out, in], gathered to `axes` -> [..., out].
+
+    The weight is cast first, then gathered: half the bytes on the wire in bfloat16. So its gradient
+    is summed over the shards of the batch in that dtype too, before it becomes float32; see
+    `optim.reduce_dtype`.
+    """
+    weight = pin(weight.astype(x.dtype), *axes)
+    return jnp.einsum("...i,oi->...o", x, weight, out_sharding=spec(*lead, axes[0]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product_reduced_in_float32(x: Array, weight: Array, axes: Axes, lead: Axes) -> Array:
+    """`_product` whose weight's gradient leaves the matrix unit, and is summed, in float32."""
+    return _product(x, weight, axes, lead)
+
+
+def _forward(x: Array, weight: Array, axes: Axes, lead: Axes) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, weight, axes, lead), (x, weight)
+
+
+def _backward(axes: Axes, lead: Axes, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    gathered = pin(weight.astype(x.dtype), *axes)
+    dx = jnp.einsum("...o,oi->...i", dy, gathered, out_sharding=spec(*lead, axes[1]))
+    dw = jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32,
+                    out_sharding=spec(*axes))  # fmt: skip
+    return dx, jax.sharding.reshard(dw, spec_of(jax.typeof(weight))).astype(weight.dtype)
+
+
+_product_reduced_in_float32.defvjp(_forward, _backward)
 
 
 def rms_norm(x: Array, eps: float, scale: Array | None = None) -> Array:

@@ -33,7 +33,7 @@ from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.files import replacing
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.transformer.streams import Keep, Modality
@@ -165,7 +165,8 @@ class Pipeline:
         for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
             rows = np.arange(start, start + batch)
             real = np.minimum(rows, len(prompts) - 1)
-            with jax.set_mesh(self.mesh):
+            # JAX_ENABLE_X64 would make other draws, and other clips.
+            with jax.set_mesh(self.mesh), jax.enable_x64(False):
                 latents = self._generate(text, real, rows, sample)
             video, audio = (np.asarray(x) for x in latents)
             yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
@@ -192,6 +193,7 @@ class Pipeline:
                 strides=self.codec.video.strides,
                 fps=self.size.fps,
                 guided=_passes(sample) > 1,
+                audio_clock=self.codec.audio.clock,
             ),
         )
 
@@ -218,6 +220,7 @@ class Request:
     strides: tuple[int, int, int]
     fps: float
     guided: bool  # one more pass, for the empty caption
+    audio_clock: geometry.AudioClock = geometry.AUDIO_CLOCK
 
 
 def make_generate() -> Callable[..., tuple[Array, Array]]:
@@ -259,7 +262,9 @@ def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:
     def stream(index: int, shape: tuple[int, int], tokens: str) -> Array:
         stream_key = jax.random.fold_in(key, index)
         keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
-        return pin(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), lead, tokens, None)
+        return pin(
+            jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys), lead, tokens, None
+        )
 
     return Latents(
         stream(0, (math.prod(request.video_shape), cfg.in_channels), "video_tokens"),
@@ -311,7 +316,7 @@ def modalities(model: LTX2, request: Request, text: dict[str, Array]) -> tuple[M
     given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
     video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
                      keyframes_mask=keyframes)  # fmt: skip
-    positions = geometry.audio_positions(request.audio_length)
+    positions = geometry.audio_positions(request.audio_length, request.audio_clock)
     return video, Modality(**given, positions=jnp.asarray(positions), context=audio_context)
 
 

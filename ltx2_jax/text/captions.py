@@ -82,6 +82,8 @@ def load_caption_encoder(
     path = Path(path)
     metadata = read_metadata(path)
     if metadata.get("kind") != REFERENCE:
+        if cache is not None:
+            raise UserError(f"--text-cache: {path} holds a random text encoder, not a released one")
         return RandomEncoder.load(path)
     references.follow(path, metadata)
     try:

@@ -28,7 +28,6 @@ from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.sharding import make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub, references
-from ltx2_jax.weights.folder import INDEX
 from ltx2_jax.weights.names import text as text_weights
 from ltx2_jax.weights.names.gemma import stored_dtype, weight_files
 from ltx2_jax.weights.opening import open_release
@@ -229,8 +228,7 @@ def write_reference(
 ) -> None:
     """Writes a small file that names released ones and says how they are used."""
     encoder = Path(text_encoder).resolve()
-    ours = (encoder / INDEX).is_file()  # a folder of weights, which is named as a whole
-    files = [Path(checkpoint).resolve(), *([encoder] if ours else weight_files(encoder))]
+    files = [Path(checkpoint).resolve(), *weight_files(encoder)]
     references.write(
         path,
         REFERENCE,

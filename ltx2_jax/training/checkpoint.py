@@ -216,47 +216,6 @@ def weights_of_run(
         return config, checkpoints.restore_part(step, {name: abstract})[name], step
 
 
-# ---------------------------------------------------------------------------------- weights by name
-
-
-def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
-    """Writes arrays by name into a folder that does not exist; an OSError is the disk's."""
-    try:
-        ocp.save(folder.resolve(), arrays)
-    except ValueError as error:  # of TensorStore, when the disk is full
-        raise OSError(_reason(error)) from error
-
-
-def describe_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of what `save_arrays` wrote.
-
-    Raises:
-      UserError: no such folder, or another one.
-    """
-    try:
-        stored = ocp.metadata(folder.resolve()).metadata or {}
-        if not stored:
-            raise ValueError("its arrays cannot be read")
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise UserError(f"{folder}: is no checkpoint of arrays ({_reason(error)})") from None
-
-
-def load_arrays(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Arrays with the dtypes and shardings of `abstract`, which names all or some of them.
-
-    Raises:
-      UserError: the folder holds others, or cannot be read.
-    """
-    names = describe_arrays(folder)
-    wanted = {name: abstract.get(name, ocp.PLACEHOLDER) for name in names}
-    try:
-        arrays = ocp.load(folder.resolve(), wanted)
-    except Exception as error:  # no narrower one for numbers that cannot be read
-        raise UserError(f"{folder}: cannot be read ({_reason(error)})") from error
-    return {name: arrays[name] for name in abstract}
-
-
 def _reason(error: BaseException) -> str:
     """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
     while error.__cause__ is not None:

@@ -15,7 +15,7 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
-from ltx2_jax.media import check_even
+from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.training import checkpoint, initial
 
@@ -92,6 +92,11 @@ def part_of_batch(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int
 def check_text(config: Config) -> None:
     """UserError unless text features fit the connectors, and these the transformer."""
     text, model, encoder = config.text, config.model, config.text.encoder
+    if config.data.path is None and config.data.release != "linear":
+        raise UserError(
+            f"data.release={config.data.release!r}: synthetic clips have latents of a 'linear' "
+            "codec; data.path names a dataset with others"
+        )
     if config.data.path is None and text.generation != "random":
         raise UserError(
             f"text.generation={text.generation!r}: synthetic clips have 'random' text features; "
@@ -143,6 +148,11 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     model = config.model
     schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
     check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
+    if schema.generation != config.data.release:
+        raise UserError(
+            f"{folder}: its latents are those of {schema.generation!r}, this model is for those of "
+            f"data.release={config.data.release!r}"
+        )
     channels = schema.fields["video"].shape[-1]
     _, bins, audio_channels = schema.fields["audio"].shape
     if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:

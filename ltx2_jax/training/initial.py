@@ -1,5 +1,9 @@
-"""Weights for a training run to start from (`config.init_from`)."""
+"""Between a run and released weights: what a run starts from, and the file that it becomes.
 
+Training starts from `config.init_from`; `convert` makes an official file of what it has trained.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,11 +11,12 @@ import jax
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.weights import export
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
 
-# In the metadata of what was trained here: whose text features it reads.
-TEXT_GENERATION = "text_generation"
+# In the metadata of what was trained here: whose text features it reads, and whose latents.
+TEXT_GENERATION, LATENTS = "text_generation", "latents_release"
 # Fields of ours that released configs do not have.
 FREE = ("dtype", "remat", "attention")
 
@@ -31,6 +36,14 @@ def check(config: Config) -> None:
             raise UserError(
                 f"init_from={config.init_from} reads text features of {generation!r}, but "
                 f"text.generation={config.text.generation!r}"
+            )
+        # A file of ours from before this was noted says only whose text features it reads.
+        own = TEXT_GENERATION in metadata
+        latents = metadata.get(LATENTS, config.data.release if own else generation)
+        if config.data.release != latents:
+            raise UserError(
+                f"init_from={config.init_from} is for latents of {latents!r}, but "
+                f"data.release={config.data.release!r}"
             )
         for network in ("transformer", "connectors"):
             release.parameters(network, release.config(network))
@@ -60,3 +73,39 @@ def load(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             network: release.load(network, mesh, param_dtype="float32", progress=True)[1]
             for network in ("connectors", "transformer")
         }
+
+
+def as_export(
+    config: Config,
+    params: Mapping[str, Any],
+    *,
+    base: Release | None = None,
+    param_dtype: Any = None,
+) -> export.Export:
+    """The official file of a run's weights, with all other networks from `base`.
+
+    Args:
+      config: of the run.
+      params: its weights, {"transformer": .., "connectors": ..}.
+      base: a release with the other networks; its transformer and connectors are replaced.
+      param_dtype: of the tensors; None takes those of `base`, or keeps what is given.
+
+    Raises:
+      UserError: a config that no official network has, or another one than `base`.
+
+    Warns:
+      UserWarning: what the official code would read differently.
+    """
+    if base is not None:
+        check_same(config, base)
+    networks = {
+        "transformer": config.model,
+        "connectors": (config.text.video_connector, config.text.audio_connector),
+    }
+    return export.of_params(
+        networks,
+        params,
+        base=base,
+        param_dtype=param_dtype,
+        metadata={TEXT_GENERATION: config.text.generation, LATENTS: config.data.release},
+    )

@@ -81,7 +81,7 @@ def take_steps(
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
-    train_step = make_train_step(config, codec.video.strides)
+    train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
     null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
     examples = batches(config, records, mesh, start)
     timer, pending, step = step_timer(config, records), None, start

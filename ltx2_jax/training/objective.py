@@ -39,8 +39,16 @@ class Stream:
 jax.tree_util.register_dataclass(Stream, ("x0", "noise", "sigma", "clean", "positions"), ())
 
 
-def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]) -> dict[str, Any]:
+def draw(
+    key: Array,
+    batch: Batch,
+    config: Config,
+    strides: tuple[int, int, int],
+    clock: geometry.AudioClock = geometry.AUDIO_CLOCK,
+) -> dict[str, Any]:
     """All that is random in one step: noise, noise levels, given frames, dropped captions.
+
+    `strides` and `clock` are the codec's: when and where its latents are.
 
     Returns {"video": Stream, "audio": Stream, "drop_caption": bool [B]}.
     """
@@ -61,7 +69,7 @@ def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]
     clean = None
     # One latent frame is the whole clip: given, it would leave nothing to learn.
     if config.flow.first_frame_prob > 0 and latent_shape[0] > 1:
-        given = jax.random.bernoulli(keys[1], config.flow.first_frame_prob, (size,))
+        given = _share(keys[1], config.flow.first_frame_prob, size)
         first = np.arange(x0_video.shape[1]) < latent_shape[1] * latent_shape[2]
         clean = pin(given[:, None] & first, "batch", "video_tokens")
     noise = [
@@ -72,14 +80,19 @@ def draw(key: Array, batch: Batch, config: Config, strides: tuple[int, int, int]
         )
     ]
     video_positions = geometry.video_positions(latent_shape, batch["fps"], strides)
-    audio_positions = jnp.asarray(geometry.audio_positions(x0_audio.shape[1]))
+    audio_positions = jnp.asarray(geometry.audio_positions(x0_audio.shape[1], clock))
     video_sigma, audio_sigma = pin(video_sigma, "batch"), pin(audio_sigma, "batch")
-    drop = jax.random.bernoulli(keys[4], config.flow.caption_dropout, (size,))
+    drop = _share(keys[4], config.flow.caption_dropout, size)
     return {
         "video": Stream(x0_video, noise[0], video_sigma, clean, video_positions),
         "audio": Stream(x0_audio, noise[1], audio_sigma, None, audio_positions),
         "drop_caption": pin(drop, "batch"),
     }
+
+
+def _share(key: Array, probability: float, size: int) -> Array:
+    """bool [size], True with `probability`; the same draws with JAX_ENABLE_X64."""
+    return jax.random.bernoulli(key, jnp.float32(probability), (size,))
 
 
 def as_modality(

@@ -12,8 +12,9 @@ from jax import Array
 
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config
+from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
-from ltx2_jax.sharding import sharding_of
+from ltx2_jax.sharding import gradients_reduced_in, sharding_of
 from ltx2_jax.training.objective import Batch, draw, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
 
@@ -30,11 +31,14 @@ def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
 
 
 def make_train_step(
-    config: Config, strides: tuple[int, int, int]
+    config: Config,
+    strides: tuple[int, int, int],
+    clock: AudioClock = AUDIO_CLOCK,
 ) -> Callable[[State, Batch, Batch], tuple[State, dict[str, Array]]]:
     """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated.
 
-    `strides` are the video codec's, `null_text` the text fields [S, ...] of the empty caption.
+    `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
+    [S, ...] of the empty caption.
     Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
     fell), gradient norm, learning rate.
     """
@@ -44,10 +48,11 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch, null_text: Batch) -> tuple[State, dict[str, Array]]:
         def loss_of(params, batch, drawn):
-            return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+            with gradients_reduced_in(config.optim.reduce_dtype):
+                return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        drawn = draw(key, batch, config, strides)
+        drawn = draw(key, batch, config, strides, clock)
         (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = {

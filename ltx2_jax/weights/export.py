@@ -1,7 +1,7 @@
-"""Weights on their way out: what an official file will hold, from a release or from a run.
+"""Weights on their way out: what an official file will hold, from a release or from trained arrays.
 
-export = of_release(release)                    # or of_run(config, params, base=release)
-export.write("ltx-2-mine.safetensors")          # or export.save("weights/"), our own layout
+export = of_release(release)                    # or of_params(configs, params, base=release)
+export.write("ltx-2-mine.safetensors")
 """
 
 import json
@@ -12,22 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.dtypes import canonicalize_dtype
 
-from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
-from ltx2_jax.training import checkpoint, initial
-from ltx2_jax.weights import folder, versions
+from ltx2_jax.weights import versions
 from ltx2_jax.weights.loading import FLOAT8, Source
 from ltx2_jax.weights.mapping import Parameter, leaves
 from ltx2_jax.weights.names import text, transformer
 from ltx2_jax.weights.networks import NETWORKS
 from ltx2_jax.weights.release import Release
-from ltx2_jax.weights.tensor_files import DTYPES, dtype_name
-from ltx2_jax.weights.writing import appearing, writing
+from ltx2_jax.weights.tensor_files import DTYPES
+from ltx2_jax.weights.writing import writing
 
 Stream = Callable[[], Iterable[tuple[Parameter, Any]]]
 
@@ -45,7 +40,7 @@ PREFIXES = {
     "upsampler": "",
 }
 TRAINED = ("transformer", "connectors")
-QUANTIZATION = "_quantization_metadata"  # says which layers are float8: of none that was scaled up
+QUANTIZATION = "_quantization_metadata"  # which layers are float8: of none that was scaled up
 
 
 @dataclass
@@ -57,15 +52,9 @@ class Export:
     tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]  # name in the file -> dtype, shape
     streams: dict[str, Stream]  # network -> its parameters with their values
     copied: dict[str, Source] = field(default_factory=dict)  # name in the file -> where it is
-    # Networks that an official file takes byte by byte: name in the file -> where it is.
+    # Networks that are taken byte by byte, with all that is beside their weights: name in the file
+    # -> where it is.
     raw: dict[str, dict[str, Source]] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(
-            int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            for dtype, shape in self.tensors.values()
-        )
 
     def write(self, path: str | os.PathLike, *, progress: bool = False) -> None:
         """The official file; errors as `writing`."""
@@ -95,48 +84,17 @@ class Export:
             {name: raw for name, raw in below.raw.items() if name not in self.names},
         )
         for network in self.names:
-            for name in below.names.get(network, {}).values():
+            replaced = below.raw.get(network, {})
+            for name in replaced:
                 out.tensors.pop(name)
+            was_float8 = any(source.stored.dtype in FLOAT8 for source in replaced.values())
+            if was_float8 and QUANTIZATION not in self.metadata:
+                out.metadata.pop(QUANTIZATION, None)
         out.tensors |= self.tensors
         out.streams |= self.streams
         out.copied |= self.copied
         out.raw |= self.raw
         return out
-
-    def save(self, path: str | os.PathLike) -> None:
-        """A folder of weights in our own layout; see `folder.py`. Errors as `write`."""
-        with appearing(path, self.nbytes) as temporary:
-            if jax.process_index() == 0:
-                temporary.mkdir()
-            for network, stream in self.streams.items():
-                arrays = {
-                    folder.name_of(parameter): self._as_listed(network, parameter, array)
-                    for parameter, array in stream()
-                }
-                checkpoint.save_arrays(temporary / network, arrays)
-                del arrays
-            if self.copied:
-                tensors = {name: self.tensors[name] for name in self.copied}
-                with writing(temporary / folder.REST, tensors, {}) as writer:
-                    for name, source in self.copied.items():
-                        writer.copy(name, source)
-            if jax.process_index() == 0:
-                tensors = {
-                    name: [dtype_name(dtype), list(shape)]
-                    for name, (dtype, shape) in self.tensors.items()
-                }
-                index = {"kind": folder.KIND, "metadata": self.metadata, "tensors": tensors}
-                (temporary / folder.INDEX).write_text(json.dumps(index), encoding="utf-8")
-
-    def _as_listed(self, network: str, parameter: Parameter, array: Any) -> Any:
-        """An array in the dtype that `tensors` promises, the widest where its layers differ."""
-        names = self.names[network]
-        kinds = {
-            canonicalize_dtype(self.tensors[names[name]][0])  # jax has no float64 unless asked to
-            for name in parameter.names
-            if name in names
-        }
-        return array.astype(jnp.result_type(*kinds)) if kinds else array
 
 
 def of_release(
@@ -148,12 +106,14 @@ def of_release(
 ) -> Export:
     """All that a release holds. Several files become one, in the single-file layout.
 
-    Prefix and metadata that a fine-tune was saved without are added; float8 becomes bfloat16.
+    Prefix and metadata that a fine-tune was saved without are added. What passes the devices loses
+    its float8: it is scaled up and becomes bfloat16.
 
     Args:
       release: open as long as the export is used.
       param_dtype: of the transformer and the connectors; None keeps what is stored.
-      raw: networks whose tensors `write` copies byte by byte, without passing the devices.
+      raw: networks that `write` copies byte by byte, float8 with its scales, without passing the
+        devices; not those whose dtype `param_dtype` changes.
       prefixed: give a single file, too, the prefixes of the single-file layout.
 
     Raises:
@@ -162,72 +122,68 @@ def of_release(
     one = len(release.files) == 1
     if not one and "upsampler" in release.networks:
         raise UserError(f"{release.name}: an upsampler has a file of its own in every layout")
-    export = Export(_metadata(release), {}, {}, {})
+    copied = {n for n in raw if param_dtype is None or n not in TRAINED}
+    export = Export(_metadata(release, copied), {}, {}, {})
     for network, held in release.networks.items():
         keep = one and not prefixed and network not in TRAINED
-        name_of = {
-            name: source.name if keep else PREFIXES[network] + name
-            for name, source in (held.tensors | held.unread).items()
-        }
-        export.names[network] = {name: name_of[name] for name in held.tensors}
+        prefix = None if keep else PREFIXES[network]
+        names = export.names[network] = _names(held.tensors, prefix)
         cast = param_dtype if network in TRAINED else None
-        for name, source in held.tensors.items():
-            export.tensors[name_of[name]] = (
-                _exported_dtype(source.stored.dtype, cast), source.stored.shape
-            )  # fmt: skip
-        for name, source in held.unread.items():
-            if not held.scales:  # else what is left of the quantization means nothing any more
-                export.copied[name_of[name]] = source
         export.streams[network] = _stream(release, network, cast)
-        here = not isinstance(release, folder.WeightsFolder)  # that has no official bytes
-        if network in raw and here and cast is None and not held.scales:
-            export.raw[network] = {name_of[n]: source for n, source in held.tensors.items()}
+        if network in copied:
+            sources = held.tensors | held.unread | held.scales_by_name()
+            renamed = _names(sources, prefix)
+            export.raw[network] = {renamed[name]: source for name, source in sources.items()}
+            continue
+        for name, source in held.tensors.items():
+            dtype = _exported_dtype(source.stored.dtype, cast)
+            export.tensors[names[name]] = (dtype, source.stored.shape)
+        if not held.scales:  # else what is left of the quantization means nothing any more
+            renamed = _names(held.unread, prefix)
+            export.copied |= {renamed[name]: source for name, source in held.unread.items()}
     export.copied |= {name: source for name, source in release.beside.items()}
-    for name, source in export.copied.items():
-        export.tensors[name] = (source.stored.dtype, source.stored.shape)
+    for copies in (export.copied, *export.raw.values()):
+        export.tensors |= {n: (s.stored.dtype, s.stored.shape) for n, s in copies.items()}
     return export
 
 
-def of_run(
-    config: Config,
+def of_params(
+    configs: Mapping[str, Any],
     params: Mapping[str, Any],
     *,
     base: Release | None = None,
     param_dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Export:
-    """What was trained here: {"transformer": .., "connectors": ..}, and all else from `base`.
+    """Trained networks, and all else from `base`.
 
     Args:
-      config: of the run.
-      params: its weights.
-      base: a release with the other networks; its transformer and connectors are replaced.
+      configs: {"transformer": its config, "connectors": those of video and audio}.
+      params: the parameter trees of the same networks.
+      base: a release with the other networks, whose own of these are replaced; its configs are
+        taken for those of `configs`.
       param_dtype: of the tensors; None takes those of `base`, or keeps what is given.
+      metadata: to be added to that of the file.
 
     Raises:
-      UserError: a config that no official network has, or another one than `base`.
+      UserError: a config that no official network has.
 
     Warns:
       UserWarning: what the official code would read differently.
     """
-    configs = {
-        "transformer": config.model,
-        "connectors": (config.text.video_connector, config.text.audio_connector),
-    }
+    found = dict(metadata or {})
     if base is None:
-        section = transformer.section_of(config.model) | text.section_of(*configs["connectors"])
-        version = f"{versions.generation_of_config(section)}.0"
-        metadata = {"config": json.dumps({"transformer": section}), "model_version": version}
-    else:
-        initial.check_same(config, base)
-        metadata = {}
-    metadata[initial.TEXT_GENERATION] = config.text.generation
+        section = transformer.section_of(configs["transformer"])
+        section |= text.section_of(*configs["connectors"])
+        found["config"] = json.dumps({"transformer": section})
+        found["model_version"] = f"{versions.generation_of_config(section)}.0"
     registers = configs["connectors"][0].registers
     if registers != 128:
         warnings.warn(
             f"the connectors have {registers} registers; official code always reads 128",
             stacklevel=2,
         )
-    export = Export(metadata, {}, {}, {})
+    export = Export(found, {}, {}, {})
     for network, cfg in configs.items():
         stored = base.networks[network].tensors if base and network in base.networks else {}
         wanted = NETWORKS[network].parameters(cfg, None, {})
@@ -274,13 +230,18 @@ def _exported_dtype(stored: np.dtype, cast: Any) -> np.dtype:
     return DTYPES["BF16"] if stored in FLOAT8 else stored
 
 
-def _metadata(release: Release) -> dict[str, str]:
+def _names(sources: Mapping[str, Source], prefix: str | None) -> dict[str, str]:
+    """Name without prefix -> name in the file to be; without `prefix` the one of the source."""
+    return {n: source.name if prefix is None else prefix + n for n, source in sources.items()}
+
+
+def _metadata(release: Release, copied: Iterable[str]) -> dict[str, str]:
     """Of all files, the first one's where they differ; with the config of every network."""
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     for file in reversed(release.files):
         metadata |= file.metadata
-    if any(held.scales for held in release.networks.values()):
+    if any(held.scales for name, held in release.networks.items() if name not in copied):
         metadata.pop(QUANTIZATION, None)
     for network in release.networks:
         key = NETWORKS[network].section

@@ -277,7 +277,7 @@ def _decompose(
     rank = min(rank, *delta.shape)
     with jax.default_matmul_precision("highest"):
         width = min(rank + 8, *delta.shape)
-        sketch = jax.random.normal(jax.random.key(0), (delta.shape[1], width))
+        sketch = jax.random.normal(jax.random.key(0), (delta.shape[1], width), jnp.float32)
         q = jnp.linalg.qr(delta @ sketch)[0]
         for _ in range(3):  # power iterations: the spectrum of a difference falls slowly
             q = jnp.linalg.qr(delta.T @ q)[0]

@@ -6,6 +6,7 @@ alpha. Source: `ltx_core/loader/fuse_loras.py`; the LoRA loaders of diffusers, P
 (names, and where they keep alpha).
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -31,26 +32,21 @@ from ltx2_jax.weights.names.gemma import read_json
 from ltx2_jax.weights.tensor_files import TensorFile, layout, write_rows
 
 OFFICIAL = "diffusion_model."
-# Longest first: what may stand before a module's name.
-_PREFIXES = (
-    "base_model.model.model.diffusion_model.",
-    "base_model.model.diffusion_model.",
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "lora_unet_",
-    "lycoris_",
+# What trainers put before a module's name, one after the other and in any order: the kind of the
+# adapter, and what the network is wrapped in.
+_WRAPPER = re.compile(
+    r"(lora_unet|lora_transformer|lycoris|base_model|diffusion_model|transformer|unet|model|module"
+    r"|pipe|dit)[._]"
 )
-# How A and B are called behind it.
-_PAIRS = {
-    ".lora_A.weight": "a", ".lora_B.weight": "b",
-    ".lora_A.default.weight": "a", ".lora_B.default.weight": "b",
-    ".lora_down.weight": "a", ".lora_up.weight": "b",
-    ".lora.down.weight": "a", ".lora.up.weight": "b",
-    "_lora.down.weight": "a", "_lora.up.weight": "b",
-    ".alpha": "alpha",
-}  # fmt: skip
+# What wrappers of PyTorch put anywhere into it.
+_INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# How A and B are called behind it, of an adapter that may have a name.
+_MATRIX = re.compile(
+    r"(?P<module>.+?)[._](?:lora_linear_layer|lora)[._](?P<part>A|B|down|up)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
+)
+_PARTS = {"A": "a", "down": "a", "B": "b", "up": "b"}
+_ALPHA = ".alpha"
 # Official module -> its name in diffusers, part by part; the first two only at the start.
 _DIFFUSERS = {
     r"^adaln_single\.": "time_embed.",
@@ -62,17 +58,27 @@ _DIFFUSERS = {
     r"av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
     r"prompt_adaln_single": "prompt_adaln",
 }
-# What PEFT writes into a folder: the tensors, and the scales that belong to them.
+# What PEFT and diffusers write into a folder: the tensors, and the scales of PEFT's.
 _PEFT, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTERS = (_PEFT, "pytorch_lora_weights.safetensors")
 # Adapters of connectors and text projections: the official loader passes them over.
-_BESIDE = re.compile(r"embeddings_connector|text_embedding_projection|^connectors\.")
-
+_BESIDE = re.compile(r"embeddings_connector|text_embedding_projection|(^|[._])connectors[._]")
+# Where a header may have PEFT's config as JSON, and the scale as plain text. Of several the first.
+_DIFFUSERS_KEY = "lora_adapter_metadata"
+_CONFIG_KEYS = ("peft_config", "lora_config", "adapter_config")
+_ALPHA_KEYS = ("lora_alpha", "network_alpha", "alpha")
+_ROOT_KEY = "use_rslora"
+# The alpha with which trainers of kohya's family trained. They write it beside the matrices, too;
+# where it is not there, a converter has put it into the matrices, and left the header as it was.
+_KOHYA_ALPHA = "ss_network_alpha"
 
 # What else a file may hold for a module, by how the names end.
 _OTHER_KINDS = {
     r"hada_[wt]\d(_[ab])?": "LoHa",
     r"lokr_([wt]\d)(_[ab])?": "LoKr",
     r"dora_scale|lora_magnitude_vector(\.\w+)*": "DoRA",
+    r"\.oft_\w+(\.\w+)*": "OFT",
+    r"lora_mid\.weight": "LoCon",
     r"\.diff(_b)?": "a difference of whole weights",
     r"[._]bias": "biases",
     r"[wb]_norm|_norm\.weight": "norms",
@@ -113,21 +119,29 @@ class Lora:
 
 
 def lora_file(source: str | os.PathLike) -> Path:
-    """The LoRA file of a source: a path, a name on the Hugging Face Hub, or a folder of PEFT's.
+    """The LoRA file of a source: a path, a name on the Hugging Face Hub, or a folder with it.
+
+    Of a folder it is what PEFT or diffusers wrote there, or the only safetensors file; the folder
+    itself is returned where that tells no file.
 
     Raises:
       UserError: no such file or folder; see `hub.fetch`.
     """
     path = hub.fetch(source)
-    return path / _PEFT if (path / _PEFT).is_file() else path
+    if not path.is_dir():
+        return path
+    named = [path / name for name in ADAPTERS if (path / name).is_file()]
+    found = named[:1] or list(path.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else path
 
 
 def read_lora(source: str | os.PathLike) -> Lora:
-    """Reads a LoRA of the transformer as Lightricks, diffusers, PEFT, kohya or ComfyUI write it.
+    """Reads a LoRA of the transformer as Lightricks, diffusers, PEFT, kohya, musubi-tuner, ComfyUI,
+    ai-toolkit, OneTrainer or DiffSynth-Studio write it.
 
     Args:
-      source: a file, or the folder of PEFT's adapter_model.safetensors and adapter_config.json;
-        either may be a name on the Hugging Face Hub.
+      source: a file, or a folder as `lora_file` takes it; either may be a name on the Hugging Face
+        Hub.
 
     Raises:
       UserError: no readable file, a tensor of another kind or of no module of LTX-2 (all of them
@@ -135,58 +149,81 @@ def read_lora(source: str | os.PathLike) -> Lora:
         is there twice, scales that are no numbers.
 
     Warns:
-      UserWarning: parts for connectors or text projections, which are left out.
+      UserWarning: parts for connectors or text projections, which are left out; an alpha of the
+        header that is not used.
     """
     path = lora_file(source)
+    if path.is_dir():
+        names = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "none"
+        raise UserError(f"{source}: give one LoRA file; safetensors files in this folder: {names}")
+    with TensorFile(path) as file:
+        found, stored = _sorted_parts(file, source)
+        metadata = file.metadata
+    if not found:
+        raise UserError(f"{source}: holds no LoRA of the transformer")
+    bare = {m: len(p["a"]) for m, p in found.items() if "alpha" not in p and "a" in p}
+    scales = _scales(metadata, path, bare)
+    targets = {
+        module: _target(source, module, parts, scales, stored[module])
+        for module, parts in found.items()
+    }
+    return Lora(targets, dict(metadata), str(source))
+
+
+def _sorted_parts(
+    file: TensorFile, source: Any
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
+    """Official module -> its tensors "a", "b" and "alpha", and what the file calls it."""
     found: dict[str, dict[str, np.ndarray]] = {}
     stored: dict[str, str] = {}
+    adapters: set[str] = set()
     names, unknown, beside = _modules(), [], []
-    with TensorFile(path) as file:
-        for name in file.tensors:
-            alias, part = _split(name)
-            module = names.get(alias)
-            if module is None:
-                (beside if _BESIDE.search(name) else unknown).append(name)
-            elif part in found.setdefault(module, {}):
-                raise UserError(f"{source}: {module} is there twice, the second time as {name}")
-            else:
-                found[module][part], stored[module] = _read(file, name), alias
-        metadata = file.metadata
+    for name in file.tensors:
+        alias, part, adapter = _split(name)
+        module = names.get(alias)
+        adapters |= {adapter} if adapter else set()
+        if module is None:
+            (beside if _BESIDE.search(name) else unknown).append(name)
+        elif len(adapters) > 1:
+            listed = ", ".join(sorted(adapters))
+            raise UserError(f"{source}: holds several adapters ({listed}); save one of them alone")
+        elif part in found.setdefault(module, {}):
+            raise UserError(f"{source}: {module} is there twice, the second time as {name}")
+        else:
+            found[module][part], stored[module] = _read(file, name, part), alias
     if unknown:
         raise UserError(f"{source}: {_what_is_wrong(unknown, bool(found))}")
     if beside:
         warnings.warn(
             f"{source}: {len(beside)} tensors for the text side ({in_short(beside)[0]} ...) are "
             "left out, as the official code leaves them out",
-            stacklevel=2,
+            stacklevel=3,
         )
-    scales = _scales(metadata, path)
-    targets = {
-        module: _target(source, module, parts, scales, stored[module])
-        for module, parts in found.items()
-    }
-    if not targets:
-        raise UserError(f"{source}: holds no LoRA")
-    return Lora(targets, dict(metadata), str(source))
+    return found, stored
 
 
-def _read(file: TensorFile, name: str) -> np.ndarray:
+def _read(file: TensorFile, name: str, part: str) -> np.ndarray:
     values = file.read(name)
-    if values.dtype.kind in "biu":
+    if values.dtype.kind in ("b" if part == "alpha" else "biu"):
         raise UserError(f"{file.path}: {name} is stored as {values.dtype}, not as a float")
     if not finite(values):
         raise UserError(f"{file.path}: NaN or infinity in {name}")
     return values
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Module as the file calls it, without prefix, and part ("a", "b" or "alpha") of a tensor."""
-    ending = next((ending for ending in _PAIRS if name.endswith(ending)), None)
-    if ending is None:
-        return "", ""
-    module = name.removesuffix(ending)
-    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-    return module.removeprefix(prefix), _PAIRS[ending]
+def _split(name: str) -> tuple[str, str, str]:
+    """Module as the file calls it, part ("a", "b" or "alpha") and adapter of a tensor."""
+    part, adapter = "alpha", ""
+    if name.endswith(_ALPHA):
+        module = name.removesuffix(_ALPHA)
+    elif match := _MATRIX.fullmatch(name):
+        module, part, adapter = match["module"], _PARTS[match["part"]], match["adapter"] or ""
+    else:
+        return "", "", ""
+    module = _INSIDE.sub("", module)
+    while module not in _modules() and (wrapper := _WRAPPER.match(module)):
+        module = module[wrapper.end() :]
+    return module, part, adapter
 
 
 @functools.cache
@@ -236,19 +273,54 @@ class _Scales:
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def _scales(metadata: Mapping[str, str], path: Path) -> _Scales:
-    """From `lora_adapter_metadata` of the header, else from PEFT's config beside the file."""
-    config = path.with_name(_PEFT_CONFIG)
-    if "lora_adapter_metadata" in metadata:
-        where = f"{path}: lora_adapter_metadata"
+def _scales(metadata: Mapping[str, str], path: Path, bare: Mapping[str, int]) -> _Scales:
+    """From JSON in the header, else PEFT's config beside the file, else plain text in the header.
+
+    `bare` are the modules without an alpha beside their matrices, with their ranks.
+    """
+    stated = _stated(metadata, path)
+    if stated.alpha is not None or stated.patterns:
+        return stated
+    if not bare:
+        return _Scales()
+    for key in _ALPHA_KEYS:
+        if (text := metadata.get(key, "None")) not in ("", "None"):
+            alpha = _number(_parsed(text), f"{path}: {key} in its header")
+            return _Scales(alpha, root=metadata.get(_ROOT_KEY, "").lower() == "true")
+    alpha, ranks = _parsed(metadata.get(_KOHYA_ALPHA, "")), set(bare.values())
+    if isinstance(alpha, float) and ranks != {alpha}:
+        warnings.warn(
+            f"{path}: its header says {_KOHYA_ALPHA}={alpha:g} at rank "
+            f"{', '.join(map(str, sorted(ranks)))}, but there is no alpha beside its matrices: "
+            "taken as part of them already, as converters put it there; if its effect is too "
+            "strong or too weak, give the strength alpha / rank",
+            stacklevel=3,
+        )
+    return _Scales()
+
+
+def _stated(metadata: Mapping[str, str], path: Path) -> _Scales:
+    """What a config of PEFT says, in the header or beside the file."""
+    if _DIFFUSERS_KEY in metadata:
+        where = f"{path}: {_DIFFUSERS_KEY}"
         try:
-            stored = json.loads(metadata["lora_adapter_metadata"])
+            stored = json.loads(metadata[_DIFFUSERS_KEY])
         except ValueError as error:
             raise UserError(f"{where} is not JSON ({reason(error)})") from None
-    elif path.name == _PEFT and config.is_file():
-        where, stored = str(config), read_json(config)
-    else:
-        return _Scales()
+        return _scales_of_config(stored, where)
+    config = path.with_name(_PEFT_CONFIG)
+    if path.name == _PEFT and config.is_file():
+        return _scales_of_config(read_json(config), str(config))
+    for key in _CONFIG_KEYS:  # which need not be such a config
+        stored = None
+        with contextlib.suppress(ValueError):
+            stored = json.loads(metadata.get(key, ""))
+        if isinstance(stored, dict) and "lora_alpha" in stored:
+            return _scales_of_config(stored, f"{path}: {key}")
+    return _Scales()
+
+
+def _scales_of_config(stored: Any, where: str) -> _Scales:
     if not isinstance(stored, dict):
         raise UserError(f"{where} is not a JSON object")
     # diffusers puts the name of the network in front: "transformer.lora_alpha".
@@ -262,8 +334,15 @@ def _scales(metadata: Mapping[str, str], path: Path) -> _Scales:
             (_pattern(pattern, where), _number(value, f"{where}: alpha_pattern of {pattern!r}"))
             for pattern, value in patterns.items()
         ),
-        stored.get("use_rslora") is True,
+        stored.get(_ROOT_KEY) is True,
     )
+
+
+def _parsed(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _number(value: Any, what: str) -> float:
@@ -322,7 +401,9 @@ def write_lora(path: str | os.PathLike, lora: Lora, *, dtype: Any = ml_dtypes.bf
         for letter, values, stored in (("A", target.a, target.a.dtype), ("B", b, target.b.dtype)):
             kept = ml_dtypes.bfloat16 if stored in FLOAT8 else stored
             tensors[f"{OFFICIAL}{module}.lora_{letter}.weight"] = values.astype(dtype or kept)
-    metadata = {k: v for k, v in lora.metadata.items() if k != "lora_adapter_metadata"}
+    # Which B now has in it.
+    scales = (_DIFFUSERS_KEY, *_CONFIG_KEYS, *_ALPHA_KEYS, _ROOT_KEY, _KOHYA_ALPHA)
+    metadata = {k: v for k, v in lora.metadata.items() if k not in scales}
     places = layout(
         {n: (v.dtype, v.shape) for n, v in tensors.items()}, {"format": "pt"} | metadata
     )

@@ -16,6 +16,8 @@ from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
+from ltx2_jax.models.codecs.audio_vae import AudioVAEConfig
+from ltx2_jax.models.codecs.video_vae import VideoVAEConfig
 from ltx2_jax.models.text.features import TextFeaturesConfig
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.mapping import Parameter
@@ -133,6 +135,26 @@ def _connectors(section: Mapping[str, Any], shapes: Shapes, **overrides: Any) ->
     return text.connector_configs(section, **overrides)
 
 
+def _absent(shapes: Shapes) -> list[str]:
+    """The half of an autoencoder that files lack which hold the other half."""
+    halves = ("encoder", "decoder")
+    held = {half for half in halves if any(name.startswith(f"{half}.") for name in shapes)}
+    return [half for half in halves if held and half not in held]
+
+
+def _video_vae(section: Mapping[str, Any], shapes: Shapes, **overrides: Any) -> VideoVAEConfig:
+    absent = _absent(shapes)
+    if section.get("_class_name") == diffusion_decoder.CLASS:  # whose decoder is another network
+        absent = [] if any(name.startswith("encoder.") for name in shapes) else ["encoder"]
+    fields = {f"{half}_blocks": None for half in absent}
+    return video_vae.video_vae_config(section, **(fields | overrides))
+
+
+def _audio_vae(section: Mapping[str, Any], shapes: Shapes, **overrides: Any) -> AudioVAEConfig:
+    fields = {f"has_{half}": False for half in _absent(shapes)}
+    return audio_vae.audio_vae_config(section, **(fields | overrides))
+
+
 NETWORKS: dict[str, Network] = {
     "transformer": Network(
         "transformer",
@@ -164,7 +186,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "video_vae": Network(
         "vae",
-        _ignoring_shapes(video_vae.video_vae_config),
+        _video_vae,
         video_vae.create,
         _of_table(video_vae.create, video_vae.TABLE),
         unread=_STATISTICS,
@@ -179,7 +201,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "audio_vae": Network(
         "audio_vae",
-        _ignoring_shapes(audio_vae.audio_vae_config),
+        _audio_vae,
         audio_vae.create,
         _of_table(audio_vae.create, audio_vae.TABLE),
         unread=_STATISTICS,

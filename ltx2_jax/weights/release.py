@@ -69,6 +69,14 @@ class Held:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: source.stored.shape for name, source in self.tensors.items()}
 
+    def scales_by_name(self) -> dict[str, Source]:
+        """`scales` by their own names."""
+        found = {}
+        for weight, source in self.scales.items():
+            module = weight.removesuffix(".weight")
+            found[module + next(s for s in _SCALES if source.name.endswith(s))] = source
+        return found
+
 
 class Release:
     """Open files of a release, which `opening.open_release` gives; close it, or use it in a `with`.
@@ -289,7 +297,7 @@ class Release:
 
     def _sort(self, file: TensorFile) -> None:
         if looks_like_lora(file.tensors):
-            raise UserError(f"{file.path}: is a LoRA file, not a model")
+            raise UserError(f"{file.path}: is a LoRA file, not a model; {use_of_lora(file.path)}")
         unknown = []
         bare = _bare_network(file)
         for name in file.tensors:
@@ -324,8 +332,28 @@ class Release:
 
 def looks_like_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are those of an adapter, of any kind."""
-    kinds = r"lora_(A|B|up|down)\b|\blora\.(up|down)\.|hada_w|lokr_w|dora_scale"
+    kinds = (
+        r"lora_(A|B|up|down)\b|lora(_linear_layer)?\.(up|down)\.|hada_w|lokr_w|\.oft_|dora_scale"
+        r"|\.diff(_b)?$"
+    )
     return any(re.search(kinds, name) for name in names)
+
+
+def use_of_lora(source: Any) -> str:
+    """What to do with a LoRA that was given for a model."""
+    return (
+        "merge it into one: python -m ltx2_jax.convert MODEL.safetensors OUT.safetensors "
+        f"--lora {source}"
+    )
+
+
+def tensors_of(file: TensorFile) -> list[tuple[str, str]]:
+    """Network and name in it of every tensor of a file that belongs to one; none of a LoRA's."""
+    if looks_like_lora(file.tensors):
+        return []
+    bare = _bare_network(file)
+    found = (_network_of(name, bare) for name in file.tensors)
+    return [(network, name) for network, name in found if network is not None]
 
 
 def parsed_metadata(file: TensorFile) -> dict[str, Any]:

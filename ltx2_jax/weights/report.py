@@ -121,6 +121,16 @@ def _upsampler(cfg: Any) -> str:
     )
 
 
+def _has_blocks(cfg: Any) -> bool:
+    """Not of the statistics alone, which a file of a diffusion decoder has beside it."""
+    return cfg.encoder_blocks is not None or cfg.decoder_blocks is not None
+
+
+def _halves(encoder: bool, decoder: bool) -> str:
+    names = [name for name, has in (("encoder", encoder), ("decoder", decoder)) if has]
+    return " and ".join(names) or "statistics alone"
+
+
 _DESCRIBE = {
     "transformer": _transformer,
     "connectors": _connectors,
@@ -130,11 +140,15 @@ _DESCRIBE = {
     ),
     "gemma": lambda c: f"{c.num_layers} layers, {c.width} wide, {c.vocab_size} tokens",
     "video_vae": lambda c: (
-        f"{c.latent_channels} channels, strides {' x '.join(map(str, c.strides))}, "
-        + ("encoder and decoder" if c.decoder_blocks else "encoder")
+        f"{c.latent_channels} channels, "
+        + (f"strides {' x '.join(map(str, c.strides))}, " if _has_blocks(c) else "")
+        + _halves(c.encoder_blocks is not None, c.decoder_blocks is not None)
     ),
     "diffusion_decoder": lambda c: f"{c.num_steps} step, predicts {c.prediction}",
-    "audio_vae": lambda c: f"{c.latent_channels} channels, {c.latents_per_second:g} latents/s",
+    "audio_vae": lambda c: (
+        f"{c.latent_channels} channels, {c.latents_per_second:g} latents/s, "
+        + _halves(c.has_encoder, c.has_decoder)
+    ),
     "vocoder": lambda c: f"{(c.extension or c).sample_rate} Hz",
     "duration_head": lambda c: f"width {c.width}",
     "upsampler": _upsampler,

@@ -87,11 +87,14 @@ class TensorFile:
             # A file that nobody closed is closed with its last user.
             self._close = weakref.finalize(self, os.close, self._fd)
             size = os.fstat(self._fd).st_size
+            start = os.pread(self._fd, 512, 0)
             self.metadata, self.tensors = _read_header(self._fd, size)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({reason(error)})") from None
         except ValueError as error:
             self._close()
+            if what := _another_kind(start):
+                raise UserError(f"{path}: is {what}") from None
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
     def close(self) -> None:
@@ -148,6 +151,42 @@ def dtype_name(dtype: Any) -> str:
 
 # ---------------------------------------------------------------------------------------- reading
 
+# How files of other kinds begin, in small letters, and what to say of them.
+_OTHER_KINDS = {
+    b"version https://git-lfs": (
+        "a Git LFS pointer, a small text in place of the weights: fetch them with `git lfs pull`"
+    ),
+    b"gguf": (
+        "a GGUF file, which is not read: use a safetensors file, as Lightricks released it"
+    ),
+    b"pk\x03\x04": (
+        "a zip archive or a file of torch.save, which is not read: unpack it, or save its tensors "
+        "as safetensors"
+    ),
+    b"\x80\x02": "a file of torch.save, which is not read: save its tensors as safetensors",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x89hdf": "an HDF5 file, which is not read: use a safetensors file",
+    b"<": (
+        "a web page, not weights: download the file itself (the site may want you to log in or "
+        "accept a licence first)"
+    ),
+    b"{": "text (JSON), not weights: give the safetensors file that belongs to it",
+}  # fmt: skip
+
+
+def _another_kind(start: bytes) -> str:
+    """What a file that begins so is, and what to do; "" if that does not tell."""
+    if not start:
+        return "empty: download it again"
+    if not start.strip(b"\0"):
+        return "filled with zeros from its start: the download did not finish; download it again"
+    text = b"\0" not in start[:8]  # where a header has its length, which is never that large
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for kind, what in _OTHER_KINDS.items():
+        if start.startswith(kind) and (text or kind not in (b"<", b"{")):
+            return what
+    return ""
+
 
 def _read_header(fd: int, size: int) -> tuple[dict[str, str], dict[str, Stored]]:
     """Metadata and tensors; a ValueError says what is wrong."""
@@ -176,7 +215,9 @@ def _read_header(fd: int, size: int) -> tuple[dict[str, str], dict[str, Stored]]
             raise ValueError(f"{stored.start - end} bytes before {name} belong to no tensor")
         end, before = stored.start + stored.nbytes, name
     if end > size:
-        raise ValueError(f"truncated: its tensors end at byte {end}, the file at {size}")
+        raise ValueError(
+            f"truncated: its tensors end at byte {end}, the file at {size}; download it again"
+        )
     if end < size:
         raise ValueError(f"its tensors end at byte {end}, but the file has {size}")
     return metadata, dict(tensors)

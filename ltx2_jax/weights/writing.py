@@ -128,7 +128,7 @@ def writing(
 
 @contextlib.contextmanager
 def appearing(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
-    """A new name beside `path`, for all hosts to write a file or folder of `nbytes` under.
+    """A new name beside `path`, for all hosts to write a file of `nbytes` under.
 
     At the end of the block it becomes `path`; if the block raises, what it wrote is removed.
 
@@ -152,9 +152,7 @@ def appearing(path: str | os.PathLike, nbytes: int) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
     finally:
-        if first and temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif first:
+        if first:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 

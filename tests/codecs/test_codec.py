@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_codec
+from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.tiling import TileSizes
-from ltx2_jax.weights import export
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.tensor_files import TensorFile
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +137,6 @@ def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, p
     np.testing.assert_array_equal(again.video.encode(pixels), codec.video.encode(pixels))
 
 
-def test_a_reference_to_a_folder_of_weights_tells_it_from_others(paths, tmp_path):
-    with open_release(*paths) as release:
-        export.of_release(release).save(tmp_path / "weights")
-    load_codec(tmp_path / "weights").save(tmp_path / "codec.safetensors")
-    assert load_codec(tmp_path / "codec.safetensors").paths == [tmp_path / "weights"]
-    big = max((tmp_path / "weights").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
-    big.write_bytes(big.read_bytes()[::-1])
-    with pytest.raises(UserError, match="weights is not the file"):
-        load_codec(tmp_path / "codec.safetensors")
-
-
 def test_a_reference_to_files_that_moved_or_changed_is_refused(tmp_path):
     (path,) = tiny_codec.write(tmp_path)
     load_codec(path).save(tmp_path / "codec.safetensors")
@@ -184,6 +173,41 @@ def test_files_without_a_network_or_with_two_are_refused(tmp_path, paths):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match=r"text\.safetensors: not a readable safetensors file"):
         load_codec(video, audio, tmp_path / "text.safetensors")
+
+
+@pytest.fixture(scope="module")
+def halves(paths, tmp_path_factory):
+    """The codec without its encoders, and without its decoders and the vocoder."""
+    folder = tmp_path_factory.mktemp("halves")
+    (path,) = paths
+    with TensorFile(path) as file:
+        metadata = file.metadata
+    for name, left_out in (("decoder", (".encoder.",)), ("encoder", (".decoder.", "vocoder."))):
+        kept = {k: v for k, v in load_file(path).items() if not any(x in k for x in left_out)}
+        save_file(kept, folder / name, metadata)
+    return tuple(
+        load_codec(folder / name, devices=jax.devices()[:1], dtype="float32")
+        for name in ("decoder", "encoder")
+    )
+
+
+def test_half_a_codec_does_what_it_can(halves, codec, pixels):
+    decoder, encoder = halves
+    sound = np.random.default_rng(6).uniform(-1, 1, (1, 6400, 2))
+    latents, heard = encoder.video.encode(pixels), encoder.audio.encode(sound)
+    np.testing.assert_array_equal(latents, codec.video.encode(pixels))
+    np.testing.assert_array_equal(heard, codec.audio.encode(sound))
+    np.testing.assert_array_equal(decoder.video.decode(latents), codec.video.decode(latents))
+    np.testing.assert_array_equal(decoder.audio.decode(heard), codec.audio.decode(heard))
+    for call, message in (
+        (lambda: decoder.video.encode(pixels), "video VAE has no encoder"),
+        (lambda: encoder.video.decode(latents), "video VAE has no decoder"),
+        (lambda: next(encoder.video.decode_chunks(latents)), "video VAE has no decoder"),
+        (lambda: decoder.audio.encode(sound), "audio VAE has no encoder"),
+        (lambda: encoder.audio.decode(heard), "audio VAE has no decoder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -224,3 +248,21 @@ def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
     assert pixels.shape == (1, 1, 96, 128, 3)
     np.testing.assert_array_equal(one.video.decode(latents), pixels)
     np.testing.assert_allclose(two.video.decode(latents), pixels, atol=1e-4)
+
+
+def test_a_diffusion_decoder_alone_decodes(tmp_path):
+    split = Path(__file__).parent / "golden" / "v2.5" / "split"
+    path, audio = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
+    with TensorFile(path) as file:
+        metadata = file.metadata
+    kept = {k: v for k, v in load_file(path).items() if not k.startswith("encoder.")}
+    save_file(kept, tmp_path / "decoder.safetensors", metadata)
+    half, whole = (
+        load_codec(video, audio, devices=jax.devices()[:1], dtype="float32")
+        for video in (tmp_path / "decoder.safetensors", path)
+    )
+    assert half.video.strides == whole.video.strides
+    latents = np.random.default_rng(5).normal(size=(1, 1, 1, 1, whole.video.channels))
+    np.testing.assert_array_equal(half.video.decode(latents), whole.video.decode(latents))
+    with pytest.raises(UserError, match="video VAE has no encoder"):
+        half.video.encode(np.zeros((1, 1, 32, 32, 3), np.uint8))

@@ -12,7 +12,7 @@ from ltx2_jax.data.encoding import ClipReader, PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 
 CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=24)
 
@@ -62,6 +62,27 @@ def test_a_caption_may_hold_line_breaks(tmp_path):
     assert row.caption == "one\u2028two"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\r\n , \r\nVideo, Caption \r\na.mp4,one; two\r\n",
+        b"sep=;\r\nvideo;caption\r\na.mp4;one; two\r\n".replace(b"one; two", b'"one; two"'),
+        b'video;caption\na.mp4;"one; two"\n',
+        b"caption\tvideo\none; two\ta.mp4\n",
+        "video,caption\na.mp4,one; two\n".encode("utf-16"),
+    ],
+)
+def test_tables_of_spreadsheets_are_read(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    (row,) = read_table(tmp_path / "t.csv")
+    assert (row.name, row.caption) == ("a.mp4", "one; two")
+
+
+def test_a_caption_may_be_long(tmp_path):
+    (row,) = read_table(table(tmp_path, "t.csv", "video,caption\na.mp4," + "word " * 30_000))
+    assert len(row.caption) == 149_999
+
+
 BAD_TABLES = {
     "path,caption\na,b\n": r"1: no column 'video' \(or 'media_path'\); there: 'path', 'caption'",
     "video,text\na,b\n": r"1: no column 'caption'; there: 'video', 'text'",
@@ -71,6 +92,8 @@ BAD_TABLES = {
     'video,caption\na.mp4,"hello\n': "2: not CSV: unexpected end of data",
     "video,caption\n": " the table has no rows",
     "": " the table has no rows",
+    "\nsep=;\nvideo;caption\na.mp4;one\nb.mp4;a;b\n": "5: more values than columns",
+    "video,caption\na.mp4,fine\nb.mp4,no\0\n": "3: column 'caption': a NUL character at position 2",
 }
 BAD_JSON = {
     '[{"video": "a",\n "caption" "b"}]': "2: not JSON",
@@ -85,6 +108,8 @@ BAD_JSONL = {
     '{"caption": "b"}': "1: no column 'video'",
     '{"video": "a\\ud800.mp4", "caption": "b"}': "1: column 'video': half a surrogate pair at",
     '{"video": "a.mp4", "caption": "\\udfff"}': "1: column 'caption': half a surrogate pair at",
+    '{"video": "\\u0000.mp4", "caption": "b"}': "1: column 'video': a NUL character at position 0",
+    "[" * 100_000: "1: brackets in brackets without end",
 }
 
 

@@ -1,14 +1,17 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import film
 import numpy as np
 import pytest
 
 from ltx2_jax import prepare
 from ltx2_jax.data.records import open_records
 from ltx2_jax.demo.linear_codec import LinearCodec
-from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.media.media import Clip, read_clip
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import caption_features, load_caption_encoder
 
@@ -79,6 +82,48 @@ def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, c
     assert "skipped 3.mp4: no sound" in out
     assert "skipped text.mp4: not a readable video file" in out
     assert out.endswith(f"in {dataset}\n")
+
+
+def test_clips_that_changed_since_are_not_passed_over(clips, tmp_path, capsys):
+    """Whether they were missing, unreadable or other films; those that are gone do not matter."""
+    (tmp_path / "c.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\n")
+    command = [str(tmp_path / "c.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
+    shutil.copy(clips / "0.mp4", tmp_path / "a.mp4")
+    assert prepare.cli(command) == 0
+    assert "skipped b.mp4: no such file" in capsys.readouterr().out
+    assert prepare.cli(command) == 0
+    shutil.copy(clips / "1.mp4", tmp_path / "b.mp4")
+    assert prepare.cli(command) == 2
+    assert "b.mp4 was not there when this dataset was made" in capsys.readouterr().err
+    assert prepare.cli([*command, "--overwrite"]) == 0
+    assert "2 records" in capsys.readouterr().out
+    os.utime(tmp_path / "b.mp4", (0, 0))
+    assert prepare.cli(command) == 0
+    shutil.copy(clips / "2.mp4", tmp_path / "b.mp4")
+    assert prepare.cli(command) == 2
+    assert "b.mp4 was another file when" in capsys.readouterr().err
+    (tmp_path / "b.mp4").unlink()
+    assert prepare.cli(command) == 0
+    (tmp_path / "set" / "clips.json").unlink()  # as in a dataset of an earlier version
+    shutil.copy(clips / "2.mp4", tmp_path / "b.mp4")
+    assert prepare.cli(command) == 0
+
+
+def test_what_reading_did_to_clips_is_told_each_time(clips, tmp_path, capsys):
+    wide = {"color_primaries": 9, "color_trc": 1, "colorspace": 9}
+    film.write_film(tmp_path / "a.mp4", film.numbered(), tones=[440], silent=True)
+    film.write_film(tmp_path / "b.mp4", film.numbered(), tones=[440], silent=True, tags=wide)
+    film.write_film(tmp_path / "c.mp4", film.numbered(), tags=wide)
+    film.write_film(tmp_path / "d.mp4", film.numbered(), tones=[440])
+    rows = "".join(f"{name}.mp4,caption {name}\n" for name in "abcd")
+    (tmp_path / "c.csv").write_text(f"video,caption\n{rows}")
+    command = [str(tmp_path / "c.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
+    for _ in range(2):
+        assert prepare.cli(command) == 0
+        out = capsys.readouterr().out
+        assert "2 clips with a sound track that is silent\n" in out
+        assert "1 clip converted from other primaries (such as BT.2020 or P3) to BT.709\n" in out
+        assert "skipped c.mp4: no sound" in out
 
 
 def test_other_settings_need_overwrite(clips, tmp_path, capsys):

@@ -20,10 +20,8 @@ from ltx2_jax.models.text.gemma import GEMMA_3_12B, Gemma
 from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text.encoder import TextEncoder
-from ltx2_jax.weights import export, references
 from ltx2_jax.weights.names.text import check_text_encoder
 from ltx2_jax.weights.opening import open_release
-from ltx2_jax.weights.tensor_files import read_metadata
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT, GEMMA = GOLDEN / "v2.3" / "checkpoint.safetensors", GOLDEN / "v2.3" / "gemma"
@@ -120,16 +118,6 @@ def test_what_is_no_prompt_is_refused():
         encoder().encode(["fine", "a\0"])
     with pytest.raises(TypeError, match="not one string"):
         encoder().encode("fox")
-
-
-def test_folders_of_weights_are_named_by_a_reference(tmp_path):
-    for path, name in ((CHECKPOINT, "model"), (GEMMA, "gemma")):
-        with open_release(path) as release:
-            export.of_release(release).save(tmp_path / name)
-    given = tmp_path / "model", tmp_path / "gemma"
-    TextEncoder.load(*given, tokenizer=GEMMA, length=32).save(tmp_path / "text.safetensors")
-    metadata = read_metadata(tmp_path / "text.safetensors")
-    assert references.follow(tmp_path / "text.safetensors", metadata) == [*given]
 
 
 # ---- which text encoder --------------------------------------------------------------------------

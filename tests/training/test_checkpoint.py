@@ -11,7 +11,7 @@ import pytest
 from resume_config import get_config
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays
+from ltx2_jax.training.checkpoint import Checkpoints
 
 # Where one array fails, Orbax leaves the coroutines of the others, which complain when collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -104,20 +104,3 @@ def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path):
         checkpoints.wait()
     assert "\n" not in str(caught.value)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]
-
-
-@pytest.mark.usefixtures("small_disk")
-def test_arrays_on_a_full_disk_are_an_error_of_the_system(tmp_path):
-    with pytest.raises(OSError, match="File too large"):
-        save_arrays(tmp_path / "arrays", {"a": large()})
-
-
-def test_damaged_arrays_are_named(tmp_path):
-    arrays = {"a": large()}
-    save_arrays(tmp_path / "arrays", arrays)
-    cut(tmp_path / "arrays")
-    with pytest.raises(UserError, match=r"arrays: cannot be read \(OUT_OF_RANGE: "):
-        load_arrays(tmp_path / "arrays", abstract(arrays))
-    shutil.rmtree(tmp_path / "arrays" / "state" / "d")
-    with pytest.raises(UserError, match=r"arrays: is no checkpoint of arrays \(its arrays cannot"):
-        load_arrays(tmp_path / "arrays", abstract(arrays))

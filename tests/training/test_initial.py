@@ -14,7 +14,6 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import initial
 from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
-from ltx2_jax.weights import export
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUN = tiny.config()
@@ -25,7 +24,7 @@ def file(tmp_path_factory):
     """Weights of RUN as an official file."""
     path = tmp_path_factory.mktemp("initial") / "run.safetensors"
     with pytest.warns(UserWarning, match="3 registers"):
-        export.of_run(RUN, tiny.params(RUN)).write(path)
+        initial.as_export(RUN, tiny.params(RUN)).write(path)
     return path
 
 
@@ -51,13 +50,13 @@ def test_the_train_command_starts_from_them(tmp_path):
         config,
         num_steps=1,
         workdir=str(tmp_path / "run"),
-        init_from=str(tmp_path / "weights"),
+        init_from=str(tmp_path / "weights.safetensors"),
         optim=changed(config.optim, learning_rate=1e-12, weight_decay=0.0),
         sample=changed(config.sample, num_clips=1, steps=1),
     )
     before = tiny.params(config)
     with pytest.warns(UserWarning, match="8 registers"):
-        export.of_run(config, before).save(tmp_path / "weights")
+        initial.as_export(config, before).write(tmp_path / "weights.safetensors")
     train.main(config)
     mesh = make_mesh(devices=jax.devices()[:1])
     _, after, step = weights_of_run(config.workdir, mesh)

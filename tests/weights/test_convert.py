@@ -1,4 +1,4 @@
-"""The convert command: every layout to every other, LoRA files in and out, and plain refusals."""
+"""The convert command: files of releases and runs, LoRA files in and out, and plain refusals."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -15,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from ltx2_jax.convert import cli
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint
+from ltx2_jax.training import initial
 from ltx2_jax.training.checkpoint import Checkpoints
-from ltx2_jax.weights import export, mapping
 from ltx2_jax.weights import lora as loras
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights.lora import fuse, read_lora
 from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
@@ -54,27 +55,11 @@ def metadata_of(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_official_to_ours_to_official_is_the_same_file(path, tmp_path, capsys):
-    run(path, tmp_path / "weights")
-    run(tmp_path / "weights", tmp_path / "back.safetensors")
-    assert (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
+def test_a_file_of_which_nothing_is_changed_is_the_same_file(path, tmp_path, capsys):
+    run(path, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     assert "wrote" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["back.safetensors", "weights"]
-
-
-@pytest.mark.parametrize("dtype", [None, "float32"])
-def test_a_folder_of_weights_loads_onto_any_mesh_as_the_file_does(dtype, tmp_path):
-    run(CHECKPOINT, tmp_path / "weights")
-    mesh = make_mesh(2, 2, 2)
-    with open_release(tmp_path / "weights") as folder, open_release(CHECKPOINT) as file:
-        assert folder.generation() == "2.3"
-        for network in ("transformer", "vocoder", "text_projection"):
-            a = folder.load(network, mesh, param_dtype=dtype)
-            b = file.load(network, mesh, param_dtype=dtype)
-            assert a[0] == b[0]
-            for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
-                assert (x.dtype, x.sharding) == (y.dtype, y.sharding)
-                assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.safetensors"]
 
 
 def test_a_split_pack_becomes_one_file(tmp_path):
@@ -98,6 +83,70 @@ def test_dtype_is_that_of_transformer_and_connectors(tmp_path):
             np.testing.assert_array_equal(wide[name], value.astype(np.float32))
         else:
             assert wide[name].tobytes() == narrow[name].tobytes() == value.tobytes()
+
+
+# ---- float8 --------------------------------------------------------------------------------------
+
+PREFIX = "model.diffusion_model."
+TO_Q = f"{PREFIX}transformer_blocks.1.attn1.to_q"
+
+
+def tensors_of(path):
+    """As `load_file`, float8 too."""
+    with TensorFile(path) as file:
+        return {name: file.read(name) for name in file.tensors}
+
+
+@pytest.fixture(scope="module")
+def float8(tmp_path_factory):
+    """CHECKPOINT with one matrix in float8, its scales and the marks of the tools that made it."""
+    tensors, path = load_file(CHECKPOINT), tmp_path_factory.mktemp("float8") / "fp8.safetensors"
+    tensors[f"{TO_Q}.weight"] = tensors[f"{TO_Q}.weight"].astype(ml_dtypes.float8_e4m3fn)
+    for name, value in (("weight_scale", 0.5), ("input_scale", 2)):
+        tensors[f"{TO_Q}.{name}"] = np.asarray(value, np.float32)
+    tensors[f"{PREFIX}scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
+    quantization = {"_quantization_metadata": json.dumps({"layers": {TO_Q: "float8_e4m3fn"}})}
+    save_file(tensors, path, metadata_of(CHECKPOINT) | quantization)
+    return path
+
+
+def test_float8_stays_as_it_is_stored_with_its_scales(float8, tmp_path, capsys):
+    run(float8, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == float8.read_bytes()
+    assert "become" not in capsys.readouterr().out
+    # So it does where it completes another file.
+    tuned = {k: v for k, v in load_file(CHECKPOINT).items() if k.startswith("vae.")}
+    save_file(tuned, tmp_path / "vae.safetensors", metadata_of(CHECKPOINT))
+    run(tmp_path / "vae.safetensors", tmp_path / "full.safetensors", "--base", float8)
+    got, want = tensors_of(tmp_path / "full.safetensors"), tensors_of(float8)
+    assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in want.items()}
+    assert "_quantization_metadata" in metadata_of(tmp_path / "full.safetensors")
+
+
+@pytest.mark.parametrize("flags", [("--lora", LORA), ("--dtype=bfloat16",)])
+def test_float8_that_is_changed_is_scaled_up_and_its_dtype_is_said(flags, float8, tmp_path, capsys):
+    run(float8, tmp_path / "out.safetensors", *flags)
+    assert "transformer: its float8 weights become bfloat16" in capsys.readouterr().out
+    got, metadata = (
+        tensors_of(tmp_path / "out.safetensors"),
+        metadata_of(tmp_path / "out.safetensors"),
+    )
+    assert set(got) == set(load_file(CHECKPOINT))  # neither scales nor marks
+    assert "_quantization_metadata" not in metadata
+    assert got[f"{TO_Q}.weight"].dtype == "bfloat16"
+    if "--lora" not in flags:
+        small = tensors_of(float8)[f"{TO_Q}.weight"].astype(np.float32)
+        np.testing.assert_array_equal(got[f"{TO_Q}.weight"].astype(np.float32), small / 2)
+
+
+def test_a_float8_transformer_that_is_replaced_leaves_nothing(float8, tmp_path):
+    tensors = load_file(CHECKPOINT)
+    tuned = {k: v for k, v in tensors.items() if k.startswith(PREFIX) and "connector" not in k}
+    save_file(tuned, tmp_path / "tuned.safetensors", metadata_of(CHECKPOINT))
+    run(tmp_path / "tuned.safetensors", tmp_path / "full.safetensors", "--base", float8)
+    full = tensors_of(tmp_path / "full.safetensors")
+    assert {k: v.tobytes() for k, v in full.items()} == {k: v.tobytes() for k, v in tensors.items()}
+    assert "_quantization_metadata" not in metadata_of(tmp_path / "full.safetensors")
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -164,6 +213,20 @@ def test_a_lora_keeps_its_dtype_unless_another_is_asked_for(tmp_path):
         assert kinds == {dtype}
 
 
+def test_the_folder_that_diffusers_saved_a_lora_in_is_a_lora(tmp_path, capsys):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    tensors = {k.replace("diffusion_model", "transformer"): v for k, v in load_file(LORA).items()}
+    stored = {"lora_adapter_metadata": '{"transformer.r": 3, "transformer.lora_alpha": 6}'}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", stored)
+    run("--inspect", folder)
+    assert "LoRA of rank 3, alpha / rank 2" in capsys.readouterr().out
+    run(CHECKPOINT, tmp_path / "folder.safetensors", "--lora", folder)
+    run(CHECKPOINT, tmp_path / "twice.safetensors", "--lora", LORA, "2")
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in ("folder", "twice"))
+    assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+
+
 def test_the_folder_of_a_peft_adapter_is_a_lora(tmp_path, capsys):
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -218,7 +281,7 @@ def base_for(config, path, dtype="bfloat16"):
     """A release with the run's networks under other weights, and a VAE."""
     other = tiny.params(config)
     other = jax.tree.map(lambda x: -x, other)
-    out = export.of_run(config, other, param_dtype=dtype)
+    out = initial.as_export(config, other, param_dtype=dtype)
     vae = SPLIT / "video_vae_conv.safetensors"
     with open_release(vae) as release:
         out.metadata["model_version"] = "2.5.1"
@@ -269,42 +332,6 @@ def test_a_bare_fine_tune_takes_config_and_all_else_from_a_base(tmp_path):
     )
 
 
-@pytest.mark.parametrize("base", ["file", "folder"])
-def test_a_base_of_either_layout_completes_a_file_and_a_folder(base, tmp_path):
-    prefix, tensors = "model.diffusion_model.", load_file(CHECKPOINT)
-    tuned = {k: v for k, v in tensors.items() if k.startswith(prefix) and "connector" not in k}
-    save_file(tuned, tmp_path / "tuned.safetensors")
-    run(CHECKPOINT, tmp_path / "folder")
-    given = ("--base", {"file": CHECKPOINT, "folder": tmp_path / "folder"}[base])
-    run(tmp_path / "tuned.safetensors", tmp_path / "full.safetensors", *given)
-    run(tmp_path / "tuned.safetensors", tmp_path / "full", *given)
-    run(tmp_path / "full", tmp_path / "back.safetensors")
-    for name in ("full", "back"):
-        got = load_file(tmp_path / f"{name}.safetensors")
-        assert {k: v.tobytes() for k, v in got.items()} == {
-            k: v.tobytes() for k, v in tensors.items()
-        }
-
-
-def test_a_run_completed_by_a_base_becomes_a_folder_that_opens(workdir, tmp_path):
-    base_for(RUN, tmp_path / "base.safetensors")
-    run(workdir, tmp_path / "full", "--base", tmp_path / "base.safetensors")
-    with open_release(tmp_path / "full") as release:
-        assert set(release.networks) == {"transformer", "connectors", "video_vae"}
-        for network in release.networks:
-            release.load(network)
-
-
-def test_a_folder_holds_the_dtypes_that_its_index_says(workdir, tmp_path):
-    run(workdir, tmp_path / "weights", "--dtype=bfloat16")
-    with open_release(tmp_path / "weights") as release:
-        stored = {
-            source.stored.dtype for source in release.networks["transformer"].tensors.values()
-        }
-        loaded = {leaf.dtype for leaf in jax.tree.leaves(release.load("transformer")[1])}
-    assert stored == loaded == {np.dtype("bfloat16")}
-
-
 def test_a_run_of_another_network_than_its_base_is_refused(workdir, tmp_path, capsys):
     error = said(capsys, workdir, tmp_path / "x.safetensors", "--base", CHECKPOINT)
     assert "checkpoint.safetensors: is another network (model.num_layers: 3 -> 2" in error
@@ -314,7 +341,7 @@ def test_a_run_of_another_network_than_its_base_is_refused(workdir, tmp_path, ca
 def test_registers_that_official_code_does_not_read_are_warned_of(tmp_path, capsys):
     few = dataclasses.replace(RUN, text=tiny.TEXT)
     with pytest.warns(UserWarning, match="the connectors have 3 registers"):
-        out = export.of_run(few, tiny.params(few))
+        out = initial.as_export(few, tiny.params(few))
     out.write(tmp_path / "x.safetensors")
     with open_release(tmp_path / "x.safetensors") as release:  # we read it all the same
         assert release.config("connectors")[0] == dataclasses.replace(
@@ -380,6 +407,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
     out = tmp_path / "out.safetensors"
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(CHECKPOINT.read_bytes()[:-5])
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "weights.json").write_text('{"kind": "ltx2_jax.weights.1"}')
     for arguments, message in (
         ((CHECKPOINT,), "SRC and DST are needed"),
         ((tmp_path / "gone.safetensors", out), "gone.safetensors: no such file"),
@@ -390,7 +420,11 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
         ((CHECKPOINT, out, "--lora", LORA, "nan"), "--lora: strength nan is not finite"),
         ((CHECKPOINT, out, "--step=3"), "--step: not for"),
         ((LORA, out, "--base", CHECKPOINT), "--base: not for"),
-        ((LORA, tmp_path / "folder"), "a LoRA file ends in .safetensors"),
+        ((LORA, tmp_path / "folder"), "folder: weights are written as a safetensors file: name it"),
+        ((CHECKPOINT, tmp_path / "x.ckpt"), f"name it {tmp_path / 'x.safetensors'}"),
+        ((workdir, tmp_path / "folder"), f"name it {tmp_path / 'folder.safetensors'}"),
+        ((old, out), "old: is a folder of weights as an earlier version wrote it, which this"),
+        (("--inspect", old), "does not read; use the official file that it was made from"),
         ((workdir, out, "--step=8"), "no checkpoint 8 there"),
         ((workdir, out, "--lora", LORA), "convert it first, then merge"),
         ((LORA, LORA, out), "a LoRA file is converted alone, not with"),
@@ -406,82 +440,47 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
             (CHECKPOINT, out, "--extract-lora", SPLIT / "transformer.safetensors"),
             "is another transformer than " + f"{CHECKPOINT} (head_dim: 16 -> 20; ",
         ),
-        ((SPLIT, GOLDEN / "v2.5" / "upsampler_spatial.safetensors", out), "holds a video_vae, and"),
+        ((SPLIT, GOLDEN / "v2.5" / "upsampler_spatial.safetensors", out), "each have a video vae"),
     ):
         assert message in said(capsys, *arguments), message
         assert not out.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors", "old"]
 
 
 @pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("name", ["x.safetensors", "folder"])
-def test_a_command_that_is_ended_leaves_nothing(number, name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export.Export, "_as_listed", lambda *_: signal.raise_signal(number))
+def test_a_command_that_is_ended_leaves_nothing(number, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Writer, "copy", lambda *_: signal.raise_signal(number))
     before = signal.getsignal(number)
-    run(CHECKPOINT, tmp_path / name, code=130)
+    run(CHECKPOINT, tmp_path / "x.safetensors", code=130)
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(number) == before
 
 
 def test_a_destination_that_exists_is_left_alone(tmp_path, capsys):
-    out = tmp_path / "mine"
-    out.mkdir()
-    (out / "file").write_text("mine")
-    assert "mine: exists already" in said(capsys, CHECKPOINT, out)
-    assert (out / "file").read_text() == "mine"
+    out = tmp_path / "mine.safetensors"
+    out.write_text("mine")
+    assert "mine.safetensors: exists already" in said(capsys, CHECKPOINT, out)
+    assert out.read_text() == "mine"
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    for out in (tmp_path / "x.safetensors", tmp_path / "folder"):
-        assert "needs 0.0 GB" in said(capsys, CHECKPOINT, out)
+    assert "needs 0.0 GB" in said(capsys, CHECKPOINT, tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_folder_of_weights_is_named(tmp_path, capsys):
-    run(LORA.with_name("upsampler_spatial.safetensors"), tmp_path / "weights")
-    index = tmp_path / "weights" / "weights.json"
-    text = index.read_text()
-    for content, message in (
-        (text[:-2], "weights.json: damaged"),
-        (text.replace("weights.1", "weights.9"), "this version reads ltx2_jax.weights.1"),
-    ):
-        index.write_text(content)
-        assert message in said(capsys, tmp_path / "weights", tmp_path / "x.safetensors")
-    index.write_text(text)
-    run(CHECKPOINT, tmp_path / "full")
-    (tmp_path / "full" / "rest.safetensors").unlink()
-    error = said(capsys, tmp_path / "full", tmp_path / "x.safetensors")
-    assert "rest.safetensors: weights.json names tensors that are not there: vocoder.mel" in error
-    shutil.rmtree(tmp_path / "weights" / "upsampler")
-    assert "upsampler: is no checkpoint" in said(
-        capsys, tmp_path / "weights", tmp_path / "x.safetensors"
-    )
-
-
-def test_arrays_that_cannot_be_read_are_named_by_their_folder(tmp_path, capsys, monkeypatch):
-    def load_arrays(*_):
-        raise Exception("Encountered error\nat length")  # as Orbax raises it
-
-    run(LORA.with_name("upsampler_spatial.safetensors"), tmp_path / "weights")
-    monkeypatch.setattr(checkpoint, "load_arrays", load_arrays)
-    error = said(capsys, tmp_path / "weights", tmp_path / "x.safetensors")
-    assert "upsampler: cannot be read (Encountered error at length)" in error
 
 
 def test_weights_that_are_not_finite_are_warned_of(tmp_path, capsys):
     tensors = load_file(CHECKPOINT)
     tensors["model.diffusion_model.proj_out.bias"][0] = np.nan
     save_file(tensors, tmp_path / "nan.safetensors", metadata_of(CHECKPOINT))
-    run(tmp_path / "nan.safetensors", tmp_path / "weights")
+    run(tmp_path / "nan.safetensors", tmp_path / "wide.safetensors", "--dtype=float32")
     assert "convert: warning: NaN or infinity in proj_out.bias" in capsys.readouterr().err
 
 
 def test_of_a_run_only_the_networks_are_converted(workdir, tmp_path):
-    run(workdir, tmp_path / "weights")
-    with open_release(tmp_path / "weights") as release:
+    run(workdir, tmp_path / "run.safetensors")
+    with open_release(tmp_path / "run.safetensors") as release:
         assert set(release.networks) == {"transformer", "connectors"}

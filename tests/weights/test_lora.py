@@ -152,6 +152,57 @@ def test_every_key_style_is_the_same_adapter(style, tmp_path):
     assert same(Lora(targets), official)
 
 
+def renamed(module_name, *, sides="AB", alpha=None, ending=".weight"):
+    """The golden file with its modules and matrices called otherwise, and an alpha beside them."""
+    tensors = {}
+    for name, value in ORIGINAL.items():
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        stem = module_name(module)
+        tensors[f"{stem}.lora_{sides['AB'.index(part[0])]}{ending}"] = value
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = alpha
+    return tensors
+
+
+def under(module):
+    return module.replace(".", "_")
+
+
+SIDES = {"letters": "AB", "words": ("down", "up")}
+
+
+@pytest.mark.parametrize(
+    ("stem", "sides", "ending"),
+    [
+        (lambda m: m, "letters", ".weight"),
+        (lambda m: m, "letters", ""),
+        (lambda m: m, "letters", ".default.weight"),
+        (lambda m: f"transformer.{m}", "letters", ".default_0.weight"),
+        (lambda m: f"transformer.{m}", "letters", ".my-style.weight"),
+        (lambda m: f"transformer.{m}", "words", ".weight"),
+        (lambda m: f"diffusion_model.{m}", "words", ".weight"),
+        (lambda m: f"model.diffusion_model.{m}", "letters", ".weight"),
+        (lambda m: f"base_model.model.{m}", "letters", ".weight"),
+        (lambda m: f"base_model.model.diffusion_model.{m}", "letters", ".default.weight"),
+        (lambda m: f"base_model.model.transformer.{m}", "letters", ".weight"),
+        (lambda m: f"pipe.dit.{m}", "letters", ".default.weight"),
+        (lambda m: f"module._orig_mod.{m}", "letters", ".weight"),
+        (lambda m: f"lora_unet_{under(m)}", "words", ".weight"),
+        (lambda m: f"lora_unet_model_{under(m)}", "words", ".weight"),
+        (lambda m: f"lora_unet_diffusion_model_{under(m)}", "words", ".weight"),
+        (lambda m: f"lora_transformer_{under(m)}", "words", ".weight"),
+        (lambda m: f"lycoris_{under(m)}", "words", ".weight"),
+        (lambda m: f"transformer.{m.replace('patchify_proj', 'proj_in')}", "words", ".weight"),
+        (lambda m: f"lora_unet_{under(m.replace('patchify_proj', 'proj_in'))}", "words", ".weight"),
+    ],
+)
+def test_modules_are_known_by_whatever_stands_around_their_names(stem, sides, ending, tmp_path):
+    tensors = renamed(stem, sides=SIDES[sides], ending=ending)
+    assert len(tensors) == len(ORIGINAL)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert same(read_lora(tmp_path / "lora.safetensors"), read_lora(LORA))
+
+
 # ---- scales --------------------------------------------------------------------------------------
 
 TO_Q, TO_K = (f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k"))
@@ -208,6 +259,69 @@ def test_ranks_and_metadata_are_those_of_the_file():
     assert lora.ranks == {3}
     assert lora.metadata["reference_downscale_factor"] == "1"
     assert len(lora.targets) == len(ORIGINAL) / 2
+
+
+KINDS = ("int64", "int32", "uint8", "float16", "float32", "float64", ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: np.dtype(kind).name)
+def test_an_alpha_may_be_a_whole_number_or_short_and_have_an_axis(kind, shape, tmp_path):
+    alpha = np.full(shape, 6, kind)
+    tensors = renamed(lambda m: f"lora_unet_{under(m)}", sides=SIDES["words"], alpha=alpha)
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert set(scales_of(tmp_path / "x.safetensors").values()) == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("header", "scale"),
+    [
+        ({"lora_alpha": "6", "rank": "3"}, 2.0),
+        ({"network_alpha": "1.5"}, 0.5),
+        ({"alpha": "3"}, 1.0),
+        ({"lora_alpha": "6", "use_rslora": "True"}, 6 / 3**0.5),
+        ({"lora_alpha": "None", "network_alpha": "6"}, 2.0),
+        ({"rank": "3", "format": "pt"}, 1.0),
+        ({"lora_config": '{"r": 3, "lora_alpha": 6}'}, 2.0),
+        ({"lora_adapter_metadata": '{"lora_alpha": 6}', "lora_alpha": "60"}, 2.0),
+        # A network of another trainer's with the same alpha as rank.
+        ({"ss_network_alpha": "3", "ss_network_dim": "3"}, 1.0),
+        ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, 1.0),
+    ],
+)
+def test_an_alpha_that_is_in_the_header_alone_counts(header, scale, tmp_path):
+    save_file(ORIGINAL, tmp_path / "x.safetensors", header)
+    for found in scales_of(tmp_path / "x.safetensors").values():
+        assert found == pytest.approx(scale)
+    # Written again it is in the matrices, and in the header no more.
+    write_lora(tmp_path / "y.safetensors", read_lora(tmp_path / "x.safetensors"))
+    assert set(scales_of(tmp_path / "y.safetensors").values()) == {1.0}
+
+
+def test_an_alpha_beside_the_matrices_counts_before_that_of_the_header(tmp_path):
+    tensors = renamed(lambda m: f"{PREFIX}{m}", alpha=np.asarray(6))
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_alpha": "x", "ss_network_alpha": "60"})
+    assert set(scales_of(tmp_path / "x.safetensors").values()) == {2.0}
+
+
+def test_an_alpha_that_converters_leave_in_the_header_is_not_applied_twice(tmp_path):
+    save_file(
+        ORIGINAL, tmp_path / "x.safetensors", {"ss_network_alpha": "1", "ss_network_dim": "3"}
+    )
+    with pytest.warns(UserWarning, match=r"ss_network_alpha=1 at rank 3, but there is no alpha"):
+        assert set(scales_of(tmp_path / "x.safetensors").values()) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "my_style.safetensors"])
+def test_a_folder_with_one_lora_is_that_lora(name, tmp_path):
+    save_file(ORIGINAL, tmp_path / name)
+    assert same(read_lora(tmp_path), read_lora(LORA))
+    save_file(ORIGINAL, tmp_path / "another.safetensors")
+    if name.startswith("pytorch"):  # what diffusers wrote there
+        assert same(read_lora(tmp_path), read_lora(LORA))
+    else:
+        with pytest.raises(UserError, match=r"give one LoRA file; .*: another.*, my_style"):
+            read_lora(tmp_path)
 
 
 # ---- fusing --------------------------------------------------------------------------------------
@@ -408,6 +522,18 @@ def test_what_a_lora_file_cannot_be_is_said_by_name(tmp_path):
         ({f"{name}.hada_w1_a": np.zeros(2)}, "LoHa in a LoRA is not supported"),
         ({f"{name}.lokr_w1": np.zeros(2)}, "LoKr in a LoRA is not supported"),
         (pair | {f"{name}.dora_scale": np.zeros(2)}, "DoRA in a LoRA is not supported"),
+        (pair | {f"{name}.lora_magnitude_vector.weight": np.zeros(2)}, "DoRA in a LoRA is not sup"),
+        (pair | {f"{name}.lora_magnitude_vector": np.zeros(2)}, "DoRA in a LoRA is not supported"),
+        (pair | {f"{name}.oft_R.weight": np.zeros(2)}, "OFT in a LoRA is not supported"),
+        (pair | {f"{name}.lora_mid.weight": np.zeros(2)}, "LoCon in a LoRA is not supported"),
+        (pair | {f"{name}.diff": np.zeros(2)}, "a difference of whole weights in a LoRA"),
+        (pair | {f"{name}.lora_B.bias": np.zeros(2)}, "biases in a LoRA is not supported"),
+        (pair | {f"{name}.alpha": np.asarray(True)}, "alpha is stored as bool, not as a float"),
+        (pair | {f"{name}.alpha": np.asarray(np.nan)}, "NaN or infinity in diffusion_model"),
+        (
+            {k.replace(".weight", f".{a}.weight"): v for k, v in pair.items() for a in ("x", "y")},
+            "holds several adapters (x, y); save one of them alone",
+        ),
         (pair | {f"{name}.diff_b": np.zeros(2)}, "a difference of whole weights in a LoRA"),
         (pair | {"lora_te1_text_model.lora_up.weight": np.zeros(2)}, "tensors of no module of the"),
         (
@@ -456,10 +582,25 @@ def test_scales_that_are_none_are_refused(stored, message, tmp_path):
     )
 
 
-def test_parts_for_the_text_side_are_left_out_with_a_warning(tmp_path):
+def test_a_header_whose_alpha_is_no_number_is_refused(tmp_path):
+    for value in ("six", "inf"):
+        message = refused(tmp_path, ORIGINAL, {"lora_alpha": value})
+        assert "lora_alpha in its header is" in message
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        f"{PREFIX}video_embeddings_connector.transformer_1d_blocks.{{}}.attn1.to_q",
+        f"{PREFIX}connectors.audio_connector.transformer_blocks.{{}}.attn1.to_k",
+        "connectors.video_connector.transformer_blocks.{}.attn1.to_k",
+        "lora_unet_embeddings_connector_transformer_1d_blocks_{}_attn1_to_q",
+        "text_embedding_projection.{}.aggregate_embed",
+    ],
+)
+def test_parts_for_the_text_side_are_left_out_with_a_warning(module, tmp_path):
     more = {
-        f"{PREFIX}video_embeddings_connector.transformer_1d_blocks.{i}.attn1.to_q.lora_{x}.weight":
-            np.zeros((2, 2), np.float32)
+        f"{module.format(i)}.lora_{x}.weight": np.zeros((2, 2), np.float32)
         for i in range(2) for x in "AB"
     }  # fmt: skip
     path = tmp_path / "x.safetensors"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.transformer.config import PRESETS
 from ltx2_jax.sharding import make_mesh, spec_of
-from ltx2_jax.weights import export, mapping, versions
+from ltx2_jax.weights import export, mapping, report, versions
 from ltx2_jax.weights.names import transformer
 from ltx2_jax.weights.names.transformer import guessed_section, section_of, transformer_config
 from ltx2_jax.weights.networks import NETWORKS
@@ -192,9 +192,10 @@ def test_a_folder_is_all_of_its_files(tmp_path):
     with open_release(tmp_path) as release:
         assert set(release.networks) == {"transformer", "connectors", "gemma", "text_projection"}
     (tmp_path / "again.safetensors").write_bytes(PACK[0].read_bytes())
-    assert "holds a transformer, and so does" in refused(tmp_path).replace(
-        "connectors", "transformer"
-    )
+    message = "holds several models: again.safetensors, transformer.safetensors each have"
+    assert message in refused(tmp_path)
+    both = refused(tmp_path / "again.safetensors", PACK[0])
+    assert "holds a transformer, and so does" in both.replace("connectors", "transformer")
     (tmp_path / "empty").mkdir()
     assert "has no safetensors files" in refused(tmp_path / "empty")
 
@@ -309,8 +310,8 @@ def test_float8_is_scaled_up_block_by_block(suffix, rows, tmp_path):
         for i, module in zip((0, 2), modules, strict=True):
             np.testing.assert_array_equal(to_q[i], wanted[module].astype(to_q.dtype))
         np.testing.assert_array_equal(to_q[1], before.astype(to_q.dtype))
-    with open_release(path) as release:  # written, it is a plain bfloat16 file
-        export.of_release(release, raw=release.networks).write(tmp_path / "bf16.safetensors")
+    with open_release(path) as release:  # through the devices it becomes a plain bfloat16 file
+        export.of_release(release).write(tmp_path / "bf16.safetensors")
     out = load_file(tmp_path / "bf16.safetensors")
     assert set(out) == set(load_file(CHECKPOINT))
     assert metadata_of(tmp_path / "bf16.safetensors") == metadata_of(CHECKPOINT)
@@ -395,6 +396,70 @@ def test_an_absent_keyframe_embedding_is_zero(tmp_path):
     assert not params["video"]["keyframe"].any()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "`git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>log in</html>", "is a web page, not weights: download the file"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page, not weights"),
+        (b"GGUF" + bytes([3, 0, 0, 0, 9]), "is a GGUF file, which is not read: use a safetensors"),
+        (b"PK\x03\x04" + bytes(60), "is a zip archive or a file of torch.save"),
+        (b'{"weight_map": {"a": "b"}}', "is text (JSON), not weights: give the safetensors file"),
+        (b"", "is empty: download it again"),
+        (bytes(4096), "is filled with zeros from its start: the download did not finish"),
+        (CHECKPOINT.read_bytes()[:-7], "not a readable safetensors file (truncated: its tensors"),
+        # A header whose length begins like text is no text.
+        (b"<" + bytes(7) + b"x" * 60, "not a readable safetensors file (its header is not JSON)"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_told_what_it_is_and_what_to_do(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    error = refused(path)
+    assert error.startswith(f"{path}: ")
+    assert message in error
+
+
+def test_of_a_folder_with_several_models_one_file_is_asked_for(tmp_path):
+    names = ("ltx-dev.safetensors", "ltx-distilled.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes(CHECKPOINT.read_bytes())
+    (tmp_path / "upscaler.safetensors").write_bytes(
+        (GOLDEN / "v2.3" / "upsampler_spatial.safetensors").read_bytes()
+    )
+    (tmp_path / "lora.safetensors").write_bytes((GOLDEN / "v2.3" / "lora.safetensors").read_bytes())
+    assert refused(tmp_path) == (
+        f"{tmp_path}: holds several models: {', '.join(names)} each have a transformer; in place "
+        f"of the folder give one of them, such as {tmp_path / names[0]}"
+    )
+
+
+def test_a_downloaded_repository_with_parts_for_diffusers_is_its_checkpoint(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "vae").mkdir()
+    written(tmp_path / "vae" / "a.safetensors", {"x": np.zeros(2)})
+    index = {"weight_map": {"x": "a.safetensors"}}
+    (tmp_path / "vae" / "a.safetensors.index.json").write_text(json.dumps(index))
+    assert "is a model in the layout of diffusers, which is not read" in refused(tmp_path)
+    (tmp_path / "ltx.safetensors").write_bytes(CHECKPOINT.read_bytes())
+    fits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "mine.safetensors"]
+)
+def test_a_folder_with_a_lora_is_no_model(name, tmp_path):
+    (tmp_path / name).write_bytes((GOLDEN / "v2.3" / "lora.safetensors").read_bytes())
+    error = refused(tmp_path)
+    assert name in error
+    assert "not a model; merge it into one: python -m ltx2_jax.convert MODEL.safetensors" in error
+
+
+def test_a_folder_without_safetensors_files_says_what_it_has(tmp_path):
+    (tmp_path / "ltx-q4.gguf").write_bytes(b"GGUF")
+    assert "has no safetensors files (but ltx-q4.gguf, which is not read)" in refused(tmp_path)
+
+
 def test_files_of_something_else_are_told_what_they_are(tmp_path):
     path = tmp_path / "x.safetensors"
     assert "is a LoRA file" in refused(GOLDEN / "v2.3" / "lora.safetensors")
@@ -409,6 +474,30 @@ def test_files_of_something_else_are_told_what_they_are(tmp_path):
     assert "tensors of no known network: surprise.weight" in refused(
         written(path, more, metadata_of(PACK[4]))
     )
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize("network", ["video_vae", "audio_vae"])
+def test_half_an_autoencoder_is_read_for_what_it_is(network, half, tmp_path):
+    prefix = {"video_vae": "vae.", "audio_vae": "audio_vae."}[network]
+    mine = {k: v for k, v in load_file(CHECKPOINT).items() if k.startswith(prefix)}
+    tensors = {k: v for k, v in mine.items() if not k.startswith(f"{prefix}{half}.")}
+    assert len(tensors) < len(mine)
+    path = written(tmp_path / "x.safetensors", tensors, metadata_of(CHECKPOINT))
+    with open_release(path) as release, open_release(CHECKPOINT) as whole:
+        _, params = release.load(network)
+        want = whole.load(network)[1]
+        assert set(params) == set(want) - {half}
+        jax.tree.map(np.testing.assert_array_equal, params, {k: want[k] for k in params})
+        left = {"encoder": "decoder", "decoder": "encoder"}[half]
+        line = next(x for x in report.of_release(release).splitlines() if network in x)
+        assert line.endswith(f", {left}")
+        assert next(x for x in report.of_release(whole).splitlines() if network in x).endswith(
+            "encoder and decoder"
+        )
+    del tensors[next(k for k in tensors if f".{left}.conv_out" in k)]
+    path = written(tmp_path / "y.safetensors", tensors, metadata_of(CHECKPOINT))
+    assert f"missing {left}.conv_out" in refused(path)  # a half is whole or refused
 
 
 def test_a_network_that_is_not_there_is_named_beside_those_that_are():

@@ -43,6 +43,8 @@ class AudioVAEConfig:
     attention_resolutions: tuple[int, ...] = (8, 16, 32)
     middle_attention: bool = True
     mel: MelConfig = dataclasses.field(default_factory=MelConfig)
+    has_encoder: bool = True
+    has_decoder: bool = True
 
     @property
     def latent_bins(self) -> int:
@@ -244,8 +246,8 @@ class AudioVAE(nnx.Module):
 
     def __init__(self, config: AudioVAEConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs) if config.has_encoder else None
+        self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else None
         size = config.latent_channels * config.latent_bins
         self.mean = nnx.Param(jnp.zeros(size))
         self.std = nnx.Param(jnp.ones(size))

@@ -411,7 +411,7 @@ class VideoVAE(nnx.Module):
 def _draws(noise: Noise) -> Draw:
     if isinstance(noise, Array) and jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
         keys = (jax.random.fold_in(noise, i) for i in itertools.count())
-        return lambda shape: jax.random.normal(next(keys), shape)
+        return lambda shape: jax.random.normal(next(keys), shape, jnp.float32)
     given = iter(noise)
 
     def draw(shape: tuple[int, ...]) -> Array:

@@ -81,8 +81,10 @@ ASSERTED = {
 }
 
 
-def audio_vae_config(metadata: Mapping[str, Any]) -> AudioVAEConfig:
+def audio_vae_config(metadata: Mapping[str, Any], **overrides: Any) -> AudioVAEConfig:
     """The `audio_vae` section of a released file's config -> `AudioVAEConfig`.
+
+    `overrides` are our own fields: the halves that a file has.
 
     Raises:
       UserError: an asserted constant has another value; all of them are listed.
@@ -117,4 +119,4 @@ def audio_vae_config(metadata: Mapping[str, Any]) -> AudioVAEConfig:
         bins=bins,
         f_max=rate / 2,
     )
-    return AudioVAEConfig(**fields, mel=front_end)
+    return AudioVAEConfig(**(fields | overrides), mel=front_end)

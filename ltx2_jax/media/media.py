@@ -13,9 +13,11 @@ import html
 import io
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -23,20 +25,22 @@ import soundfile
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
+from ltx2_jax.media.clip_files import found
+from ltx2_jax.media.picture import to_rgb, with_colours
+from ltx2_jax.media.sound import SoundTrack, to_stereo
+from ltx2_jax.media.timing import FrameClock, paced, resampled
+from ltx2_jax.media.tracks import best_stream
 from ltx2_jax.models.codecs.resample import resample
 
 AAC_SAMPLE_RATES = (
     *(7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000),
     *(44100, 48000, 64000, 88200, 96000),
 )
-# Timestamps of some containers are rounded to milliseconds. Audio frames follow one another without
-# a seam unless their stamps disagree by more than this, which only a real gap does.
-AUDIO_GAP_SECONDS = 0.02
-SIDE_GAIN = 0.707  # -3 dB, of centre and surround channels in a down-mix
 # Titles and the like are not looked at, and may be in any encoding. PyAV >= 19 never minds.
 _ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 BT709 = 1  # the code of H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
+DEINTERLACED = "interlaced, with its fields made whole pictures (bwdif)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,15 @@ class Clip:
     """A picture track with its sound.
 
     video: uint8 [F, H, W, 3], RGB. fps: frames per second. audio: float32 [samples, channels] in
-    [-1, 1], or None for a silent medium (which is not the same as a track of zeros).
+    [-1, 1], or None for a silent medium (which is not the same as a track of zeros). notes: what
+    reading it had to do that the user should know, such as a conversion of colours.
     """
 
     video: np.ndarray
     fps: float
     audio: np.ndarray | None = None
     sample_rate: int = 16000
+    notes: tuple[str, ...] = ()
 
     @property
     def duration(self) -> float:
@@ -106,8 +112,13 @@ def read_clip(
     The sound comes back as stereo (see `to_stereo`), float32 [round(F / fps * sample_rate), 2],
     trimmed or padded with zeros; it is None where the file has no audio stream.
 
+    Pictures are as they are meant to be seen: upright, of square pixels, with whole pictures made
+    of fields, in SDR and BT.709 (`ltx2_jax.media.colour`). Of several tracks, the film's
+    (`ltx2_jax.media.tracks`). The clip's notes say what was done.
+
     Raises UserError, naming the file, when it is missing, unreadable, has no video stream, no
-    frames, fewer frames than asked for, or, with fps None, frames that do not keep to its rate.
+    frames, fewer frames than asked for, timestamps that run backwards or leave a hole, colours that
+    no rule turns into SDR, or, with fps None, frames that do not keep to its rate.
     """
     path = Path(path)
     if (height is None) != (width is None):
@@ -119,54 +130,27 @@ def read_clip(
         if value is not None and not value > 0:
             raise UserError(f"{path}: {name} must be positive, not {value}")
     size = None if height is None else (height, width)
+    notes: set[str] = set()
     with _opened(path) as container:
-        if not container.streams.video:
-            raise UserError(f"{path}: the file has no video stream")
-        video, start, rate = _decode_video(container, num_frames, size, fps)
-    if len(video) == 0:
-        raise UserError(f"{path}: the video stream has no frames")
-    if num_frames is not None and len(video) < num_frames:
-        at = f" at {fps:g} fps" if fps is not None else ""
-        raise UserError(f"{path}: {num_frames} frames wanted, but it has only {len(video)}{at}")
-    if not rate > 0:
-        raise UserError(f"{path}: the file does not say its frame rate; convert it to mp4 first")
+        video, start, rate = _decode_video(container, num_frames, size, fps, notes)
+        if len(video) == 0:
+            raise UserError("the video stream has no frames")
+        if num_frames is not None and len(video) < num_frames:
+            at = f" at {fps:g} fps" if fps is not None else ""
+            raise UserError(f"{num_frames} frames wanted, but it has only {len(video)}{at}")
+        if not rate > 0:
+            raise UserError("the file does not say its frame rate; convert it to mp4 first")
     duration = len(video) / rate
     audio, source_rate = None, sample_rate or 16000
     with _opened(path) as container:
         if container.streams.audio:
-            audio, source_rate = _decode_audio(container, start, duration)
+            audio, source_rate = _decode_audio(container, start, duration, notes)
     if audio is not None:
         if sample_rate is not None:
             audio = resample(audio, source_rate, sample_rate)
             source_rate = sample_rate
         audio = _fit_length(audio, round(duration * source_rate))
-    return Clip(video=video, fps=rate, audio=audio, sample_rate=source_rate)
-
-
-def to_stereo(
-    audio: np.ndarray,  # [samples, channels]
-    layout: str = "",
-) -> np.ndarray:
-    """Any channel layout to two channels: float32 [samples, 2].
-
-    Mono is duplicated. 5.1 and 7.1 (libav's order L R C LFE and then pairs of surrounds) keep left
-    and right, add centre and the surrounds of their side at 0.707, drop the low-frequency channel
-    and are divided by the sum of gains, 2.414 and 3.121. Six or eight channels that the file does
-    not name are taken to be these. Every other layout is averaged into both channels. The same
-    rules as the official trainer's audio preprocessing, which goes by the number alone.
-    """
-    channels = audio.shape[1]
-    family = layout.partition("(")[0]
-    if channels == 2:
-        return audio.astype(np.float32)
-    surround = {6: "5.1", 8: "7.1"}.get(channels)
-    if surround and family in (surround, "", f"{channels} channels"):
-        sides = [audio[:, side::2][:, 2:].sum(axis=1) for side in (0, 1)]
-        centre = audio[:, 2]
-        norm = 1.0 + SIDE_GAIN * (channels // 2 - 1)
-        mixed = [(audio[:, i] + SIDE_GAIN * (centre + sides[i])) / norm for i in (0, 1)]
-        return np.stack(mixed, axis=1).astype(np.float32)
-    return np.repeat(audio.mean(axis=1, keepdims=True), 2, axis=1).astype(np.float32)
+    return Clip(video, rate, audio, source_rate, tuple(sorted(notes)))
 
 
 def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
@@ -175,10 +159,14 @@ def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[n
     Raises UserError when the file is missing or unreadable.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        file = found(path)
+        if not file.is_file():
+            raise UserError("no such file")
+        # In full, because "-" would be the standard input.
+        audio, rate = soundfile.read(file.absolute(), dtype="float32", always_2d=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"{path}: not a readable sound file ({reason(error)})") from None
     if sample_rate is not None:
@@ -197,7 +185,7 @@ def write_mp4(path: str | os.PathLike, clip: Clip, *, crf: int = 18) -> None:
     not mono or stereo or not finite, and a file that cannot be written.
     """
     with replacing(path, av.error.FFmpegError) as temporary:
-        _mux(str(temporary), clip, [], crf=crf, name=str(path))
+        _mux(_url(temporary), clip, [], crf=crf, name=str(path))
 
 
 def stream_mp4(
@@ -221,7 +209,7 @@ def stream_mp4(
     rest = itertools.chain(iter([first[1:]]), chunks)
     del first
     with replacing(path, av.error.FFmpegError) as temporary:
-        _mux(str(temporary), clip, rest, crf=crf, name=str(path))
+        _mux(_url(temporary), clip, rest, crf=crf, name=str(path))
 
 
 def write_wav(
@@ -245,26 +233,28 @@ def write_wav(
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """An open container; whatever is found wrong inside the block becomes a UserError."""
+    """An open container; whatever is found wrong inside the block becomes a UserError.
+
+    The block's own UserErrors get the path in front.
+    """
     _quiet()
     try:
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, not a video file")
-        with av.open(str(path), **_ANY_TITLE) as container:
+        file = found(path)
+        if file.is_dir():
+            raise UserError("is a folder, not a video file")
+        with av.open(_url(file), **_ANY_TITLE) as container:
             yield container
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     # Not only libav's errors: PyAV refuses sound that changes its format on the way, for one. A bad
     # clip among thousands must not end the work on all.
     except Exception as error:
         raise UserError(f"{path}: not a readable video file ({reason(error)})") from None
 
 
-def _check_codec(stream: av.stream.Stream) -> None:
-    if stream.codec_context is None:
-        raise ValueError(f"this libav has no decoder for its {stream.type}")
+def _url(path: str | os.PathLike) -> str:
+    """A path as libav takes it; without the scheme, a colon in a name would end one."""
+    return f"file:{os.fspath(path)}"
 
 
 def _decode_video(
@@ -272,100 +262,126 @@ def _decode_video(
     num_frames: int | None,
     size: tuple[int, int] | None,
     fps: float | None,
+    notes: set[str],
 ) -> tuple[np.ndarray, float, float]:
     """-> uint8 [F, H, W, 3], the first frame's time in seconds, the output's frames per second."""
-    stream = container.streams.video[0]
-    _check_codec(stream)
+    stream = best_stream(container, "video")
+    if stream is None:
+        cover = " but its cover" if container.streams.video else ""
+        raise UserError(f"the file has no video stream{cover}")
     if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
         stream.thread_type = "AUTO"  # for small pictures, starting threads takes longer
-    source_rate = float(stream.average_rate or stream.guessed_rate or 0)
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
     limit = float("inf") if num_frames is None else num_frames
+    clock, frames = FrameClock(rate), _pictures(container, stream, notes)
+    if fps is None:
+        chosen = paced(frames, clock, rate, limit)
+    else:
+        chosen = resampled(frames, clock, rate, fps, limit)
     images: list[np.ndarray] = []
-    start, previous_time, previous = 0.0, 0.0, None
-
-    def take_until(time: float) -> None:
-        """Emits the frame before for the output times that lie before `time`."""
-        if previous is None or len(images) >= limit or len(images) / fps >= time:
-            return
-        image = _to_rgb(previous, size)
-        while len(images) < limit and len(images) / fps < time:
-            images.append(image)
-
-    for index, frame in enumerate(container.decode(stream)):
-        if frame.time is None and not source_rate:
-            break  # nothing dates this stream; the caller names the file
-        time = index / source_rate if frame.time is None else frame.time
-        if index == 0:
-            start = time
-        time -= start
-        if fps is None:
-            if source_rate and abs(time * source_rate - index) > 0.5:
-                raise UserError(
-                    f"{container.name}: its frames do not keep to {source_rate:g} per second: "
-                    f"number {index} is at {time:.2f} s, not {index / source_rate:.2f} s; give "
-                    "one frame rate for all (--fps)"
-                )
-            images.append(_to_rgb(frame, size))
-        else:
-            take_until((previous_time + time) / 2)
-        previous, previous_time = frame, time
-        if len(images) >= limit:
-            break
-    if fps is not None:
-        # A hair less than the end, so that rounding does not add one frame to an exact length.
-        take_until(previous_time + 1 / (source_rate or fps) - 1e-6)
+    for frame, count in chosen:
+        image, note = to_rgb(frame, size, stream.sample_aspect_ratio)
+        notes.update({note} - {None})
+        images += [image] * count
+    if len({image.shape for image in images}) > 1:
+        raise UserError("its pictures change their size on the way; give one (height and width)")
     video = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
-    return video, start, fps if fps is not None else source_rate
+    return video, clock.start or 0.0, rate if fps is None else fps
 
 
-def _to_rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W, 3], upright; with a size, scaled to cover it and cropped in the middle."""
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # PyAV 14.0 does not tell it
-    if size is None:
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    height, width = size
-    frame_height, frame_width = frame.height, frame.width
-    if turns % 2:
-        frame_height, frame_width = frame_width, frame_height
-    scale = max(height / frame_height, width / frame_width)
-    full = max(height, round(frame_height * scale)), max(width, round(frame_width * scale))
-    scaled_height, scaled_width = full[::-1] if turns % 2 else full
-    scaled = frame.reformat(
-        width=scaled_width, height=scaled_height, format="rgb24", interpolation="BICUBIC"
-    )
-    image = np.rot90(scaled.to_ndarray(), turns)
-    top, left = (full[0] - height) // 2, (full[1] - width) // 2
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+def _pictures(
+    container: av.container.InputContainer, stream: av.VideoStream, notes: set[str]
+) -> Iterator[tuple[float | None, av.VideoFrame]]:
+    """(timestamp, frame) in the order of time. An empty packet shows the frame before again."""
+    again: deque[float] = deque()
+    last: tuple[float | None, av.VideoFrame] | None = None
+    decoded = with_colours(_decoded(container, stream, again), stream.codec_context)
+    for frame in _deinterlaced(decoded, notes):
+        while again and frame.time is not None and again[0] < frame.time:
+            time = again.popleft()
+            if last is not None and (last[0] is None or time > last[0]):
+                last = time, last[1]
+                yield last
+        last = frame.time, frame
+        yield last
+    while last is not None and again:
+        time = again.popleft()
+        if last[0] is None or time > last[0]:
+            last = time, last[1]
+            yield last
+
+
+def _decoded(
+    container: av.container.InputContainer, stream: Any, empty: deque[float] | None = None
+) -> Iterator[Any]:
+    """Frames of one stream, decoded; the times of packets that hold nothing go to `empty`.
+
+    libav takes such a packet for the end. Theora and AVI have them within a film, for a picture
+    that does not change.
+    """
+    last = None
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from packet.decode()
+            continue
+        last = packet
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if empty is not None and stamp is not None:
+            empty.append(float(stamp * packet.time_base))
+    if last is not None:
+        yield from last.decode()  # PyAV ends with an empty packet, which is meant as the end
+
+
+def _deinterlaced(frames: Iterable[av.VideoFrame], notes: set[str]) -> Iterator[av.VideoFrame]:
+    """The frames; from the first interlaced one on through libav's bwdif, one for every frame."""
+    graph = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            notes.add(DEINTERLACED)
+            graph = av.filter.Graph()
+            bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+            source = graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base,
+            )
+            graph.link_nodes(source, bwdif, graph.add("buffersink"))
+            graph.configure()
+        if graph is None:
+            yield frame
+            continue
+        graph.vpush(frame)
+        yield from _drained(graph)
+    if graph is not None:
+        graph.vpush(None)
+        yield from _drained(graph)
+
+
+def _drained(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+        while True:
+            yield graph.vpull()
 
 
 def _decode_audio(
-    container: av.container.InputContainer, start: float, duration: float
+    container: av.container.InputContainer, start: float, duration: float, notes: set[str]
 ) -> tuple[np.ndarray, int]:
     """-> float32 [samples, 2] from `start` on, a little longer than `duration`; its sample rate."""
-    stream = container.streams.audio[0]
-    _check_codec(stream)
+    stream = best_stream(container, "audio", related=best_stream(container, "video"))
     rate = int(stream.codec_context.sample_rate)
     # Interleaved, because PyAV 18 reads past the planes of a planar frame of eight channels.
     to_float = av.AudioResampler(format="flt")
-    # The resampler's filter looks ahead; a few more samples keep the end as it is in the file.
-    length = round(duration * rate) + 256
-    track, position = np.zeros((length, 2), np.float32), None
-    for decoded in container.decode(stream):
+    track = SoundTrack(rate, duration)
+    for decoded in _decoded(container, stream):
         for frame in to_float.resample(decoded):
             interleaved = frame.to_ndarray().reshape(frame.samples, -1)
-            samples = to_stereo(interleaved, frame.layout.name)
-            if decoded.time is not None:
-                stamped = round((decoded.time - start) * rate)
-                if position is None or abs(stamped - position) > AUDIO_GAP_SECONDS * rate:
-                    position = stamped
-            position = position or 0
-            begin, end = max(position, 0), min(position + len(samples), length)
-            if begin < end:
-                track[begin:end] = samples[begin - position : end - position]
-            position += len(samples)
-        if position is not None and position >= length:
+            time = None if decoded.time is None else decoded.time - start
+            track.place(to_stereo(interleaved, frame.layout.name), time)
+        if track.full:
             break
-    return track, rate
+    notes.update({track.note} - {None})
+    return track.samples, rate
 
 
 # ---------------------------------------------------------------- encoding
