@@ -56,8 +56,8 @@ class Run:
         self.broken = {}  # step -> weight in place of it
         self.stop_at = None
 
-    def make_train_step(self, config, strides, *_, **__):
-        self.strides = strides
+    def make_train_step(self, config, strides, clock, *_, **__):
+        self.of_codec = strides, clock
         return self.step
 
     def step(self, state, batch, null_text):
@@ -72,7 +72,7 @@ class Run:
     def __call__(self, start=0, **changes):
         config = tiny.config(workdir=str(self.folder), **changes)
         codec, records = MagicMock(), MagicMock()
-        codec.video.strides = (4, 8, 8)
+        codec.video.strides, codec.audio.clock = "strides", "clock"
         records.empty_caption.return_value = {"text_mask": np.array([False, True])}
 
         def examples(config, records, mesh, start):
@@ -115,7 +115,7 @@ def test_every_step_takes_its_batch_and_is_logged_once(run, start):
     for _, rows, mask in run.taken:
         assert rows == 8
         np.testing.assert_array_equal(mask, [False, True])  # of the empty caption
-    assert run.strides == (4, 8, 8)
+    assert run.of_codec == ("strides", "clock")
     assert [row["step"] for row in run.rows] == list(range(start + 1, 6))
     for row in run.rows:
         assert row["loss"] == 0.5 * row["step"]
@@ -321,7 +321,7 @@ def schema(**changes):
         "audio_text": np.zeros((16, 16)),
         "text_mask": np.zeros(16, bool),
     } | changes.pop("fields", {})
-    values = dict.fromkeys(("generation", "codec_hash", "text_encoder_hash"), "")
+    values = {"generation": "linear", "codec_hash": "", "text_encoder_hash": ""}
     values |= {"codec": "codec.safetensors", "text_encoder": "text_encoder.safetensors"}
     values |= {"text": "features", "text_generation": "random"}
     values |= {"num_frames": 9, "height": 24, "width": 16, "fps": 8.0}
@@ -414,6 +414,7 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
         ({"fields": {"audio_text": None}}, r"video_text is \(16, 24\), \(16, 16\)"),
         ({"fields": {"text_mask": np.zeros(15)}}, "text_mask is"),
         ({"text_generation": "2.3"}, "text_generation is '2.3'"),
+        ({"generation": "2.3"}, "latents are those of '2.3'"),
         ({"text": "ids"}, "text is 'ids'"),
     ],
 )

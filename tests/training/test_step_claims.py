@@ -11,6 +11,7 @@ from scipy.special import expit
 from scipy.stats import kstest
 
 from ltx2_jax.config import FlowConfig, OptimConfig
+from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import objective, step
 from ltx2_jax.training.state import all_finite, learning_rate, optimizer, state_of
@@ -20,8 +21,8 @@ def config(flow=None, **optim):
     return tiny.config(flow=flow or FlowConfig(), optim=OptimConfig(**optim))
 
 
-def draws(config, batch, seed=0):
-    return objective.draw(jax.random.key(seed), batch, config, tiny.STRIDES)
+def draws(config, batch, seed=0, **clock):
+    return objective.draw(jax.random.key(seed), batch, config, tiny.STRIDES, **clock)
 
 
 # ------------------------------------------------------------------------------------ what is drawn
@@ -97,15 +98,15 @@ def test_all_noise_levels_are_uniform_if_asked():
         assert kstest(np.asarray(drawn[name].sigma), "uniform").pvalue > 1e-3
 
 
-def test_tokens_lie_where_the_frame_rate_and_the_strides_put_them():
+def test_tokens_lie_where_the_frame_rate_the_strides_and_the_clock_put_them():
     batch = tiny.batch(2)  # 12.5 and 24 frames a second, latents of 2 x 2 x 4, strides 4, 8, 8
-    drawn = draws(config(), batch)
+    drawn = draws(config(), batch, clock=CLOCK)
     positions = np.asarray(drawn["video"].positions)  # [B, 3, T, 2]
     for row, fps in zip(positions, (12.5, 24.0), strict=True):
         np.testing.assert_allclose(row[0, [0, 15]], [[0, 1 / fps], [1 / fps, 5 / fps]], rtol=1e-6)
         np.testing.assert_array_equal(row[1:, 15], [[8, 16], [24, 32]])
     seconds = np.asarray(drawn["audio"].positions)[0, 0]
-    np.testing.assert_allclose(seconds[:2], [[0, 0.01], [0.01, 0.05]], rtol=1e-6)
+    np.testing.assert_allclose(seconds[:2], [[0, 0.025], [0.025, 0.075]], rtol=1e-6)
     assert len(seconds) == 5
 
 
@@ -230,6 +231,7 @@ def test_captions_are_emptied_in_all_fields_of_the_rows_drawn_and_in_no_other(mi
 
 # --------------------------------------------------------------------------------- the whole step
 
+CLOCK = AudioClock(sample_rate=8000, hop=200, downsample=2)
 GRADIENT = {"layer": {"weight": jnp.array([3.0, 0.0, -4.0]), "bias": jnp.array([12.0])}}
 START = {"layer": {"weight": jnp.array([1.0, 2.0, 3.0]), "bias": jnp.array([4.0])}}
 
@@ -258,7 +260,7 @@ def trained(monkeypatch):
         monkeypatch.setattr(step.ltx2, "graph", lambda *_: None)
         monkeypatch.setattr(step.nnx, "merge", lambda _, params: params)
         monkeypatch.setattr(step, "loss", loss)
-        one = step.make_train_step(config, tiny.STRIDES)
+        one = step.make_train_step(config, (4, 8, 16), CLOCK)
         state = state or state_of(jax.tree.map(jnp.copy, START), config)
         metrics = []
         for _ in range(steps):
@@ -284,6 +286,16 @@ def test_what_a_step_draws_is_a_function_of_the_seed_and_its_number(trained):
         values = [float(metrics[name]) for metrics in (*first, elsewhere)]
         assert len(set(values)) == 4, (name, values)
         assert again[name] == first[2][name]
+
+
+def test_a_step_knows_where_the_codec_puts_tokens(trained):
+    def ends(params, batch, drawn, *_, **__):
+        picture, sound = (drawn[name].positions[0, :, -1, 1] for name in ("video", "audio"))
+        values = jnp.concatenate([picture, sound])  # seconds, rows, columns; seconds
+        return push(params), zero_sums(video_quarter=values, video_count=jnp.ones(4))
+
+    _, (metrics,) = trained(config(), ends)
+    np.testing.assert_allclose(metrics["video_loss_quarters"], [5 / 12.5, 16, 64, 0.225], rtol=1e-6)
 
 
 def test_a_step_reports_its_loss_means_and_the_norm_before_clipping(trained):
