@@ -18,13 +18,13 @@ from ltx2_jax.diffusion.sampler import Latents
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models.transformer.streams import Keep
-from ltx2_jax.sampling import pipeline, programs
+from ltx2_jax.sampling import output, pipeline, programs
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.training.objective import draw
 
 # 2 x 2 x 4 video latents and 5 audio latents of 2 bins.
-REQUEST = pipeline.Request((2, 2, 4), 5, 2, tiny.STRIDES, 12.5, guided=False)
+REQUEST = programs.Request((2, 2, 4), 5, 2, tiny.STRIDES, 12.5)
 KEY = jax.random.key(3)
 
 
@@ -62,7 +62,7 @@ class Transformer:
 
 
 def noise(rows, key=KEY, **sizes):
-    return pipeline.noise(Model(**sizes), REQUEST, jnp.asarray(rows), key)
+    return programs.noise(Model(**sizes), REQUEST, jnp.asarray(rows), key)
 
 
 def test_every_clip_starts_from_noise_of_its_own_number_whatever_it_is_batched_with():
@@ -95,7 +95,7 @@ def test_the_network_gets_each_stream_with_its_latents_text_and_places():
         REQUEST, audio_clock=AudioClock(sample_rate=8000, hop=200, downsample=2)
     )
     x, sigma = noise([0, 1]), jnp.asarray([0.5, 0.25])
-    velocity = pipeline.network(model, request, given)(x, sigma)
+    velocity = programs.network(model, request, given)(x, sigma)
     np.testing.assert_array_equal(velocity.video, 2 * x.video)
     np.testing.assert_array_equal(velocity.audio, 3 * x.audio)
     network = model.transformer
@@ -124,13 +124,13 @@ def test_sampling_and_training_put_tokens_in_the_same_places():
     batch = {k: v[:1] for k, v in tiny.batch().items()}  # at 12.5 frames a second
     drawn = draw(KEY, batch, tiny.config(), tiny.STRIDES)
     for modality, name in zip(
-        pipeline.modalities(Model(), REQUEST, text(1)), ("video", "audio"), strict=True
+        programs.modalities(Model(), REQUEST, text(1)), ("video", "audio"), strict=True
     ):
         np.testing.assert_array_equal(modality.positions, drawn[name].positions)
 
 
 def test_models_without_the_embedding_get_no_keyframes():
-    video, audio = pipeline.modalities(Model(keyframes=False), REQUEST, text())
+    video, audio = programs.modalities(Model(keyframes=False), REQUEST, text())
     assert video.keyframes_mask is audio.keyframes_mask is None
 
 
@@ -147,7 +147,7 @@ def test_what_a_pass_keeps_is_told_layer_by_layer():
     assert alone.audio_self.all()
     rows = {name: jnp.asarray([[True, False], [True, True], [False, True]]) for name in vars(keep)}
     model = Model()
-    pipeline.network(model, REQUEST, text(3), Keep(**rows))(noise([0, 1, 2]), jnp.ones(3))
+    programs.network(model, REQUEST, text(3), Keep(**rows))(noise([0, 1, 2]), jnp.ones(3))
     for mask in jax.tree.leaves(model.transformer.keep):  # the network wants layers first
         np.testing.assert_array_equal(mask, [[True, True, False], [False, True, True]])
 
@@ -167,13 +167,13 @@ def test_the_released_passes_are_of_no_prompt_of_block_28_and_of_streams_apart()
 def steady(monkeypatch):
     """Velocities that are the numbers in the text: a step from 1 to 0 takes them from the noise."""
     model = Model()
-    monkeypatch.setattr(pipeline.nnx, "merge", lambda *_: model)
+    monkeypatch.setattr(programs.nnx, "merge", lambda *_: model)
 
     def network(model, request, text, keep=None):
         video, audio = (text[name][:, :1, None] for name in ("video_text", "audio_text"))
         return lambda x, sigma: Latents(video + 0 * x.video, audio + 0 * x.audio)
 
-    monkeypatch.setattr(pipeline, "network", network)
+    monkeypatch.setattr(programs, "network", network)
     return model
 
 
@@ -193,41 +193,33 @@ def taken(clean, rows):
         np.testing.assert_allclose(difference, difference[:, :1, :1] + 0 * difference, atol=1e-4)
 
 
-def generated(scales, rows=(5, 2), **request):
-    clean = pipeline.generate(
-        None, PROMPTS, EMPTY, jnp.asarray(rows), KEY, jnp.asarray([1.0, 0.0]),
-        tuple(map(jnp.float32, scales)), graphdef=None,
-        request=dataclasses.replace(REQUEST, **request),
+def generated(*strengths, passes=(programs.EMPTY_CAPTION,), rows=(5, 2)):
+    clean = programs.sample(
+        None, (PROMPTS, EMPTY), jnp.asarray(rows), KEY, jnp.asarray([1.0, 0.0]),
+        strengths, graphdef=None, request=REQUEST, passes=passes,
     )  # fmt: skip
     assert [x.shape for x in clean] == [(2, 2, 2, 4, 8), (2, 5, 2, 8)]
     return list(taken(clean, rows))
 
 
 def test_picture_and_sound_are_guided_away_from_no_prompt_each_by_its_scale(steady):
-    video, audio = generated((3.0, 7.0), guided=True)
+    video, audio = generated((2.0, 6.0))
     np.testing.assert_allclose(video, [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)], atol=1e-4)
     np.testing.assert_allclose(audio, [20 + 7 * (3 - 20), 20 + 7 * (4 - 20)], atol=1e-4)
 
 
 def test_without_guidance_there_is_the_prompt_alone(steady):
-    video, audio = generated((3.0, 7.0), guided=False)
+    video, audio = generated(passes=())
     np.testing.assert_allclose(video, [1, 2], atol=1e-4)
     np.testing.assert_allclose(audio, [3, 4], atol=1e-4)
 
 
 @pytest.mark.usefixtures("steady")
 def test_other_passes_add_what_they_differ_by_each_with_its_strengths():
-    def sampled(passes, *strengths):
-        clean = programs.sample(
-            None, (PROMPTS, EMPTY), jnp.asarray([5, 2]), KEY, jnp.asarray([1.0, 0.0]),
-            tuple(strengths), graphdef=None, request=REQUEST, passes=passes,
-        )  # fmt: skip
-        return list(taken(clean, [5, 2]))
-
-    video, audio = sampled(())
-    np.testing.assert_allclose([video, audio], [[1, 2], [3, 4]], atol=1e-4)
     passes = (programs.Pass(skipped=(0,)), programs.EMPTY_CAPTION)
-    video, audio = sampled(passes, (9.0, 9.0), (2.0, 6.0))  # the first sees the prompt as well
+    video, audio = generated(
+        (9.0, 9.0), (2.0, 6.0), passes=passes
+    )  # the first sees the prompt as well
     np.testing.assert_allclose(video, [1 + 2 * (1 - 10), 2 + 2 * (2 - 10)], atol=1e-4)
     np.testing.assert_allclose(audio, [3 + 6 * (3 - 20), 4 + 6 * (4 - 20)], atol=1e-4)
 
@@ -263,16 +255,18 @@ def piped(monkeypatch):
     def make(encoder=None, mesh=None, sample=None):
         calls = []
 
-        def program(params, text, null_text, rows, key, sigmas, scales, *, graphdef, request):
+        def program(params, texts, rows, key, sigmas, strengths, *, graphdef, request, passes):
+            text, null_text = texts
             fields = dict(text=text, null=null_text, rows=rows, key=key, sigmas=sigmas)
-            calls.append(SimpleNamespace(**fields, scales=scales, request=request, params=params))
+            fields |= {"strengths": strengths, "passes": passes}
+            calls.append(SimpleNamespace(**fields, request=request, params=params))
             return text["video_text"][:, 0, 0], np.asarray(rows)
 
         codec = MagicMock()
         codec.video.strides, codec.audio.bins = tiny.STRIDES, 2
         codec.audio.latents_per_second = 20
         monkeypatch.setattr(pipeline.ltx2, "graph", lambda config: "graph")
-        monkeypatch.setattr(pipeline, "make_generate", lambda: program)
+        monkeypatch.setattr(pipeline, "make_sampler", lambda: program)
         config = tiny.config(sample=sample or SampleConfig(batch_size=2))
         size = pipeline.ClipSize(5, 16, 32, 12.5)  # 2 x 2 x 4 latents
         pipe = pipeline.Pipeline(config, "weights", codec, encoder or Encoder(), size, mesh)
@@ -331,8 +325,8 @@ def test_settings_reach_the_program_and_may_be_replaced_for_a_call(piped):
     list(pipe.latents(["a"])), list(pipe.latents(["a"], sample=other))
     ours, theirs = calls
     assert (ours.key, theirs.key) == (jax.random.key(7), jax.random.key(8))
-    assert ours.scales == (2.0, 7.0)  # video, audio
-    assert theirs.scales == (3.0, 5.0)
+    assert ours.strengths == ((1.0, 6.0),)  # one below the scales of video and audio
+    assert theirs.strengths == ((2.0, 4.0),)
     np.testing.assert_array_equal(ours.sigmas, schedules.ltx2_sigmas(4, tokens=16))
     np.testing.assert_array_equal(theirs.sigmas, np.float32(schedules.DISTILLED_SIGMAS))
 
@@ -356,7 +350,7 @@ def test_a_second_pass_is_made_unless_both_scales_are_one(piped, guidance, guide
     pipe, calls = piped()
     sample = SampleConfig(video_guidance=guidance[0], audio_guidance=guidance[1])
     list(pipe.latents(["a"], sample=sample))
-    assert calls[0].request.guided == guided
+    assert calls[0].passes == ((programs.EMPTY_CAPTION,) if guided else ())
 
 
 def test_a_text_encoder_behind_a_cache_is_freed_before_the_clips_are_made(piped):
@@ -436,10 +430,10 @@ def test_clips_are_written_with_their_prompts_and_the_first_are_shown(monkeypatc
     def sheet(path, clips, prompts, title):
         shown.update(path=path, clips=list(clips), prompts=list(prompts))
 
-    monkeypatch.setattr(pipeline, "contact_sheet", sheet)
+    monkeypatch.setattr(output, "contact_sheet", sheet)
     clips = [Clip(np.full((1, 2, 300, 3), i, np.uint8), 8.0) for i in range(5)]
     prompts = ["one, two", "b", "c", "d", 'say "e"']
-    pipeline.write_clips(clips, prompts, tmp_path)
+    output.write_clips(clips, prompts, tmp_path)
     table = (tmp_path / "samples" / "captions.csv").read_text()
     assert table.splitlines()[:2] == ["video,caption", '000.mp4,"one, two"']
     assert table.splitlines()[-1] == '004.mp4,"say ""e"""'
@@ -453,10 +447,10 @@ def test_clips_are_written_with_their_prompts_and_the_first_are_shown(monkeypatc
 def test_small_clips_are_enlarged_pixel_by_pixel_and_large_ones_are_not():
     video = np.arange(2 * 100 * 120 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 100, 120, 3)
     clip = Clip(video, 8.0, np.zeros((4, 2), np.float32), 16000)
-    large = pipeline.enlarged(clip)
+    large = output.enlarged(clip)
     assert large.video.shape == (2, 200, 240, 3)
     for row in (0, 1):
         for column in (0, 1):
             np.testing.assert_array_equal(large.video[:, row::2, column::2], video)
     assert (large.fps, large.sample_rate) == (8.0, 16000)
-    np.testing.assert_array_equal(pipeline.enlarged(clip, shortest=90).video, video)
+    np.testing.assert_array_equal(output.enlarged(clip, shortest=90).video, video)

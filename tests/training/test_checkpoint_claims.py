@@ -34,13 +34,20 @@ def changed(config, path, value):
         ("data.synthetic.num_clips", 5),
         ("data.codec.griffin_lim_iterations", 3),
         ("optim.ema_decay", None),
-        ("init_from", "weights"),
     ],
 )
 def test_a_run_does_not_go_on_with_another(path, value, tmp_path):
     ours = get_config()
     with pytest.raises(UserError, match=f"another config .*{path}"):
         checks.check_same_run(changed(ours, path, value), ours, tmp_path)
+
+
+def test_a_run_from_given_weights_goes_on_without_them_or_with_the_same_alone(tmp_path):
+    ours = changed(get_config(), "init_from", "weights")
+    for same in (ours, get_config()):
+        checks.check_same_run(same, ours, tmp_path)
+    with pytest.raises(UserError, match=r"init_from: 'weights' -> 'others'"):
+        checks.check_same_run(changed(ours, "init_from", "others"), ours, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -266,15 +266,21 @@ def test_a_run_goes_on_from_the_newest_checkpoint_and_its_own_dataset(
 
 def test_a_state_is_restored_or_begins_with_given_weights_or_with_fresh_ones(monkeypatch):
     config, mesh = tiny.config(), one_device()
-    disk = SimpleNamespace(restore=lambda step, abstract: ("restored", step, abstract))
+    stored = config
+    disk = SimpleNamespace(
+        restore=lambda step, abstract: ("restored", step, abstract), config=lambda step: stored
+    )
     monkeypatch.setattr(loop, "init_state", lambda key, config: jax.random.uniform(key))
     given = dataclasses.replace(config, init_from="somewhere")
     monkeypatch.setattr(loop.initial, "load", lambda *_: {"a": {"weight": jnp.full(2, 7.0)}})
+    assert loop.first_state(config, disk, 5, "abstract", mesh) == ("restored", 5, "abstract")
+    for start in (0, 5):  # of a new run, and of one that began without them
+        state = loop.first_state(given, disk, start, "abstract", mesh)
+        np.testing.assert_array_equal(state["params"]["a"]["weight"], [7, 7])
+        np.testing.assert_array_equal(state["ema"]["a"]["weight"], [7, 7])
+        assert state["step"] == start
+    stored = given  # a run that began with them has left them behind
     assert loop.first_state(given, disk, 5, "abstract", mesh) == ("restored", 5, "abstract")
-    state = loop.first_state(given, disk, 0, "abstract", mesh)
-    np.testing.assert_array_equal(state["params"]["a"]["weight"], [7, 7])
-    np.testing.assert_array_equal(state["ema"]["a"]["weight"], [7, 7])
-    assert state["step"] == 0
     one, same, other = (
         float(loop.first_state(dataclasses.replace(config, seed=seed), disk, 0, "abstract", mesh))
         for seed in (1, 1, 2)
@@ -398,10 +404,11 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
     config, mesh = get_config(), make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(checks, "check_same_run", lambda *args: asked.append(args[1]))
     monkeypatch.setattr(checks.initial, "check", lambda config: asked.append("weights"))
-    for stored in (None, "stored"):
+    begun, given = (SimpleNamespace(init_from=source) for source in (None, "weights"))
+    for stored in (None, begun, given):
         monkeypatch.setattr(checkpoint, "stored_config", lambda workdir, stored=stored: stored)
         checks.before_work(config, mesh)
-    assert asked == ["weights", "stored"]
+    assert asked == ["weights", begun, "weights", given]
 
 
 @pytest.mark.parametrize(
