@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ltx2_jax.codecs.clips import decode_clip, write_clip
 from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
@@ -28,8 +29,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.cache import TextCache
-from ltx2_jax.text.captions import caption_features, load_caption_encoder, tell_cut
-from ltx2_jax.text.encoder import TextEncoder
+from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
 from ltx2_jax.training.checks import check_mesh
 
@@ -51,8 +51,8 @@ class Pipeline:
         self,
         config: Config,
         params: Any,
-        codec: Any,
-        text_encoder: TextEncoder | TextCache,
+        codec: Codec,
+        text_encoder: FeatureEncoder,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
     ):
