@@ -19,6 +19,7 @@ from ltx2_jax.sampling.pipeline import ClipSize
 from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, sharding_of
 from ltx2_jax.training import checks
+from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
 
@@ -89,20 +90,6 @@ def check(config: Config, request: Request, mesh: jax.sharding.Mesh) -> None:
     checks.check_mesh(config.model.num_heads, math.prod(request.video_shape), mesh)
 
 
-def text_fields(config: Config, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`TEXT_FIELDS` of a batch, as the dataset of this config has them."""
-    text = config.text
-    own = text.encoder.audio_dim is not None if text.generation == "random" else (
-        text.generation != "2.0"
-    )  # fmt: skip
-    rows = (batch, text.length)
-    fields = {"video_text": jax.ShapeDtypeStruct((*rows, text.video_connector.width), jnp.bfloat16)}
-    if own:
-        shape = (*rows, text.audio_connector.width)
-        fields["audio_text"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return fields | {"text_mask": jax.ShapeDtypeStruct(rows, jnp.bool)}
-
-
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -137,18 +124,11 @@ def train_inputs(
     """
     checks.check_batch(config, mesh)
     check(config, request, mesh)
-    size = config.data.batch_size
-    channels = config.model.audio_in_channels // request.audio_bins
-    text = text_fields(config, size)
-    shapes = {
-        "video": (*request.video_shape, config.model.in_channels),
-        "audio": (request.audio_length, request.audio_bins, channels),
-        "fps": (),
-    }
-    fields = {k: jax.ShapeDtypeStruct((size, *x), jnp.float32) for k, x in shapes.items()}
-    batch = {name: _on(mesh, x, "batch") for name, x in (fields | text).items()}
+    fields = abstract_batch(config, request.video_shape, (request.audio_length, request.audio_bins))
+    batch = {name: _on(mesh, x, "batch") for name, x in fields.items()}
     null_text = {
-        name: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype)) for name, x in text.items()
+        name: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+        for name, x in abstract_text(config, 1).items()
     }
     return batch, null_text
 
@@ -180,7 +160,7 @@ def sample_program(
     others = released_passes(config.model.num_layers)[: passes - 1]
     number = jax.ShapeDtypeStruct((), jnp.float32)
     given = (
-        tuple(text_fields(config, rows) for rows in (batch, 1)),
+        tuple(abstract_text(config, rows) for rows in (batch, 1)),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.eval_shape(jax.random.key, 0),
         jax.ShapeDtypeStruct((steps + 1,), jnp.float32),

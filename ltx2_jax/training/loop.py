@@ -25,10 +25,11 @@ from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, initial
+from ltx2_jax.training.batch import place
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
 from ltx2_jax.training.state import State, all_finite, init_state, state_of
-from ltx2_jax.training.step import make_train_step, place
+from ltx2_jax.training.step import make_train_step
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]

@@ -14,6 +14,7 @@ from ltx2_jax.config import FlowConfig, OptimConfig
 from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import objective, step
+from ltx2_jax.training.batch import place
 from ltx2_jax.training.state import all_finite, learning_rate, optimizer, state_of
 
 
@@ -429,7 +430,7 @@ def test_a_micro_batch_has_rows_of_every_shard_of_the_batch():
 
 def test_a_batch_is_placed_with_its_rows_over_the_data_axis_and_without_its_numbers():
     batch = tiny.batch(4) | {"id": np.arange(4)}
-    placed = step.place(batch, make_mesh(2, 1, 2, devices=jax.devices()[:4]))
+    placed = place(batch, make_mesh(2, 1, 2, devices=jax.devices()[:4]))
     assert set(placed) == set(tiny.batch(4))
     for name, value in placed.items():
         np.testing.assert_array_equal(value, batch[name])

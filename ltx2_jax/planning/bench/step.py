@@ -33,12 +33,12 @@ from ltx2_jax.planning.programs import (
     check,
     check_passes,
     request_of,
-    text_fields,
 )
 from ltx2_jax.planning.text import TEXT_ENCODERS
 from ltx2_jax.sampling import programs
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import make_mesh, pin, spec
+from ltx2_jax.training.batch import abstract_text
 
 STEPS = 4  # timed at once
 PAPER = 49.18  # steps per minute on one H100 (arXiv 2601.03233, table 1)
@@ -212,7 +212,7 @@ def inputs(config: Config, request: Request, batch: int) -> tuple[dict[str, Arra
         name: jnp.ones(x.shape, x.dtype)
         if x.dtype == jnp.bool
         else jax.random.normal(key, x.shape, x.dtype)
-        for name, x in text_fields(config, batch).items()
+        for name, x in abstract_text(config, batch).items()
     }
     video = (batch, math.prod(request.video_shape), model.in_channels)
     audio = (batch, request.audio_length, model.audio_in_channels)
