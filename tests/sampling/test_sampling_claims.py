@@ -230,9 +230,10 @@ def test_other_passes_add_what_they_differ_by_each_with_its_strengths():
 class Encoder:
     """The length of a prompt, twice that for the sound."""
 
-    shared, full = False, False
+    shared, full, asked = False, False, ()
 
     def features(self, prompts):
+        self.asked = (*self.asked, prompts)
         lengths = np.asarray([len(prompt) for prompt in prompts], np.float32)[:, None, None]
         lengths = np.repeat(lengths, 2, axis=1)
         mask = np.ones((len(prompts), 2), bool)
@@ -281,6 +282,7 @@ PROMPT_TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 def test_clips_come_in_the_order_of_their_prompts_from_batches_of_one_size(piped):
     pipe, calls = piped()
     latents = list(pipe.latents(PROMPT_TEXTS))
+    assert pipe.text_encoder.asked == ([*PROMPT_TEXTS, ""],)  # before any clip is made
     assert [float(video) for video, _ in latents] == [1, 2, 3, 4, 5]
     assert [int(row) for _, row in latents] == [0, 1, 2, 3, 4]
     assert [call.rows.tolist() for call in calls] == [[0, 1], [2, 3], [4, 5]]

@@ -139,3 +139,15 @@ def test_a_run_without_average_is_sampled_from_its_last_weights(tmp_path, of_one
     _, weights, step = weights_of_run(tmp_path, one_device())
     assert step == 4
     np.testing.assert_array_equal(weights["a"], [4, 4, 4])
+
+
+def test_what_a_killed_run_left_half_written_stays_until_the_next_save(tmp_path):
+    left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        left.mkdir()
+        assert checkpoints.latest_step is None
+    assert left.exists()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(8, saved_state(8), get_config())
+        checkpoints.wait()
+    assert [path.name for path in left.parent.iterdir()] == ["8"]

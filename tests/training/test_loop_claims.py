@@ -54,13 +54,14 @@ class Run:
         self.disk, self.taken, self.clips = Disk(), [], []
         self.bad = {}  # step -> what is wrong with its metrics
         self.broken = {}  # step -> weight in place of it
-        self.stop_at = None
+        self.stop_at, self.before_step = None, lambda: None
 
     def make_train_step(self, config, strides, clock, *_, **__):
         self.of_codec = strides, clock
         return self.step
 
     def step(self, state, batch, null_text):
+        self.before_step()
         self.taken.append((int(batch["video"][0]), len(batch["video"]), null_text["text_mask"]))
         step = int(state["step"]) + 1
         if step == self.stop_at:
@@ -121,6 +122,24 @@ def test_every_step_takes_its_batch_and_is_logged_once(run, start):
         assert row["loss"] == 0.5 * row["step"]
         assert [row[f"video_loss_quarters_{i}"] for i in (1, 2, 3, 4)] == [0, 0.25, 0.5, 0.75]
     assert not run.clips
+
+
+def test_a_resumed_run_keeps_the_rows_up_to_where_it_goes_on(run):
+    run.bad = {step: {"loss": 100.0 + step} for step in range(1, 5)}
+    run(num_steps=4, checkpoint=NEVER)
+    run.bad = {}
+    run(2, num_steps=5, checkpoint=NEVER)
+    assert [(row["step"], row["loss"]) for row in run.rows] == [
+        (1, 101.0), (2, 102.0), (3, 1.5), (4, 2.0), (5, 2.5),
+    ]  # fmt: skip
+
+
+def test_a_step_is_waited_for_while_the_next_one_runs(run):
+    logged = []
+    run.before_step = lambda: logged.append(len(run.rows))
+    run(num_steps=4, checkpoint=NEVER)
+    assert logged == [0, 0, 1, 2]
+    assert len(run.rows) == 4
 
 
 def test_the_state_after_every_few_steps_is_saved_and_so_is_the_last(run):
@@ -369,6 +388,17 @@ def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
     loop.keep_assets(SimpleNamespace(folder=tmp_path, **paths), tmp_path / "run" / "assets")
     found = {path.name: path.read_text() for path in (tmp_path / "run" / "assets").iterdir()}
     assert found == {name: name for name in names}
+
+
+def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run(num_steps=3, checkpoint=EVERY_2)
+    assert list(run.disk.saved) == [2, 3]  # of which every process writes its shards
+    loop.keep_assets(MagicMock(), tmp_path / "assets")
+    monkeypatch.setattr(loop, "open_records", lambda folder: folder)
+    config = dataclasses.replace(get_config(), workdir=str(tmp_path))
+    assert loop.dataset(config) == tmp_path / "data" / "records"
+    assert not list(tmp_path.iterdir())
 
 
 def test_synthetic_clips_are_prepared_in_the_size_they_are_rendered_in(monkeypatch, tmp_path):

@@ -323,7 +323,9 @@ def test_a_step_reports_its_loss_means_and_the_norm_before_clipping(trained):
 def test_weights_move_against_the_gradient_by_the_learning_rate_reported(trained):
     """Adam under one and the same gradient moves every weight by the learning rate."""
     run = config(learning_rate=0.1, warmup_steps=4, weight_decay=0.0)
-    state, metrics = trained(run, pushed, 3)
+    start = state_of(jax.tree.map(jnp.copy, START), run)
+    state, metrics = trained(run, pushed, 3, start)
+    assert start["params"]["layer"]["weight"].is_deleted()  # its memory is the new one's
     rates = [values["learning_rate"] for values in metrics]
     np.testing.assert_allclose(rates, [0.025, 0.05, 0.075], rtol=1e-6)
     want = jax.tree.map(lambda p, g: p - 0.15 * np.sign(g), START, GRADIENT)
