@@ -209,8 +209,7 @@ def first_state(
     if not given:
         return jax.jit(partial(init_state, config=config))(jax.random.key(config.seed))
     params = initial.load(config, mesh)
-    state = jax.jit(partial(state_of, config=config), donate_argnums=0)(params)
-    return state | {"step": jax.device_put(np.int32(start), state["step"].sharding)}
+    return jax.jit(partial(state_of, config=config, step=start), donate_argnums=0)(params)
 
 
 # ------------------------------------------------------------------------------------------ reports

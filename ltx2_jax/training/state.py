@@ -19,13 +19,11 @@ def init_state(key: Array, config: Config) -> State:
     return state_of(ltx2.init_params(key, config.networks), config)
 
 
-def state_of(params: dict[str, Any], config: Config) -> State:
-    """The state of step 0 around given parameters."""
-    state = {
-        "params": params,
-        "opt": optimizer(config).init(params),
-        "step": jnp.zeros((), jnp.int32),
-    }
+def state_of(params: dict[str, Any], config: Config, step: int = 0) -> State:
+    """The state around given parameters after `step` steps: all else is new, but not the rate."""
+    count, step = (jnp.full((), step, jnp.int32) for _ in range(2))  # no array is donated twice
+    opt = optax.tree.set(optimizer(config).init(params), _of_schedule, count=count)
+    state = {"params": params, "opt": opt, "step": step}
     if config.optim.ema_decay is not None:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state
@@ -71,6 +69,11 @@ def optimizer(config: Config) -> optax.GradientTransformation:
             mu_dtype=optim.first_moment_dtype,
         ),
     )
+
+
+def _of_schedule(path: Any, _: Any) -> bool:
+    """The count that the learning rate follows, not that of the moments."""
+    return any(getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path)
 
 
 def _matrices(params: Any) -> Any:

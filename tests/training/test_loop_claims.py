@@ -22,6 +22,7 @@ from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, checks, loop
 from ltx2_jax.training.metrics import StepTimer, read_metrics
+from ltx2_jax.training.state import optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +285,8 @@ def test_a_run_goes_on_from_the_newest_checkpoint_and_its_own_dataset(
 
 
 def test_a_state_is_restored_or_begins_with_given_weights_or_with_fresh_ones(monkeypatch):
-    config, mesh = tiny.config(), one_device()
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=10, weight_decay=0.0, ema_decay=0.9)
+    config, mesh = tiny.config(optim=optim), one_device()
     stored = config
     disk = SimpleNamespace(
         restore=lambda step, abstract: ("restored", step, abstract), config=lambda step: stored
@@ -298,6 +300,10 @@ def test_a_state_is_restored_or_begins_with_given_weights_or_with_fresh_ones(mon
         np.testing.assert_array_equal(state["params"]["a"]["weight"], [7, 7])
         np.testing.assert_array_equal(state["ema"]["a"]["weight"], [7, 7])
         assert state["step"] == start
+        # Adam's first update is the learning rate, here of the warm-up.
+        gradient = jax.tree.map(jnp.ones_like, state["params"])
+        updates, _ = optimizer(given).update(gradient, state["opt"], state["params"])
+        np.testing.assert_allclose(updates["a"]["weight"], -(start + 1) / 10, rtol=1e-4)
     stored = given  # a run that began with them has left them behind
     assert loop.first_state(given, disk, 5, "abstract", mesh) == ("restored", 5, "abstract")
     one, same, other = (
