@@ -56,7 +56,8 @@ def test_a_host_reads_its_own_rows_and_no_others(part):
 
 def test_few_batches_wait_for_the_step():
     source = Source()
-    next(iter(make_dataset(source, batch_size=2, seed=3, threads=1)))
+    batches = iter(make_dataset(source, batch_size=2, seed=3, threads=1))
+    next(batches)
     assert settled(source.read) <= 2 * (1 + 2 + 1)  # taken, waiting, being read
 
 
