@@ -50,7 +50,7 @@ class Modality:
     sigma: Array  # [B]
     timesteps: Array  # [B, T], or [B, 1] when every token has the same
     positions: Array  # [B or 1, axes, T, 2] bounds: seconds, and pixels for video
-    context: Array  # [B, S, X]
+    context: Array  # [B, S, E]
     context_mask: Array | None = None  # integer or bool [B, S]: 1 = attend; or additive float bias
     attention_mask: Array | None = None  # [B, T, T] strengths in [0, 1]
     keyframes_mask: Array | None = None  # [B, T]: marked where > 0
@@ -90,7 +90,7 @@ class Prepared:
     A sampler computes it once, before its loop: `LTX2Transformer.prepare`.
     """
 
-    context: Array  # [B, S, X]
+    context: Array  # [B, S, E]
     keys_values: KeysValues | None  # of the text: [L, B, S, N, H], or [B, S, N, H] in a block
     rope: Rope
     cross_rope: Rope | None
@@ -124,7 +124,7 @@ class Conditioning:
     embedded_timestep: Array  # [B, K, D], for the output head
     cross_modulation: Array | None  # [B, K, 4, D]: scale, shift of a2v, scale, shift of v2a
     cross_gate: Array | None  # [B, 1, 1, D], from the other stream's sigma
-    prompt_modulation: Array | None  # [B, 1, 2, X]: shift, scale
+    prompt_modulation: Array | None  # [B, 1, 2, E]: shift, scale
     clean: Array | None  # [B, T, 1] bool, if K is 2
     enabled: bool
 
@@ -225,7 +225,7 @@ class Stem(nnx.Module):
         return self.project_out(modulate(layer_norm(x, self.cfg.norm_eps), scale, shift), self.lead)
 
     def _context(self, context: Array) -> Array:
-        """[B, S, caption channels] -> [B, S, X] where the model projects its text (2.0)."""
+        """[B, S, caption channels] -> [B, S, E] where the model projects its text (2.0)."""
         if self.caption_in is None:
             return context
         lead = ("batch", "text_tokens")

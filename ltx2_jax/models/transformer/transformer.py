@@ -17,7 +17,7 @@ audio. `video` and `audio` are what a caller gives of either stream, a `Modality
 `audio_cond` are what the blocks read of either stream beside its tokens, a `Conditioning`.
 
 Dims: B batch, T video tokens (or the tokens of either stream), A audio tokens, S text tokens,
-Tq and Tk tokens of queries and keys, D width of a stream (Dv and Da where both meet), X width of
+Tq and Tk tokens of queries and keys, D width of a stream (Dv and Da where both meet), E width of
 its text, N heads, H head width, F mlp, L layers, R AdaLN rows, K noise levels, C latent channels.
 Axes that broadcast over tokens have size 1.
 """
@@ -177,7 +177,7 @@ class Block(nnx.Module):
         x: Array,  # [B, T, D]
         attention: Attention,
         table: nnx.Param,  # [R, D]
-        prompt_table: nnx.Param | None,  # [2, X]
+        prompt_table: nnx.Param | None,  # [2, E]
         cond: Conditioning,
     ) -> Array:  # [B, T, D]
         h, prepared, gate = rms_norm(x, self.eps), cond.prepared, None
@@ -193,8 +193,8 @@ class Block(nnx.Module):
 
     def text_keys_values(
         self,
-        video_context: Array | None,  # [B, S, X]
-        audio_context: Array | None,  # [B, S, X]
+        video_context: Array | None,  # [B, S, E]
+        audio_context: Array | None,  # [B, S, E]
     ) -> tuple[KeysValues | None, KeysValues | None]:
         """Keys and values of the text for both streams, if no noise level changes them."""
         of_video = of_audio = None
@@ -266,10 +266,10 @@ def _rows(
 
 
 def _modulated_text(
-    context: Array,  # [B, S, X]
-    table: nnx.Param | None,  # [2, X]
-    modulation: Array | None,  # [B, 1, 2, X], from the sigma of the prompt (2.3)
-) -> Array:  # [B, S, X]
+    context: Array,  # [B, S, E]
+    table: nnx.Param | None,  # [2, E]
+    modulation: Array | None,  # [B, 1, 2, E], from the sigma of the prompt (2.3)
+) -> Array:  # [B, S, E]
     if table is None:
         return context
     shift, scale = _rows(table[...].astype(context.dtype), modulation)
