@@ -194,7 +194,7 @@ class Stem(nnx.Module):
         if self.keyframe is not None and stream.keyframes_mask is not None:
             mark = pin(self.keyframe[...].astype(dtype), None, None)
             h = h + jnp.where(stream.keyframes_mask[..., None] > 0, mark, 0)
-        # One sigma for all tokens is one AdaLN vector, broadcast; not a row per token.
+        # One sigma for all tokens makes one AdaLN vector, which is broadcast, not one per token.
         once, timesteps = ("batch", None), stream.timesteps
         lead = self.lead if timesteps.shape[1] > 1 else once
         if stream.clean is not None:

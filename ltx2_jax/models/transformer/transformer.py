@@ -215,8 +215,8 @@ class Block(nnx.Module):
         keep: Keep,  # of one layer, [B]
     ) -> tuple[Array, Array]:  # [B, T, Dv], [B, A, Da]
         nv, na = rms_norm(v, self.eps), rms_norm(a, self.eps)
-        # Scale before shift here, the opposite of every other table. Rows 0-1 serve audio -> video,
-        # rows 2-3 video -> audio, row 4 is the gate.
+        # Scale comes before shift here, the opposite of every other table. Rows 0-1 serve audio to
+        # video, rows 2-3 video to audio, row 4 is the gate.
         v_rows = _rows(self.video_cross_table[0:4], video_cond.cross_modulation, video_cond)
         a_rows = _rows(self.audio_cross_table[0:4], audio_cond.cross_modulation, audio_cond)
         (v_gate,) = _rows(self.video_cross_table[4:5], video_cond.cross_gate)
@@ -374,7 +374,7 @@ class LTX2Transformer(nnx.Module):
             return step(nnx.merge(graphdef, weights), *carry, *layer_conds, layer_keep), None
 
         if self.cfg.remat != "none":
-            # prevent_cse guards against XLA undoing the recomputation; scan already does.
+            # prevent_cse keeps XLA from undoing the recomputation; scan already does that.
             policy = REMAT_POLICIES[self.cfg.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         with jax.named_scope("layers"):  # a name by which plan tells this loop from others
