@@ -305,7 +305,7 @@ def _ring_forward(
     ) -> tuple[Array, Array]:  # as the last two
         return _merge(out, statistics, *run(q, *jnp.split(kv, 2), residuals=True))
 
-    def step(carry, _):
+    def step(carry, _):  # the arguments of `attend_and_merge`
         kv, out, statistics = carry
         arriving = _pass_on(kv, how)
         return (arriving, *attend_and_merge(kv, out, statistics)), None
@@ -346,7 +346,7 @@ def _ring_backward(
         dq, dk_here, dv_here = run(q, k, v, statistics, delta, grad)
         return dq, dk + dk_here, dv + dv_here
 
-    def step(carry, i):
+    def step(carry, i):  # the arguments of `gradients`
         traveller, dk, dv = carry
         # The gradient is one step behind its queries: it can leave when it has been added to.
         arriving = _pass_on(traveller, how)

@@ -367,7 +367,7 @@ class LTX2Transformer(nnx.Module):
         # The scan takes a layer at a time: its masks [B] from [L, B].
         keep = jax.tree.map(lambda mask: pin(mask.T, None, "batch"), keep)
 
-        def body(carry, layer):
+        def body(carry, layer):  # (v, a), what one block has for itself
             weights, layer_keep, *layer_text = layer
             carry = checkpoint_name(carry, BLOCK_INPUT)
             layer_conds = [_in_block(*pair) for pair in zip(conds, layer_text, strict=True)]
