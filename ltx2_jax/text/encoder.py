@@ -107,9 +107,10 @@ class TextEncoder:
         """The encoder of a released model. Nothing large is read before all that is small fits.
 
         Args:
-          checkpoint: single-file checkpoint, or the transformer of a split pack; here and below, a
-            path or a name on the Hugging Face Hub.
-          text_encoder: Gemma folder, or the packed text encoder of a split pack.
+          checkpoint: the file with the connectors. It holds the whole model, or its transformer
+            where a release has a file for each part. Here and below, a path or a name on the
+            Hugging Face Hub.
+          text_encoder: a folder with Gemma, or that release's file for it.
           mesh: where to put it; one device when None.
           dtype: of activations and of the language model's matrices.
           registers: 128, or 0 to mask padding out instead; see `Connectors`.

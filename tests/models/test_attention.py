@@ -130,7 +130,7 @@ def test_masks_and_perturbations_are_the_same_on_a_mesh(mesh_context, backend):
     strengths[:, range(8), range(8)] = 1
     video = dataclasses.replace(video, attention_mask=strengths)
     audio = dataclasses.replace(audio, context_mask=np.arange(6)[None].repeat(2, 0) < 4)
-    half = np.array([[1.0, 0.0]])  # the second sample of the batch is perturbed
+    half = np.array([[1.0], [0.0]])  # the second sample of the batch is perturbed
     keep = Keep(video_self=half, audio_self=half, audio_to_video=half, video_to_audio=1 - half)
     want = forward(cfg, weights(cfg), video, audio, keep)
     with mesh_context(2, 2, 2):

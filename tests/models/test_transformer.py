@@ -82,7 +82,7 @@ def test_remat_policies_do_not_change_gradients():
 def test_skipping_both_exchanges_equals_streams_alone():
     video, audio = inputs()
     params = weights(SMALL)
-    none = jnp.zeros((SMALL.num_layers, 2))
+    none = jnp.zeros((2, SMALL.num_layers))
     isolated = forward(SMALL, params, video, audio, Keep(audio_to_video=none, video_to_audio=none))
     np.testing.assert_allclose(isolated[0], forward(SMALL, params, video, None)[0], atol=1e-5)
     np.testing.assert_allclose(isolated[1], forward(SMALL, params, None, audio)[1], atol=1e-5)

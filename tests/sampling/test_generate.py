@@ -117,7 +117,7 @@ def test_weights_are_resident_only_where_asked(mesh_context):
     ids=["2.3", "text modulated by tables", "2.0"],
 )
 def test_what_is_computed_before_the_loop_changes_no_velocity(change):
-    """Velocities with `fixed` of other noise levels and latents are those without it."""
+    """Velocities with what was prepared without noise levels and latents are those without it."""
     cfg = dataclasses.replace(tiny.MODEL, **change)
     config = tiny.config(model=cfg)
     params = tiny.params(config)["transformer"]
@@ -134,9 +134,9 @@ def test_what_is_computed_before_the_loop_changes_no_velocity(change):
         model = nnx.merge(graphdef, params)
         bare = [dataclasses.replace(x, latent=None, sigma=None, timesteps=None)
                 for x in (video, audio)]  # fmt: skip
-        fixed = model.fixed(*bare)
-        assert (fixed[0].keys_values is None) == (cfg.prompt_adaln)
-        return model(video, audio), model(video, audio, fixed=fixed)
+        prepared = model.prepare(*bare)
+        assert (prepared[0].keys_values is None) == (cfg.prompt_adaln)
+        return model(video, audio), model(video, audio, prepared=prepared)
 
     with jax.default_matmul_precision("highest"):
         want, got = both(params, *streams)

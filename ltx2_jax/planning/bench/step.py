@@ -164,30 +164,30 @@ def parts(
     graphdef, options = ltx2.graph(config.networks), compiler_options(training=False)
     text, x = inputs(config, request, batch)
 
-    def fixed(params, text):
+    def prepare(params, text):
         model = nnx.merge(graphdef, params)
-        return model.transformer.fixed(*programs.modalities(model, request, text))
+        return model.transformer.prepare(*programs.modalities(model, request, text))
 
-    def before(params, fixed, x):
+    def embed(params, prepared, x):
         """Tokens and conditioning, as the sampler makes them in every step."""
         given = {"positions": None, "context": None}
         level = jnp.full(batch, 0.5, out_sharding=spec("batch"))
         streams = [
             Modality(latent=tokens, sigma=level, timesteps=level[:, None], **given) for tokens in x
         ]
-        return nnx.merge(graphdef, params).transformer.prepare(*streams, fixed)
+        return nnx.merge(graphdef, params).transformer.embed(*streams, prepared)
 
-    def part(params, v, a, video, audio, *, step):
+    def part(params, v, a, video_cond, audio_cond, *, step):
         transformer = nnx.merge(graphdef, params).transformer
-        return transformer.run_blocks(v, a, video, audio, Keep(), step=step)
+        return transformer.run_blocks(v, a, video_cond, audio_cond, Keep(), step=step)
 
-    jitted = jax.jit(before, compiler_options=options)
-    given = params, jax.jit(fixed, compiler_options=options)(params, text), x
+    jitted = jax.jit(embed, compiler_options=options)
+    given = params, jax.jit(prepare, compiler_options=options)(params, text), x
     yield "AdaLN", partial(jitted, *given)
-    ready = jitted(*given)
+    embedded = jitted(*given)
     jitted = jax.jit(part, static_argnames="step", compiler_options=options)
     for name, (step, _) in PARTS.items():
-        yield name, partial(jitted, params, *ready, step=step)
+        yield name, partial(jitted, params, *embedded, step=step)
 
 
 def steps(
