@@ -12,7 +12,7 @@ import pytest
 from test_golden import NOT_YET_BUILT
 from test_layers import FLOORS, GROUND
 
-from ltx2_jax import config, plan, planning
+from ltx2_jax import config, convert, plan, planning
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ltx2_jax"
@@ -23,8 +23,9 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in PAGES}
 
 
 def blocks(text, language):
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """The fenced blocks of a language, "" for those without one."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands(text):
@@ -99,6 +100,12 @@ def test_readme_starts_with_its_two_commands():
     )
     assert any(re.fullmatch(r" {4}pip install -e '\.\[test\]' && pytest .*", x) for x in lines)
     assert len(lines) <= 170
+
+
+def test_weights_shows_what_inspect_prints(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (shown,) = blocks(TEXTS["docs/weights.md"], "")
+    assert shown.rstrip() == convert.inspect("tests/golden/v2.0/checkpoint.safetensors")
 
 
 # ---- Python --------------------------------------------------------------------------------------
