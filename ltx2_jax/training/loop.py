@@ -198,10 +198,11 @@ def first_state(
     """In this order: the newest checkpoint of the workdir; given weights; fresh ones."""
     if start:
         return checkpoints.restore(start, abstract)
+    once = partial(jax.jit, compiler_options=chips.one_run_options())
     if config.init_from is not None:
         params = initial.load(config, mesh)
-        return jax.jit(partial(state_of, config=config), donate_argnums=0)(params)
-    return jax.jit(partial(init_state, config=config))(jax.random.key(config.seed))
+        return once(partial(state_of, config=config), donate_argnums=0)(params)
+    return once(partial(init_state, config=config))(jax.random.key(config.seed))
 
 
 # ------------------------------------------------------------------------------------------ reports
