@@ -282,13 +282,14 @@ def _decode_video(
     source_rate = float(stream.average_rate or stream.guessed_rate or 0)
     limit = float("inf") if num_frames is None else num_frames
     images: list[np.ndarray] = []
+    converter = VideoReformatter()  # a frame's own is set up anew, with threads, every time
     start, previous_time, previous = 0.0, 0.0, None
 
     def take_until(time: float) -> None:
         """Emits the frame before for the output times that lie before `time`."""
         if previous is None or len(images) >= limit or len(images) / fps >= time:
             return
-        image = _to_rgb(previous, size)
+        image = _to_rgb(previous, size, converter)
         while len(images) < limit and len(images) / fps < time:
             images.append(image)
 
@@ -306,7 +307,7 @@ def _decode_video(
                     f"number {index} is at {time:.2f} s, not {index / source_rate:.2f} s; give "
                     "one frame rate for all (--fps)"
                 )
-            images.append(_to_rgb(frame, size))
+            images.append(_to_rgb(frame, size, converter))
         else:
             take_until((previous_time + time) / 2)
         previous, previous_time = frame, time
@@ -319,11 +320,15 @@ def _decode_video(
     return video, start, fps if fps is not None else source_rate
 
 
-def _to_rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
+def _to_rgb(
+    frame: av.VideoFrame, size: tuple[int, int] | None, converter: VideoReformatter
+) -> np.ndarray:
     """uint8 [H, W, 3], upright; with a size, scaled to cover it and cropped in the middle."""
     turns = round(getattr(frame, "rotation", 0) / 90) % 4  # PyAV 14.0 does not tell it
     if size is None:
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+        return np.ascontiguousarray(
+            np.rot90(converter.reformat(frame, format="rgb24").to_ndarray(), turns)
+        )
     height, width = size
     frame_height, frame_width = frame.height, frame.width
     if turns % 2:
@@ -331,8 +336,8 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
     scale = max(height / frame_height, width / frame_width)
     full = max(height, round(frame_height * scale)), max(width, round(frame_width * scale))
     scaled_height, scaled_width = full[::-1] if turns % 2 else full
-    scaled = frame.reformat(
-        width=scaled_width, height=scaled_height, format="rgb24", interpolation="BICUBIC"
+    scaled = converter.reformat(
+        frame, scaled_width, scaled_height, format="rgb24", interpolation="BICUBIC"
     )
     image = np.rot90(scaled.to_ndarray(), turns)
     top, left = (full[0] - height) // 2, (full[1] - width) // 2
@@ -400,7 +405,7 @@ def _mux(
             sound = container.add_stream("aac", rate=int(clip.sample_rate))
             sound.layout = "mono" if clip.audio.shape[1] == 1 else "stereo"
             sound.bit_rate = 64000 * clip.audio.shape[1]
-        converter = VideoReformatter()  # a frame's own is set up anew, with threads, every time
+        converter = VideoReformatter()
         for image in itertools.chain(clip.video, itertools.chain.from_iterable(more)):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = converter.reformat(
