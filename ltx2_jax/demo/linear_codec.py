@@ -416,7 +416,10 @@ class _Moments:
 def _leading_components(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues of [D, D] in falling order, [count], and their vectors [D, count]."""
     size = len(covariance)
-    if 10 * count < size:  # a few of many: Lanczos takes a second where all of 3072 take fifteen
+    # Of nothing but zeros Lanczos finds no start.
+    if (
+        10 * count < size and covariance.any()
+    ):  # a few of many: Lanczos takes a second where all of 3072 take fifteen
         start = np.random.default_rng(0).standard_normal(size)
         variance, basis = scipy.sparse.linalg.eigsh(covariance, count, which="LA", v0=start)
     else:
