@@ -46,8 +46,7 @@ VARIANTS = {
 
 def get_config(arg: str | None = None) -> Config:
     if arg not in VARIANTS:
-        known = ", ".join(f":{name}" for name in VARIANTS if name)
-        raise UserError(f"configs/ltx2_19b.py:{arg}: variants are {known}")
+        raise UserError("variants are " + ", ".join(f":{name}" for name in VARIANTS if name))
     batch, mesh, remat = VARIANTS[arg]
     return Config(
         workdir="workdir/ltx2_19b",

@@ -16,50 +16,29 @@ colon, differ in mesh, batch and remat policy alone. What plan says of them, com
 """
 
 import dataclasses
+from pathlib import Path
 
-from ltx2_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    FlowConfig,
-    MeshConfig,
-    OptimConfig,
-    SampleConfig,
-    TextConfig,
-)
-from ltx2_jax.errors import UserError
+from ltx2_jax.config import Config, MeshConfig, TextConfig, load
 from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
 from ltx2_jax.models.transformer.config import LTX2_3_22B
 
-# Batch, mesh, remat policy.
-VARIANTS = {
-    None: (64, MeshConfig(), "projections"),
-    "v5p256": (128, MeshConfig(), "projections"),
-    # A clip on every chip, as the 19B trains, is 0.2 GiB too much.
-    "v6e256": (128, MeshConfig(sequence=2), "attention"),
-    "v7x128": (128, MeshConfig(), "projections"),
-    "20s": (128, MeshConfig(sequence=4), "projections"),
-}
-
 
 def get_config(arg: str | None = None) -> Config:
-    if arg not in VARIANTS:
-        known = ", ".join(f":{name}" for name in VARIANTS if name)
-        raise UserError(f"configs/ltx2_3_22b.py:{arg}: variants are {known}")
-    batch, mesh, remat = VARIANTS[arg]
-    return Config(
+    base = load(str(Path(__file__).with_name("ltx2_19b.py")) + (f":{arg}" if arg else ""))
+    config = dataclasses.replace(
+        base,
         workdir="workdir/ltx2_3_22b",
-        model=dataclasses.replace(LTX2_3_22B, remat=remat),
+        model=dataclasses.replace(LTX2_3_22B, remat=base.model.remat),
         text=TextConfig(
             generation="2.3",
             video_connector=VIDEO_CONNECTOR_2_3,
             audio_connector=AUDIO_CONNECTOR_2_3,
         ),
-        data=DataConfig(path="data/clips", release="2.3", batch_size=batch, read_threads=16),
-        mesh=mesh,
-        flow=FlowConfig(first_frame_prob=0.1, caption_dropout=0.1),
-        optim=OptimConfig(learning_rate=1e-4, warmup_steps=1000),
-        checkpoint=CheckpointConfig(every_steps=1000, keep=3),
-        sample=SampleConfig(num_clips=8, batch_size=8, steps=30),
-        num_steps=100_000,
+        data=dataclasses.replace(base.data, release="2.3"),
+        sample=dataclasses.replace(base.sample, steps=30),
     )
+    if arg == "v6e256":
+        # A clip on every chip, as the 19B trains, is 0.2 GiB too much.
+        data = dataclasses.replace(config.data, batch_size=128)
+        config = dataclasses.replace(config, data=data, mesh=MeshConfig(sequence=2))
+    return config

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Imported when first used: `import ltx2_jax` is quick, and leaves time to set the environment
 # variables that jax reads when it is imported.
 _HOMES = {
-    "Clip": "media",
+    "Clip": "media.media",
     "Config": "config",
     "LTX2Transformer": "models.transformer.transformer",
     "PRESETS": "models.transformer.config",
@@ -21,7 +21,7 @@ _HOMES = {
     "load_codec": "codecs.codec",
     "make_mesh": "sharding",
     "open_release": "weights.opening",
-    "read_clip": "media",
+    "read_clip": "media.media",
     "read_lora": "weights.lora",
     "write_clip": "codecs.clips",
 }

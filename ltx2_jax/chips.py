@@ -142,7 +142,7 @@ def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
 # Only what the TPU compiler's releases 0.0.42 and 0.0.50 both accept: the older way to run
 # collectives beside matrix products, `xla_tpu_enable_async_collective_fusion`, the newer refuses
 # on all chips but v5e, as it may give wrong results there.
-#
+
 # Sparse cores gather weights and reduce gradients while the matrix units go on; a v7x does so by
 # itself. (On v5p, 0.0.42 still gathers on the matrix units' time; 0.0.50 does not.)
 _ON_SPARSE_CORES = {

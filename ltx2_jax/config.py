@@ -182,7 +182,10 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
       UserError: no such file, one that does not run, no `get_config`, an argument it refuses, an
         unknown or mistyped field.
     """
-    path, _, arg = source.partition(":")
+    # A name may hold colons too: what stands after the last one is ARG where the rest is a file.
+    path, _, arg = source.rpartition(":")
+    if Path(source).is_file() or not path:
+        path, arg = source, ""
     if not Path(path).is_file():
         raise UserError(f"--config: no file {path}")
     try:
@@ -191,8 +194,11 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
             raise UserError("has no function get_config(arg)")
         config = names["get_config"](arg or None)
     except Exception as error:  # whatever it is, it is in the user's file
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        message = kind + " ".join(str(error).split())
+        first = error  # of a config that this one is made from
+        while isinstance(first, UserError) and first.__cause__ is not None:
+            first = first.__cause__
+        kind = "" if isinstance(first, UserError) else f"{type(first).__name__}: "
+        message = kind + " ".join(str(first).split())
         raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
     if not isinstance(config, Config):
         raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")

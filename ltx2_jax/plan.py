@@ -113,8 +113,12 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
         return planning.search_plans(config, request, args.topology, compiled=rows)
     if args.what == "train":
         return planning.plan_train(config, request, args.topology)
-    sampling = planning.Sampling(args.batch, args.passes, args.steps or config.sample.steps)
-    return planning.plan_sample(config, request, args.topology, sampling)
+    counts = {
+        "batch": args.batch,
+        "passes": args.passes,
+        "steps": args.steps or config.sample.steps,
+    }
+    return planning.plan_sample(config, request, args.topology, **counts)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

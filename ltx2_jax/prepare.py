@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ltx2_jax import command
 from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.command import count
 from ltx2_jax.data.encoding import PrepareConfig, clip_notes, prepare_dataset
 from ltx2_jax.data.records import Records
@@ -15,9 +15,8 @@ from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.text.cache import TextCache
-from ltx2_jax.text.captions import load_caption_encoder, released_encoder
-from ltx2_jax.text.encoder import LENGTH, TextEncoder
+from ltx2_jax.text.captions import FeatureEncoder, load_caption_encoder, released_encoder
+from ltx2_jax.text.encoder import LENGTH
 
 _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
@@ -66,7 +65,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     return command.run("prepare", lambda: main(args), interrupted="nothing was written")
 
 
-def _codec(args: argparse.Namespace) -> Any:
+def _codec(args: argparse.Namespace) -> Codec | LinearCodecConfig:
     """The released codec of --codec, or what to fit."""
     linear = {
         name: getattr(args, name)
@@ -81,7 +80,7 @@ def _codec(args: argparse.Namespace) -> Any:
     return load_codec(*args.codec)
 
 
-def _text_encoder(args: argparse.Namespace) -> TextEncoder | TextCache | RandomEncoderConfig:
+def _text_encoder(args: argparse.Namespace) -> FeatureEncoder | RandomEncoderConfig:
     """The text encoder of --text-encoder, or what to make."""
     paths, default = args.text_encoder, RandomEncoderConfig()
     own = {name: getattr(args, name) for name in ("text_length", "vocab_size", "text_widths")}

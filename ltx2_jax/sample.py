@@ -14,7 +14,8 @@ from ltx2_jax.demo import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import sync_report
-from ltx2_jax.sampling.pipeline import Pipeline, write_clips
+from ltx2_jax.sampling.output import write_clips
+from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
 
 DESCRIPTION = """\

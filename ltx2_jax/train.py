@@ -15,8 +15,9 @@ from ltx2_jax.data.records import Records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.evaluation.sync import sync_report
-from ltx2_jax.media import read_clip
-from ltx2_jax.sampling.pipeline import Pipeline, write_clips
+from ltx2_jax.media.media import read_clip
+from ltx2_jax.sampling.output import write_clips
+from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import train
 

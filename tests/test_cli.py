@@ -19,7 +19,7 @@ from ltx2_jax import prepare, sample, train
 from ltx2_jax.config import load
 from ltx2_jax.data.encoding import OtherDataset
 from ltx2_jax.data.records import open_records
-from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.media.media import Clip, read_clip
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.training import loop
 from ltx2_jax.training.checks import check_same_makers

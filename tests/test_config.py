@@ -264,3 +264,18 @@ def test_difference_names_dotted_paths_and_both_values():
 )
 def test_a_flag_that_would_not_be_read_is_refused(flags, why):
     assert f"is not used: {why}" in refused(lambda: change(**flags))
+
+
+def test_a_config_made_from_another_says_its_mistake_once():
+    path = str(Path(QUICKSTART).with_name("ltx2_5_22b.py"))
+    message = refused(load, f"{path}:v4")
+    assert message.startswith(f"--config: {path}:v4, line ")
+    assert message.endswith(": variants are :v5p256, :v6e256, :v7x128, :20s")
+
+
+def test_a_name_may_hold_a_colon(tmp_path):
+    folder = tmp_path / "10:30"
+    folder.mkdir()
+    (folder / "c.py").write_text(Path(QUICKSTART).read_text())
+    assert load(f"{folder}/c.py") == load(QUICKSTART)
+    assert load(f"{folder}/c.py:ablation") == load(f"{QUICKSTART}:ablation")

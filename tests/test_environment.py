@@ -13,7 +13,7 @@ from ltx2_jax import command
 from ltx2_jax.config import FlowConfig
 from ltx2_jax.diffusion import flow
 from ltx2_jax.errors import UserError
-from ltx2_jax.sampling import pipeline
+from ltx2_jax.sampling import programs
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training.objective import draw
 
@@ -36,9 +36,9 @@ def of_sampling():
         class transformer:
             cfg = tiny.config().model
 
-    request = pipeline.Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0, guided=False)
+    request = programs.Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0)
     with one_device():
-        noise = pipeline.noise(Model, request, np.arange(3), jax.random.key(3))
+        noise = programs.noise(Model, request, np.arange(3), jax.random.key(3))
     return tuple(noise)
 
 
@@ -68,7 +68,7 @@ def test_commands_compute_in_single_precision_whatever_the_environment(monkeypat
 def test_a_backend_of_an_older_matplotlib_ends_no_command():
     env = os.environ | {"MPLBACKEND": "Qt4Agg"}
     code = (
-        "import numpy as np; from ltx2_jax.media import Clip; "
+        "import numpy as np; from ltx2_jax.media.media import Clip; "
         "from ltx2_jax.evaluation.contact_sheet import contact_sheet; "
         "contact_sheet('/dev/null/no', [Clip(np.zeros((2, 8, 8, 3), np.uint8), 2, None, 1)], ['a'])"
     )

@@ -34,7 +34,7 @@ GROUND = {
 ALONE = {
     "orbax": "training/checkpoint.py",
     "grain": "data/loader.py",
-    "av": "media.py",
+    "av": "media/media.py",
     "sentencepiece": "tokenizer.py",
 }
 

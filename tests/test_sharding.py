@@ -16,9 +16,10 @@ from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer.config import LTX2_19B
+from ltx2_jax.training.batch import place
 from ltx2_jax.training.objective import draw
 from ltx2_jax.training.state import init_state
-from ltx2_jax.training.step import make_train_step, place
+from ltx2_jax.training.step import make_train_step
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
 WIDE = dataclasses.replace(

@@ -9,19 +9,19 @@ For any codec of `ltx2_jax.codecs.codec`.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion.geometry import audio_latent_length
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, resample, stream_mp4
+from ltx2_jax.media.media import Clip, resample, stream_mp4
 from ltx2_jax.models.codecs.inputs import as_stereo, legal_frames, to_uint8
 
 
-def encode_clip(codec: Any, clip: Clip) -> tuple[np.ndarray, np.ndarray | None]:
+def encode_clip(codec: Codec, clip: Clip) -> tuple[np.ndarray, np.ndarray | None]:
     """Latents [F', H', W', C] and [A, M, C] of a clip; those of the sound are None without sound.
 
     Frames beyond the largest legal number st * k + 1 are left out, and the user is told. The sound
@@ -49,7 +49,7 @@ def encode_clip(codec: Any, clip: Clip) -> tuple[np.ndarray, np.ndarray | None]:
     return video, np.asarray(codec.audio.encode(audio))[0]
 
 
-def decode_clip(codec: Any, video: ArrayLike, audio: ArrayLike | None, fps: float) -> Clip:
+def decode_clip(codec: Codec, video: ArrayLike, audio: ArrayLike | None, fps: float) -> Clip:
     """The clip of latents [F', H', W', C] and [A, M, C]; its sound lasts as long as its picture."""
     pixels = np.concatenate([*_frames(codec, video)])
     sound = _sound(codec, audio, len(pixels) / fps)
@@ -58,7 +58,7 @@ def decode_clip(codec: Any, video: ArrayLike, audio: ArrayLike | None, fps: floa
 
 def write_clip(
     path: str | os.PathLike,
-    codec: Any,
+    codec: Codec,
     video: ArrayLike,  # [F', H', W', C]
     audio: ArrayLike | None,  # [A, M, C]
     fps: float,
@@ -70,7 +70,7 @@ def write_clip(
     Host memory is bounded by tiles, not by the length of the clip; a progress bar counts frames.
 
     Raises:
-      UserError: what `ltx2_jax.media.write_mp4` raises; nothing is left under `path` then.
+      UserError: what `media.write_mp4` raises; nothing is left under `path` then.
     """
     total = (np.shape(video)[0] - 1) * codec.video.strides[0] + 1
     sound = _sound(codec, audio, total / fps)
@@ -85,13 +85,13 @@ def write_clip(
         stream_mp4(path, counted(), fps=fps, audio=sound, sample_rate=rate, crf=crf)
 
 
-def _frames(codec: Any, video: ArrayLike) -> Iterator[np.ndarray]:
+def _frames(codec: Codec, video: ArrayLike) -> Iterator[np.ndarray]:
     """uint8 [f, H, W, 3], in time order."""
     for chunk in codec.video.decode_chunks(np.asarray(video)[None]):
         yield np.asarray(to_uint8(chunk[0]))
 
 
-def _sound(codec: Any, audio: ArrayLike | None, seconds: float) -> np.ndarray | None:
+def _sound(codec: Codec, audio: ArrayLike | None, seconds: float) -> np.ndarray | None:
     """float32 [samples, 2]."""
     if audio is None:
         return None

@@ -2,18 +2,7 @@
 
     codec = load_codec("ltx-2-19b-dev.safetensors")
 
-Every codec has two halves with one interface; callers use nothing else:
-
-    codec.generation             whose latents these are: "linear", "2.0", "2.3", "2.5"
-    codec.video.strides          pixel frames, rows and columns behind a latent; .channels
-    codec.video.encode(video)    uint8, or float in [-1, 1], [B, F, H, W, 3] -> [B, F', H', W', C]
-    codec.video.decode(latents)  -> float32 [B, F, H, W, 3] in [-1, 1]
-    codec.video.decode_chunks(latents)          the same in pieces, in time order
-    codec.audio.encode(audio)    [B, samples, 2] at .sample_rate -> [B, A, .bins, .channels]
-    codec.audio.decode(latents, num_samples)    -> [B, samples, 2] at .output_sample_rate
-    codec.audio.clock            an `AudioClock`: when each latent is; .latents_per_second
-
-Dims: B batch, F frames, H, W pixels, F', H', W' the latent grid, A audio latents, C channels.
+What they have in common is in `interface.py`.
 """
 
 import os
@@ -24,6 +13,7 @@ from typing import Any
 import jax
 
 from ltx2_jax.codecs.audio import AudioCodec
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.codecs.video import AUTOMATIC, DiffusionVideoCodec, VideoCodec
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
@@ -62,7 +52,7 @@ def load_codec(
     devices: Sequence[jax.Device] | None = None,
     tiling: tiles.Tiling | str | None = AUTOMATIC,
     dtype: str = "bfloat16",
-) -> Any:
+) -> Codec:
     """The codec in one or more files.
 
     Args:

@@ -16,7 +16,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from ltx2_jax.blobs import content_hash
-from ltx2_jax.data.clip_files import fingerprints
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.records import (
     EMPTY_CAPTION_NAME,
     INDEX_NAME,
@@ -30,7 +30,8 @@ from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, check_even, read_clip
+from ltx2_jax.media.clip_files import fingerprints
+from ltx2_jax.media.media import Clip, check_even, read_clip
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, tell_cut
 
 CODEC_NAME = "codec.safetensors"
@@ -181,7 +182,7 @@ class ClipReader:
 def encode_clips(
     clips: ClipReader,
     *,
-    codec: Any,
+    codec: Codec,
     encoder: FeatureEncoder,
     config: PrepareConfig,
     writer: RecordWriter,
@@ -240,7 +241,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _encode(
-    batch: list, rows: Sequence[Row], codec: Any, encoder: FeatureEncoder
+    batch: list, rows: Sequence[Row], codec: Codec, encoder: FeatureEncoder
 ) -> Iterator[dict[str, Any]]:
     pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
     video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
@@ -284,7 +285,7 @@ def prepare_dataset(
     out: str | os.PathLike,
     config: PrepareConfig,
     *,
-    codec: Any = None,
+    codec: Codec | LinearCodecConfig | None = None,
     text_encoder: FeatureEncoder | RandomEncoderConfig | None = None,
     overwrite: bool = False,
 ) -> Records:
@@ -388,7 +389,10 @@ def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
 
 
 def _settings(
-    rows: Sequence[Row], config: PrepareConfig, codec: Any, text_encoder: Any
+    rows: Sequence[Row],
+    config: PrepareConfig,
+    codec: Codec | LinearCodecConfig,
+    text_encoder: FeatureEncoder | RandomEncoderConfig,
 ) -> dict[str, Any]:
     """What a dataset's contents depend on, as JSON values."""
     names_and_captions = json.dumps([[row.name, row.caption] for row in rows])

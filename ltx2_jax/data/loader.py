@@ -6,16 +6,8 @@ The order is what makes training reproducible: everything up to the host slice i
 the position in one global sequence of examples, so the same batches come out on any number of
 hosts, and continuing at step N is asking for batch N.
 
-An element is a dict of numpy arrays; the strings of a record are dropped. With the axes of
-`ltx2_jax.data.records` and B rows on this host:
-
-    id          int64   [B]
-    video       float   [B, F', H', W', C]
-    audio       float   [B, A, M, C]
-    video_text  float   [B, S, Dv]
-    audio_text  float   [B, S, Da]
-    text_mask   bool    [B, S]
-    fps         float32 [B]
+An element is a dict of numpy arrays, the fields of `data.records` stacked over the B rows of this
+host; the strings of a record are dropped.
 """
 
 import os

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from ltx2_jax import media
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import replacing
+from ltx2_jax.media import media
 
 COLORS = {
     "red": (214, 40, 46),

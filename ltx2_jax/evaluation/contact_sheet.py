@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import audio_onsets, visual_onsets
 from ltx2_jax.files import replacing
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 
 INK, MUTED, GRID = "#1c2430", "#7d8896", "#e3e7ec"
 SOUND, HEARD, SEEN = "#8fa6bf", "#d1495b", "#00798c"

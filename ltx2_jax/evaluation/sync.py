@@ -28,7 +28,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 
 # Audio
 HOP_SECONDS = 0.0025

@@ -13,7 +13,7 @@ from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 from ltx2_jax.planning.reports import describe
 from ltx2_jax.planning.search import search_plans
 from ltx2_jax.planning.text import TEXT_ENCODERS, plan_text
-from ltx2_jax.planning.transformer import Sampling, plan_sample, plan_train
+from ltx2_jax.planning.transformer import plan_sample, plan_train
 from ltx2_jax.planning.vae import VAES, plan_vae
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "DEFAULT_SIZE",
     "TEXT_ENCODERS",
     "VAES",
-    "Sampling",
     "describe",
     "plan_sample",
     "plan_text",

@@ -13,7 +13,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.topology import Slice
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
 
 Changes = dict[str, Any]  # fields of a config, as "model.remat"; "mesh" is (data, model, sequence)

@@ -21,7 +21,7 @@ from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
 from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip
 
 WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
@@ -34,7 +34,7 @@ ATTENTION_PASSES = 3.5  # a kernel's backward pass costs 2.5 forward ones: it co
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one jax device: bytes, and seconds of a step. `mfu` as in `accounting.roofline`."""
+    """Of one jax device: bytes, and seconds of a step. `mfu` as in `compiled.roofline`."""
 
     state: float
     gradients: float

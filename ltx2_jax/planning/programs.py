@@ -15,10 +15,11 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
-from ltx2_jax.sampling.pipeline import ClipSize, Request
-from ltx2_jax.sampling.programs import make_sampler, released_passes
+from ltx2_jax.sampling.pipeline import ClipSize
+from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, sharding_of
 from ltx2_jax.training import checks
+from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
 
@@ -70,7 +71,6 @@ def request_of(config: Config, **given: int | None) -> Request:
         audio_bins=bins,
         strides=strides,
         fps=size.fps,
-        guided=False,
     )
 
 
@@ -88,20 +88,6 @@ def pixels_of(request: Request) -> tuple[int, int, int]:
 def check(config: Config, request: Request, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the mesh divides the attention heads and the video tokens."""
     checks.check_mesh(config.model.num_heads, math.prod(request.video_shape), mesh)
-
-
-def text_fields(config: Config, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`TEXT_FIELDS` of a batch, as the dataset of this config has them."""
-    text = config.text
-    own = text.encoder.audio_dim is not None if text.generation == "random" else (
-        text.generation != "2.0"
-    )  # fmt: skip
-    rows = (batch, text.length)
-    fields = {"video_text": jax.ShapeDtypeStruct((*rows, text.video_connector.width), jnp.bfloat16)}
-    if own:
-        shape = (*rows, text.audio_connector.width)
-        fields["audio_text"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return fields | {"text_mask": jax.ShapeDtypeStruct(rows, jnp.bool)}
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -138,23 +124,11 @@ def train_inputs(
     """
     checks.check_batch(config, mesh)
     check(config, request, mesh)
-    size = config.data.batch_size
-    channels = config.model.audio_in_channels // request.audio_bins
-    text = text_fields(config, size)
-    fields = {
-        "video": jax.ShapeDtypeStruct(
-            (size, *request.video_shape, config.model.in_channels), jnp.float32
-        ),
-        "audio": jax.ShapeDtypeStruct(
-            (size, request.audio_length, request.audio_bins, channels), jnp.float32
-        ),
-        "fps": jax.ShapeDtypeStruct((size,), jnp.float32),
-        **text,
-    }
-    batch = {k: _on(mesh, x, "batch", *[None] * (x.ndim - 1)) for k, x in fields.items()}
+    fields = abstract_batch(config, request.video_shape, (request.audio_length, request.audio_bins))
+    batch = {name: _on(mesh, x, "batch") for name, x in fields.items()}
     null_text = {
-        k: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), *[None] * (x.ndim - 1))
-        for k, x in text.items()
+        name: _on(mesh, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+        for name, x in abstract_text(config, 1).items()
     }
     return batch, null_text
 
@@ -183,21 +157,19 @@ def sample_program(
     check_passes(batch, passes, mesh)
     params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
 
-    def whole(x: jax.ShapeDtypeStruct) -> Any:
-        return _on(mesh, x, *[None] * x.ndim)
-
-    texts = tuple(text_fields(config, clips) for clips in (batch, 1))
-    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    sigmas = jax.ShapeDtypeStruct((steps + 1,), jnp.float32)
     others = released_passes(config.model.num_layers)[: passes - 1]
-    strengths = ((jax.ShapeDtypeStruct((), jnp.float32),) * 2,) * len(others)
-    key = jax.eval_shape(jax.random.key, 0)
-    given = jax.tree.map(whole, (texts, rows, key, sigmas, strengths))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    given = (
+        tuple(abstract_text(config, rows) for rows in (batch, 1)),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.eval_shape(jax.random.key, 0),
+        jax.ShapeDtypeStruct((steps + 1,), jnp.float32),
+        ((number, number),) * len(others),
+    )
+    given = jax.tree.map(partial(_on, mesh), given)
     with jax.set_mesh(mesh):
-        graphdef = ltx2.graph(config.networks)
-        return make_sampler().lower(
-            params, *given, graphdef=graphdef, request=request, passes=others
-        ), params
+        static = {"graphdef": ltx2.graph(config.networks), "request": request, "passes": others}
+        return make_sampler().lower(params, *given, **static), params
 
 
 def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
@@ -211,5 +183,7 @@ def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str | None) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(mesh, *names))
+def _on(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct, *names: str) -> jax.ShapeDtypeStruct:
+    """`x` on a mesh, its first axes split as `names` say, the others whole."""
+    where = sharding_of(mesh, *names, *[None] * (x.ndim - len(names)))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -9,7 +9,7 @@ from ltx2_jax import units
 from ltx2_jax.planning.compiled.facts import describe as describe_program
 from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.planning.compiled.memory import compile_or_overflow, describe_memory, memory_facts
-from ltx2_jax.planning.topology import NO_COMPILER, describe_counts
+from ltx2_jax.planning.topology import NO_COMPILER
 
 GIB = 2**30
 # Of a program: the names of what it is given and of what it makes, and one execution of it.
@@ -42,8 +42,8 @@ def describe(facts: dict[str, Any]) -> str:
     what = facts["what"]
     if what == "search":
         return _search(facts)
-    title = f"{facts['program']} on {facts['topology']} ({facts['devices']} x " \
-            f"{facts['device_kind']})"  # fmt: skip
+    where = f"{facts['topology']} ({facts['devices']} x {facts['device_kind']})"
+    title = f"{facts['program']} on {where}"
     if "message" in facts:
         return "\n".join([title, f"  {facts['message']}", *_helps(facts)])
     about = {"vae": _about_vae, "text": _about_text}.get(what, _about_transformer)
@@ -68,12 +68,16 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}{('es' if thing.endswith('s') else 's') * (count > 1)}"
 
 
+def _split(facts: dict[str, Any]) -> str:
+    """{"rows": 2, "columns": 4} -> "2 rows, 4 columns"."""
+    return ", ".join(f"{count:,} {axis}" for axis, count in facts["split"].items()) or "none"
+
+
 def _about_transformer(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Lines before and after those about memory."""
     train = facts["what"] == "train"
     lines = [
-        f"  split          {describe_counts(facts['split'])}"
-        + (f", remat {facts['remat']}" if train else ""),
+        f"  split          {_split(facts)}" + (f", remat {facts['remat']}" if train else ""),
         f"  tokens         {facts['video_tokens']:,} video and {facts['audio_tokens']:,} audio a "
         f"clip, {facts['text_tokens']:,} of text",
         f"  parameters     {units.parameters(facts['parameters'])}, the transformer's",
@@ -88,7 +92,7 @@ def _about_transformer(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def _about_text(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
     return [
-        f"  split          {facts['rows']} rows over {describe_counts(facts['split'])}",
+        f"  split          {facts['rows']} rows over {_split(facts)}",
         f"  parameters     {units.parameters(facts['parameters'])}; whole on every chip: "
         f"{', '.join(facts['whole_on_every_chip']) or 'none'}",
     ], [f"  FLOPs          {units.flops(facts['flops_of_batch'])} for the batch"]
@@ -97,8 +101,7 @@ def _about_text(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
 def _about_vae(facts: dict[str, Any]) -> tuple[list[str], list[str]]:
     frames, height, width = facts["tile"]
     return [
-        f"  largest tile   {frames} frames of {width}x{height}, split over "
-        f"{describe_counts(facts['split'])}",
+        f"  largest tile   {frames} frames of {width}x{height}, split over {_split(facts)}",
         f"  parameters     {units.parameters(facts['parameters'])} in both halves",
     ], [
         f"  FLOPs          {units.flops(facts['flops_of_clip'])} for the clip; a tile "

@@ -11,7 +11,7 @@ from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.reports import GIB
 from ltx2_jax.planning.topology import has_compiler, slice_of
 from ltx2_jax.planning.transformer import plan_train
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 
 CLIPS = (1, 2, 4)  # per data shard
 SPLITS = (1, 2, 4, 8, 16)  # of model and of sequence

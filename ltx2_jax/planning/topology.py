@@ -55,10 +55,26 @@ class Slice:
 
 def slice_of(topology: str) -> Slice:
     """The slice named, such as "v5p:2x2x1"; asks no compiler. UserError if there is none."""
-    name, _ = _request(topology)
-    generation, sizes = name.split(":")
-    shape = tuple(int(size) for size in sizes.split("x"))
-    return Slice(name, chips.CHIPS[SLICES[generation][0]], shape)
+
+    def refused(reason: str) -> UserError:
+        return UserError(f"--topology={topology}: {reason}; {_valid(generation)}")
+
+    found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
+    generation = found[1] if found else topology.split(":")[0].split("-")[0]
+    generation = _ALIASES.get(generation, generation)
+    if not found or generation not in SLICES:
+        raise refused("no such slice")
+    chip_name, sizes = SLICES[generation]
+    chip, shape = chips.CHIPS[chip_name], _sides(found[2])
+    if len(shape) != chip.torus:
+        raise refused(f"{generation} slices have {'two' if chip.torus == 2 else 'three'} sizes")
+    whole_pod = max(math.prod(_sides(size)) for size in sizes)
+    if math.prod(shape) > whole_pod:
+        raise refused(f"no such slice: the largest is of {whole_pod:,} chips")
+    odd = any(size not in (1, 2) and size % 4 for size in shape)
+    if odd or (math.prod(shape) < 4 and found[2] not in sizes):
+        raise refused("no such slice: sizes are 1, 2 or a multiple of 4")
+    return Slice(f"{generation}:{found[2]}", chip, shape)
 
 
 def has_compiler() -> bool:
@@ -76,64 +92,35 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    name, options = _request(topology)
+    where = slice_of(topology)
+    generation = where.name.split(":")[0]
+    # Left alone, libtpu takes every slice for a mesh without closed rings.
+    options: dict[str, Any] = {"wrap": (*chips.wraps(where.chip, where.shape), False)[:3]}
+    if generation == "v4":  # a chip's two cores as one device, as in jax on a v4
+        options["chip_config_name"] = "megacore"
+    if max(where.shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    get = topologies.get_topology_desc
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return get(platform="tpu", topology_name=where.name, **options).devices
     except Exception as error:  # whatever libtpu raises, and a missing one an ordinary RuntimeError
         text = " ".join(str(error).split())
         if "not installed" in text:
             raise UserError(NO_COMPILER) from None
         raise UserError(
             f"--topology={topology}: refused by the TPU compiler ({text:.200}); "
-            f"{_valid(name.split(':')[0])}"
+            f"{_valid(generation)}"
         ) from None
 
 
-def _request(topology: str) -> tuple[str, dict[str, Any]]:
-    """A slice's name as libtpu wants it, and what libtpu does not guess right from the name."""
-    found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
-    generation = found and _ALIASES.get(found[1], found[1])
-    if generation not in SLICES:
-        part = topology.split(":")[0].split("-")[0]
-        known = _ALIASES.get(part, part)
-        raise UserError(f"--topology={topology}: no such slice; {_valid(known)}")
-    chip = chips.CHIPS[SLICES[generation][0]]
-    shape = tuple(int(size) for size in found[2].split("x"))
-    if len(shape) != chip.torus:
-        flat = "two" if chip.torus == 2 else "three"
-        raise UserError(
-            f"--topology={topology}: {generation} slices have {flat} sizes; {_valid(generation)}"
-        )
-    odd = any(size not in (1, 2) and size % 4 for size in shape)
-    whole_pod = max(math.prod(map(int, size.split("x"))) for size in SLICES[generation][1])
-    if math.prod(shape) > whole_pod:
-        raise UserError(
-            f"--topology={topology}: no such slice: the largest is of {whole_pod:,} chips; "
-            f"{_valid(generation)}"
-        )
-    if odd or (math.prod(shape) < 4 and found[2] not in SLICES[generation][1]):
-        raise UserError(
-            f"--topology={topology}: no such slice: sizes are 1, 2 or a multiple of 4; "
-            f"{_valid(generation)}"
-        )
-    # Left alone, libtpu takes every slice for a mesh without closed rings.
-    options: dict[str, Any] = {"wrap": (*chips.wraps(chip, shape), False)[:3]}
-    if generation == "v4":  # a chip's two cores as one device, as in jax on a v4
-        options["chip_config_name"] = "megacore"
-    if max(shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    return f"{generation}:{found[2]}", options
+def _sides(shape: str) -> tuple[int, ...]:
+    return tuple(map(int, shape.split("x")))
 
 
-def _valid(generation: str | None = None) -> str:
+def _valid(generation: str) -> str:
     """The names that are accepted, for an error message."""
     if generation in SLICES:
         _, sizes = SLICES[generation]
         return f"slices are {', '.join(f'{generation}:{size}' for size in sizes)}"
     some = (f"{name}:{sizes[i]}" for name, (_, sizes) in SLICES.items() for i in (1, 4))
     return f"slices are named GENERATION:SHAPE, in chips: {', '.join(some)}"
-
-
-def describe_counts(counts: dict[str, int]) -> str:
-    """{"rows": 2, "columns": 4} -> "2 rows, 4 columns"."""
-    return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"

@@ -1,6 +1,5 @@
 """What training and sampling need on a TPU slice."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +17,11 @@ from ltx2_jax.planning.programs import (
 )
 from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
 from ltx2_jax.training import checks
 
 WHOLE = 2**20  # bytes of an array that every chip holds whole, from which it is worth a line
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """What --what=sample compiles."""
-
-    batch: int = 1  # clips
-    passes: int = 1  # of guidance: 1, 2 or 4
-    steps: int = 30
 
 
 def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any]:
@@ -61,15 +51,16 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
 
 
 def plan_sample(
-    config: Config, request: Request, topology: str, sampling: Sampling
+    config: Config, request: Request, topology: str, *, batch: int, passes: int, steps: int
 ) -> dict[str, Any]:
     """What sampling a batch of clips needs on a slice: from text features to latents.
+
+    `passes` are 1, 2 or 4, of guidance.
 
     Raises:
       UserError: as `plan_train`.
     """
     where = slice_of(topology)
-    batch, passes, steps = sampling.batch, sampling.passes, sampling.steps
     check_passes(batch, passes, mesh_of(config, where))
     facts, tokens = _facts(config, request, where, "sample", batch)
     work = batch * passes * steps * sum(flops.forward_flops(config.model, *tokens).values())

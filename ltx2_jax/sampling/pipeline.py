@@ -5,42 +5,31 @@ clip = pipe("a red ball bounces three times")
 clip.save("ball.mp4")
 """
 
-import csv
-import dataclasses
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from ltx2_jax.chips import compiler_options
 from ltx2_jax.codecs.clips import decode_clip, write_clip
 from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
-from ltx2_jax.diffusion.conditioning import first_frame_mask
-from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
 from ltx2_jax.errors import UserError
-from ltx2_jax.evaluation.contact_sheet import contact_sheet
-from ltx2_jax.files import replacing
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
-from ltx2_jax.models.ltx2 import LTX2
-from ltx2_jax.models.transformer.streams import Keep, Modality
-from ltx2_jax.sharding import make_mesh, pin
+from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
+from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.cache import TextCache
-from ltx2_jax.text.captions import caption_features, load_caption_encoder, tell_cut
-from ltx2_jax.text.encoder import TextEncoder
+from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
 from ltx2_jax.training.checks import check_mesh
 
@@ -62,8 +51,8 @@ class Pipeline:
         self,
         config: Config,
         params: Any,
-        codec: Any,
-        text_encoder: TextEncoder | TextCache,
+        codec: Codec,
+        text_encoder: FeatureEncoder,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -73,7 +62,7 @@ class Pipeline:
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
             self._graph = ltx2.graph(config.networks)
-            self._generate_latents = make_generate()
+            self._sampler = make_sampler()
 
     @classmethod
     def from_workdir(
@@ -167,24 +156,28 @@ class Pipeline:
             real = np.minimum(rows, len(prompts) - 1)
             # JAX_ENABLE_X64 would make other draws, and other clips.
             with jax.set_mesh(self.mesh), jax.enable_x64(False):
-                latents = self._generate(text, real, rows, sample)
+                latents = self._sample(text, real, rows, sample)
             video, audio = (np.asarray(x) for x in latents)
             yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
 
-    def _generate(
+    def _sample(
         self, text: dict[str, np.ndarray], real: np.ndarray, rows: np.ndarray, sample: SampleConfig
     ) -> tuple[Array, Array]:
         video_shape, audio_length = self._latent_shapes()
         num_tokens = int(np.prod(video_shape))
         sigmas = schedules.make_sigmas(sample.schedule, sample.steps, num_tokens)
-        return self._generate_latents(
+        guided = _passes(sample) > 1
+        scales = np.float32(sample.video_guidance), np.float32(sample.audio_guidance)
+        return self._sampler(
             self.params,
-            {name: value[real] for name, value in text.items()},
-            {name: value[-1:] for name, value in text.items()},
+            (
+                {name: value[real] for name, value in text.items()},
+                {name: value[-1:] for name, value in text.items()},
+            ),
             rows,
             jax.random.key(sample.seed),
             jnp.asarray(sigmas),
-            (jnp.float32(sample.video_guidance), jnp.float32(sample.audio_guidance)),
+            (tuple(scale - np.float32(1) for scale in scales),) if guided else (),
             graphdef=self._graph,
             request=Request(
                 video_shape=video_shape,
@@ -192,9 +185,9 @@ class Pipeline:
                 audio_bins=self.codec.audio.bins,
                 strides=self.codec.video.strides,
                 fps=self.size.fps,
-                guided=_passes(sample) > 1,
                 audio_clock=self.codec.audio.clock,
             ),
+            passes=(EMPTY_CAPTION,) if guided else (),
         )
 
     def _latent_shapes(self) -> tuple[tuple[int, int, int], int]:
@@ -208,141 +201,3 @@ class Pipeline:
 
 def _passes(sample: SampleConfig) -> int:
     return 1 if sample.video_guidance == sample.audio_guidance == 1 else 2
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one compiled sampler is specialised to."""
-
-    video_shape: tuple[int, int, int]  # F', H', W'
-    audio_length: int
-    audio_bins: int
-    strides: tuple[int, int, int]
-    fps: float
-    guided: bool  # one more pass, for the empty caption
-    audio_clock: geometry.AudioClock = geometry.AUDIO_CLOCK
-
-
-def make_generate() -> Callable[..., tuple[Array, Array]]:
-    """The jitted `generate`, for the mesh in context."""
-    options, static = compiler_options(training=False), ("graphdef", "request")
-    return jax.jit(generate, static_argnames=static, compiler_options=options)
-
-
-def generate(
-    params: Any,
-    text: dict[str, Array],  # `ltx2.TEXT_FIELDS` of the prompts, [B, S, ...]
-    null_text: dict[str, Array],  # the same of the empty caption, [1, S, ...]
-    rows: Array,  # [B], number of each clip: its noise is a function of (key, number)
-    key: Array,
-    sigmas: Array,  # [steps + 1]
-    scales: tuple[Array, Array],  # of guidance: video, audio
-    *,
-    graphdef: Any,
-    request: Request,
-) -> tuple[Array, Array]:
-    """Text to clean latents of both streams: [B, F', H', W', C] and [B, A, M, C]. One program."""
-    model = nnx.merge(graphdef, params)
-    text, null_text = (
-        {name: jnp.broadcast_to(x, (rows.shape[0], *x.shape[1:])) for name, x in part.items()}
-        for part in (text, null_text)
-    )
-    of_text = partial(network, model, request)
-    if request.guided:
-        predict = guided(of_text, text, null_text, scales)
-    else:
-        predict = unguided(of_text, text)
-    return unpatchify(denoise(predict, noise(model, request, rows, key), sigmas), request)
-
-
-def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:
-    """What each clip starts from, a function of (key, its number in `rows` [B])."""
-    cfg, lead = model.transformer.cfg, rows_axis(rows.shape[0])
-
-    def stream(index: int, shape: tuple[int, int], tokens: str) -> Array:
-        stream_key = jax.random.fold_in(key, index)
-        keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
-        return pin(
-            jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys), lead, tokens, None
-        )
-
-    return Latents(
-        stream(0, (math.prod(request.video_shape), cfg.in_channels), "video_tokens"),
-        stream(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
-    )
-
-
-def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
-    """Tokens to latents [B, F', H', W', C] and [B, A, M, C]."""
-    # Whole clips per chip again: the grid axes below are not the sharded token axis.
-    video = pin(clean.video, rows_axis(clean.video.shape[0]), None, None)
-    return (
-        geometry.unpatchify_video(video, request.video_shape),
-        geometry.unpatchify_audio(clean.audio, request.audio_bins),
-    )
-
-
-def network(
-    model: LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
-) -> Velocity:
-    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
-
-    `keep` has a row per clip here, [B, L].
-    """
-    video, audio = modalities(model, request, text)
-    fixed = model.transformer.fixed(video, audio)
-    keep = jax.tree.map(lambda rows: pin(rows.T, None, "batch"), keep)
-
-    def velocity(x: Latents, sigma: Array) -> Latents:
-        level = {"sigma": sigma, "timesteps": sigma[:, None]}
-        streams = (
-            dataclasses.replace(stream, latent=latent, **level)
-            for stream, latent in zip((video, audio), x, strict=True)
-        )
-        return Latents(*model.transformer(*streams, keep, fixed))
-
-    return velocity
-
-
-def modalities(model: LTX2, request: Request, text: dict[str, Array]) -> tuple[Modality, Modality]:
-    """Both streams without latents and noise levels: text, positions, marks."""
-    rows = text["text_mask"].shape[0]
-    text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
-    video_context, audio_context, mask = model.context(text)
-    positions = geometry.video_positions(request.video_shape, request.fps, request.strides)
-    keyframes = None
-    if model.transformer.cfg.keyframe_embedding:
-        keyframes = first_frame_mask((rows, *request.video_shape))
-    given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
-    video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
-                     keyframes_mask=keyframes)  # fmt: skip
-    positions = geometry.audio_positions(request.audio_length, request.audio_clock)
-    return video, Modality(**given, positions=jnp.asarray(positions), context=audio_context)
-
-
-def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:
-    """Clips to files, for a person to look at.
-
-    `samples/NNN.mp4` are all clips and `samples/captions.csv` their prompts, in the columns that
-    `prepare` reads; `sample.mp4` is the first clip, `samples.png` shows the first four. Small clips
-    are enlarged, pixel by pixel, to be watchable.
-    """
-    table = io.StringIO(newline="")
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(("video", "caption"))
-    rows.writerows((f"{i:03d}.mp4", prompt) for i, prompt in enumerate(prompts))
-    for i, clip in enumerate(clips):
-        enlarged(clip).save(folder / "samples" / f"{i:03d}.mp4")
-    with replacing(folder / "samples" / "captions.csv") as temporary:
-        temporary.write_text(table.getvalue(), encoding="utf-8")
-    enlarged(clips[0]).save(folder / "sample.mp4")
-    contact_sheet(folder / "samples.png", clips[:4], prompts[:4], title="generated clips")
-    count = f"{len(clips)} clip{'s' if len(clips) > 1 else ''}"
-    print(f"wrote {folder}/sample.mp4, {folder}/samples.png and {count} in {folder}/samples")
-
-
-def enlarged(clip: Clip, shortest: int = 256) -> Clip:
-    """A clip of at least `shortest` pixels a side, every pixel repeated."""
-    factor = max(1, shortest // min(clip.video.shape[1:3]))
-    video = clip.video.repeat(factor, axis=1).repeat(factor, axis=2)
-    return dataclasses.replace(clip, video=video)

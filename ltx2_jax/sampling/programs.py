@@ -9,6 +9,8 @@ so that a strength is 0 for nothing, and one less than the usual scale of classi
 Source: `ltx_core/components/guiders.py`, `ltx_core/guidance/perturbations.py`.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +23,28 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.chips import compiler_options
-from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes, unguided
-from ltx2_jax.models.transformer.streams import Keep
-from ltx2_jax.sampling import pipeline
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.diffusion import geometry
+from ltx2_jax.diffusion.conditioning import first_frame_mask
+from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, in_passes, rows_axis, unguided
+from ltx2_jax.models.ltx2 import LTX2
+from ltx2_jax.models.transformer.streams import Keep, Modality
+from ltx2_jax.sharding import pin
 
 # What a strength multiplies, one pair (video, audio) of float32 scalars for each pass.
 Strengths = tuple[tuple[Array, Array], ...]
-TextFields = dict[str, Array]  # `TEXT_FIELDS`
+TextFields = dict[str, Array]  # `ltx2.TEXT_FIELDS`
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one compiled sampler is specialised to."""
+
+    video_shape: tuple[int, int, int]  # F', H', W'
+    audio_length: int
+    audio_bins: int
+    strides: tuple[int, int, int]
+    fps: float
+    audio_clock: geometry.AudioClock = geometry.AUDIO_CLOCK
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def sample(
         {name: jnp.broadcast_to(x, (clips, *x.shape[1:])) for name, x in fields.items()}
         for fields in texts
     )
-    network = partial(pipeline.network, model, request)
+    of_text = partial(network, model, request)
     if passes:
         kept = any(p.skipped or not p.exchange for p in passes)
         conditions = [
@@ -87,11 +103,10 @@ def sample(
             for p in (Pass(), *passes)
         ]
         combine = partial(_guided, strengths)
-        predict = in_passes(lambda condition: network(*condition), conditions, combine)
+        predict = in_passes(lambda condition: of_text(*condition), conditions, combine)
     else:
-        predict = unguided(network, text)
-    noise = pipeline.noise(model, request, rows, key)
-    return pipeline.unpatchify(denoise(predict, noise, sigmas), request)
+        predict = unguided(of_text, text)
+    return unpatchify(denoise(predict, noise(model, request, rows, key), sigmas), request)
 
 
 def _keep(p: Pass, clips: int, layers: int) -> Keep:
@@ -115,3 +130,67 @@ def _guided(strengths: Strengths, prompt: Latents, *others: Latents) -> Latents:
         return (x + away).astype(prompt[index].dtype)
 
     return Latents(stream(0), stream(1))
+
+
+def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:
+    """What each clip starts from, a function of (key, its number in `rows` [B])."""
+    cfg, lead = model.transformer.cfg, rows_axis(rows.shape[0])
+
+    def stream(index: int, shape: tuple[int, int], tokens: str) -> Array:
+        stream_key = jax.random.fold_in(key, index)
+        keys = jax.vmap(lambda row: jax.random.fold_in(stream_key, row))(rows)
+        drawn = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+        return pin(drawn, lead, tokens, None)
+
+    return Latents(
+        stream(0, (math.prod(request.video_shape), cfg.in_channels), "video_tokens"),
+        stream(1, (request.audio_length, cfg.audio_in_channels), "audio_tokens"),
+    )
+
+
+def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
+    """Tokens to latents [B, F', H', W', C] and [B, A, M, C]."""
+    # Whole clips per chip again: the grid axes below are not the sharded token axis.
+    video = pin(clean.video, rows_axis(clean.video.shape[0]), None, None)
+    return (
+        geometry.unpatchify_video(video, request.video_shape),
+        geometry.unpatchify_audio(clean.audio, request.audio_bins),
+    )
+
+
+def network(
+    model: LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
+) -> Velocity:
+    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
+
+    `keep` has a row per clip here, [B, L].
+    """
+    video, audio = modalities(model, request, text)
+    fixed = model.transformer.fixed(video, audio)
+    keep = jax.tree.map(lambda rows: pin(rows.T, None, "batch"), keep)
+
+    def velocity(x: Latents, sigma: Array) -> Latents:
+        level = {"sigma": sigma, "timesteps": sigma[:, None]}
+        streams = (
+            dataclasses.replace(stream, latent=latent, **level)
+            for stream, latent in zip((video, audio), x, strict=True)
+        )
+        return Latents(*model.transformer(*streams, keep, fixed))
+
+    return velocity
+
+
+def modalities(model: LTX2, request: Request, text: dict[str, Array]) -> tuple[Modality, Modality]:
+    """Both streams without latents and noise levels: text, positions, marks."""
+    rows = text["text_mask"].shape[0]
+    text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
+    video_context, audio_context, mask = model.context(text)
+    positions = geometry.video_positions(request.video_shape, request.fps, request.strides)
+    keyframes = None
+    if model.transformer.cfg.keyframe_embedding:
+        keyframes = first_frame_mask((rows, *request.video_shape))
+    given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
+    video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
+                     keyframes_mask=keyframes)  # fmt: skip
+    positions = geometry.audio_positions(request.audio_length, request.audio_clock)
+    return video, Modality(**given, positions=jnp.asarray(positions), context=audio_context)

@@ -45,9 +45,8 @@ class TextCache:
     Opened by `load`, it is one wherever captions are encoded: `shared`, `generation`, `length` and
     `save` are the encoder's.
 
-    Several processes may use one folder at once: a file appears whole or not at all, and two that
-    write the same one write the same features. A damaged file is a warning, not an error: what it
-    held can be computed again, which is what an interrupted copy of a large folder needs.
+    Several processes may use one folder at once: a file appears whole or not at all. A damaged one
+    is a warning, not an error: what it held is computed again.
     """
 
     def __init__(
@@ -80,44 +79,35 @@ class TextCache:
         checkpoint: str | os.PathLike,
         text_encoder: str | os.PathLike,
         *,
+        length: int = LENGTH,
         dtype: str = "bfloat16",
         last_layer_only: bool = False,
         tokenizer: str | os.PathLike | None = None,
-        length: int = LENGTH,
         **settings: Any,
     ) -> "TextCache":
         """The cache of a released model, whose weights are read when a prompt is missing.
 
-        Args:
-          folder: of the cache.
-          checkpoint, text_encoder, dtype, last_layer_only, tokenizer, length, settings: as in
-            `TextEncoder.load`.
+        All but `folder` is as in `TextEncoder.load`.
 
         Raises:
           UserError: a file is missing or damaged, or its config does not fit.
         """
-        model = {"dtype": dtype, "last_layer_only": last_layer_only, "tokenizer": tokenizer}
-        checkpoint, text_encoder = hub.fetch(checkpoint), hub.fetch(text_encoder)
-        with open_release(checkpoint) as release:
+        files = hub.fetch(checkpoint), hub.fetch(text_encoder)
+        decides = {"dtype": dtype, "last_layer_only": last_layer_only}
+        model = {**decides, "tokenizer": tokenizer}
+        with open_release(files[0]) as release:
             generation, section = release.generation("connectors"), release.section("connectors")
         cache = cls(
             folder,
-            partial(TextEncoder.load, checkpoint, text_encoder, length=length, **model, **settings),
-            encoder=encoder_fingerprint(checkpoint, text_encoder, **model),
+            partial(TextEncoder.load, *files, length=length, **model, **settings),
+            encoder=encoder_fingerprint(*files, **model),
             generation=generation or "unknown",
             length=length,
         )
-        cache.shared = (
-            text_weights.text_features_config(section, width=1, num_layers=1).audio_dim is None
-        )
-        cache.save = partial(
-            write_reference,
-            checkpoint=checkpoint,
-            text_encoder=text_encoder,
-            length=length,
-            dtype=dtype,
-            last_layer_only=last_layer_only,
-        )
+        features = text_weights.text_features_config(section, width=1, num_layers=1)
+        cache.shared = features.audio_dim is None
+        given = dict(zip(("checkpoint", "text_encoder"), files, strict=True))
+        cache.save = partial(write_reference, **given, length=length, **decides)
         return cache
 
     @property
@@ -286,9 +276,7 @@ def _record(video: np.ndarray, audio: np.ndarray, mask: np.ndarray) -> Record:
     """What is stored of features [S, Dv] and [S, Da] with a left-padded mask [S]."""
     record = {"video": _shrink(video), "tokens": np.int64(mask.sum())}
     # The features of 2.0 are the same for both.
-    if audio.dtype != video.dtype or not np.array_equal(_bits(audio), _bits(video)):
-        record["audio"] = _shrink(audio)
-    return record
+    return record if _same_bits(video, audio) else record | {"audio": _shrink(audio)}
 
 
 def _shrink(rows: np.ndarray) -> np.ndarray:
@@ -297,12 +285,15 @@ def _shrink(rows: np.ndarray) -> np.ndarray:
     Those are the padding, which holds the bias of the projection, or zeros without one.
     """
     equal = (_bits(rows) == _bits(rows[:1])).all(axis=1)
-    count = len(rows) if equal.all() else int(equal.argmin())
-    return rows[count - 1 :]
+    return rows[(len(rows) if equal.all() else int(equal.argmin())) - 1 :]
 
 
 def _expand(rows: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([np.repeat(rows[:1], length - len(rows), axis=0), rows])
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b))
 
 
 def _bits(rows: np.ndarray) -> np.ndarray:

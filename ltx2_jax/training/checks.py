@@ -15,7 +15,7 @@ from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
-from ltx2_jax.media import check_even
+from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.training import checkpoint, initial
 
@@ -36,10 +36,10 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     else:
         check_records(config, open_records(config.data.path), mesh)
     stored = checkpoint.stored_config(config.workdir)
-    if stored is None:
-        initial.check(config)
-    else:
+    if stored is not None:
         check_same_run(config, stored, Path(config.workdir))
+    if stored is None or stored.init_from is None:
+        initial.check(config)
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -187,8 +187,10 @@ def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
-    if config.init_from not in (None, stored.init_from):  # its weights would never be read
-        refused.append(f"init_from: {stored.init_from!r} -> {config.init_from!r}")
+    if stored.init_from is not None and config.init_from not in (None, stored.init_from):
+        refused.append(
+            f"init_from: {stored.init_from!r} -> {config.init_from!r}; leave it out to go on"
+        )
     if refused:
         raise UserError(
             f"{workdir} holds a checkpoint of another config ({'; '.join(refused)}): "

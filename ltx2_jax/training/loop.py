@@ -25,10 +25,11 @@ from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, initial
+from ltx2_jax.training.batch import place
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
 from ltx2_jax.training.state import State, all_finite, init_state, state_of
-from ltx2_jax.training.step import make_train_step, place
+from ltx2_jax.training.step import make_train_step
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]
@@ -195,13 +196,21 @@ def batches(
 def first_state(
     config: Config, checkpoints: Checkpoints, start: int, abstract: Any, mesh: jax.sharding.Mesh
 ) -> State:
-    """In this order: the newest checkpoint of the workdir; given weights; fresh ones."""
-    if start:
+    """In this order: the newest checkpoint of the workdir; given weights; fresh ones.
+
+    Weights that are given to a run that began without them take the place of its own; moments and
+    average begin anew, the step and the position in the data stay.
+    """
+    given = config.init_from is not None
+    if start and given and checkpoints.config(start).init_from is None:
+        print(f"weights  from {config.init_from} at step {start}, in place of the run's own")
+    elif start:
         return checkpoints.restore(start, abstract)
-    if config.init_from is not None:
-        params = initial.load(config, mesh)
-        return jax.jit(partial(state_of, config=config), donate_argnums=0)(params)
-    return jax.jit(partial(init_state, config=config))(jax.random.key(config.seed))
+    if not given:
+        return jax.jit(partial(init_state, config=config))(jax.random.key(config.seed))
+    params = initial.load(config, mesh)
+    state = jax.jit(partial(state_of, config=config), donate_argnums=0)(params)
+    return state | {"step": jax.device_put(np.int32(start), state["step"].sharding)}
 
 
 # ------------------------------------------------------------------------------------------ reports

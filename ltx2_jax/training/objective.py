@@ -21,8 +21,7 @@ from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.models.ltx2 import LTX2, TEXT_FIELDS
 from ltx2_jax.models.transformer.streams import Modality
 from ltx2_jax.sharding import pin, spec
-
-Batch = dict[str, Array]  # what the loader yields, placed on the mesh
+from ltx2_jax.training.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """The train step, jitted: gradients of the objective, AdamW, the average of the weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -14,20 +13,10 @@ from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
-from ltx2_jax.sharding import gradients_reduced_in, sharding_of
-from ltx2_jax.training.objective import Batch, draw, loss
+from ltx2_jax.sharding import gradients_reduced_in
+from ltx2_jax.training.batch import Batch
+from ltx2_jax.training.objective import draw, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
-
-
-def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-    """A host's part of what `data.pipeline` yields -> global arrays, rows over the data axis."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value
-        )
-        for name, value in batch.items()
-        if name != "id"
-    }
 
 
 def make_train_step(

@@ -13,7 +13,7 @@ from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.demo.synthetic import render
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.media.media import Clip, read_clip
 from ltx2_jax.models.codecs.tiling import TileCounts
 
 SYNTHETIC = SyntheticConfig(num_frames=18, height=32, width=64, fps=12.0)

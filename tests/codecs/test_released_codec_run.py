@@ -13,7 +13,7 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import load
 from ltx2_jax.data.records import open_records
 from ltx2_jax.demo import synthetic
-from ltx2_jax.media import read_clip
+from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training.checks import check_records

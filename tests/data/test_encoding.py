@@ -12,7 +12,7 @@ from ltx2_jax.data.encoding import ClipReader, PrepareConfig, prepare_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import Clip
+from ltx2_jax.media.media import Clip
 
 CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=24)
 

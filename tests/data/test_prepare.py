@@ -11,7 +11,7 @@ import pytest
 from ltx2_jax import prepare
 from ltx2_jax.data.records import open_records
 from ltx2_jax.demo.linear_codec import LinearCodec
-from ltx2_jax.media import Clip, read_clip
+from ltx2_jax.media.media import Clip, read_clip
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import caption_features, load_caption_encoder
 

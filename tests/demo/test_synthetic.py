@@ -8,11 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from ltx2_jax import media
 from ltx2_jax.demo import synthetic
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.demo.synthetic import captions, render, write_dataset
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import media
 
 CONFIG = SyntheticConfig()
 COUNT_WORDS = {"once": 1, "twice": 2, "three times": 3}

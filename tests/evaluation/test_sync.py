@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from ltx2_jax import media
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.demo.synthetic import render
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation import sync
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
-from ltx2_jax.media import Clip
+from ltx2_jax.media import media
+from ltx2_jax.media.media import Clip
 
 CONFIG = SyntheticConfig()
 NUM_CLIPS = 48

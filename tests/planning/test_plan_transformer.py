@@ -21,7 +21,6 @@ from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.models.transformer.transformer import Block, LTX2Transformer
 from ltx2_jax.planning import changes, estimate, programs, reports, search, topology, transformer
-from ltx2_jax.planning.transformer import Sampling
 from ltx2_jax.training import checks
 
 CLIPS = SyntheticConfig(num_clips=8, num_frames=5, height=16, width=32, fps=12.0)
@@ -90,7 +89,7 @@ def test_the_train_step_is_compiled(eight_devices):
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_sampling_is_compiled_with_its_passes_and_steps(eight_devices, passes):
-    facts = transformer.plan_sample(CONFIG, REQUEST, "v5p:2x2x2", Sampling(2, passes, 3))
+    facts = transformer.plan_sample(CONFIG, REQUEST, "v5p:2x2x2", batch=2, passes=passes, steps=3)
     assert facts["fits"]
     assert [loop["trips"] for loop in facts["loops"]].count(3) == 1
     terms = flops.forward_flops(CONFIG.model, 16, REQUEST.audio_length, 6)
@@ -101,7 +100,7 @@ def test_sampling_is_compiled_with_its_passes_and_steps(eight_devices, passes):
 def test_a_sampler_that_does_not_fit_is_told_what_helps(eight_devices, monkeypatch):
     monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**10)
     option = changes.changed(CONFIG, {"mesh": (4, 2, 1)})
-    facts = transformer.plan_sample(option, REQUEST, "v5p:2x2x2", Sampling(4, 1, 1))
+    facts = transformer.plan_sample(option, REQUEST, "v5p:2x2x2", batch=4, passes=1, steps=1)
     assert not facts["fits"]
     assert [change["change"] for change in facts["helps"]] == ["--mesh=2,4,1"]
     assert "does not fit: 0.00 GiB too much" in reports.describe(facts)
@@ -164,7 +163,7 @@ def test_stricter_policies_need_less_memory():
     assert "--config.model.remat=block" in [change["change"] for change in helps]
 
 
-@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b"])
+@pytest.mark.parametrize("name", ["ltx2_19b", "ltx2_3_22b", "ltx2_5_22b"])
 @pytest.mark.parametrize(
     ("variant", "slice_name", "frames"),
     [

@@ -16,13 +16,13 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.planning.compiled.collectives import collectives
 from ltx2_jax.planning.compiled.hlo import parse
-from ltx2_jax.sampling import pipeline
+from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sharding import make_mesh, resident_weights, weight_spec
 from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
 from ltx2_jax.training.objective import as_modality, draw
 
 CONFIG = tiny.config()
-REQUEST = pipeline.Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0, guided=True)
+REQUEST = Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0)
 
 
 def placed(config, mesh):
@@ -38,15 +38,15 @@ def placed(config, mesh):
 def inputs(params, rows=1):
     text = {k: v[:rows] for k, v in tiny.batch().items() if "text" in k}
     null = {k: v[None] for k, v in tiny.null_text().items()}
-    scales = (jnp.float32(3.0), jnp.float32(5.0))
-    return params, text, null, np.arange(rows), jax.random.key(3), jnp.linspace(1.0, 0, 4), scales
+    strengths = ((jnp.float32(2.0), jnp.float32(4.0)),)
+    sigmas = jnp.linspace(1.0, 0, 4)
+    return params, (text, null), np.arange(rows), jax.random.key(3), sigmas, strengths
 
 
 def compiled(config, mesh, given):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        lowered = pipeline.make_generate().lower(
-            *given, graphdef=ltx2.graph(config.networks), request=REQUEST
-        )
+        static = {"graphdef": ltx2.graph(config.networks), "passes": (EMPTY_CAPTION,)}
+        lowered = make_sampler().lower(*given, request=REQUEST, **static)
         return lowered.compile()
 
 

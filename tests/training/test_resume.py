@@ -64,7 +64,7 @@ def seeded(uninterrupted, workdir):
 
 
 def test_a_run_leaves_a_clip_with_sound_and_a_contact_sheet(uninterrupted):
-    from ltx2_jax.media import read_clip
+    from ltx2_jax.media.media import read_clip
 
     workdir, output = uninterrupted
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))

@@ -14,9 +14,10 @@ from ltx2_jax.config import FlowConfig, OptimConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.ltx2 import TEXT_FIELDS
 from ltx2_jax.sharding import make_mesh, sharding_of
+from ltx2_jax.training.batch import place
 from ltx2_jax.training.objective import as_modality, draw, learned_mask
 from ltx2_jax.training.state import _matrices, all_finite, learning_rate, optimizer
-from ltx2_jax.training.step import make_train_step, place
+from ltx2_jax.training.step import make_train_step
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=1)
 # One config for all that is asked of whole steps, because compiling one takes longest.

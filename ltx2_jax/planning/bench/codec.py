@@ -5,8 +5,8 @@ released sizes. The first call, which compiles, is not counted; the best of the 
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,12 @@ from ltx2_jax.codecs.audio import AudioCodec
 from ltx2_jax.codecs.video import VideoCodec
 from ltx2_jax.command import count, positive
 from ltx2_jax.diffusion.geometry import audio_latent_length
-from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
 from ltx2_jax.models.codecs.audio_vae import AUDIO_VAE
-from ltx2_jax.models.codecs.inputs import legal_frames
 from ltx2_jax.models.codecs.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3
 from ltx2_jax.planning.bench.timing import best_of
+from ltx2_jax.planning.vae import check_size
 from ltx2_jax.weights.names import audio_vae as audio_weights
 from ltx2_jax.weights.names import video_vae as video_weights
 from ltx2_jax.weights.names import vocoder as vocoder_weights
@@ -38,23 +37,15 @@ VAES = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One line of the table: seconds of the best call, seconds of the first, FLOPs, bytes."""
-
-    name: str
-    seconds: float
-    first: float
-    flops: int
-    peak_bytes: int
+# A line of the table: name, seconds of the best call, seconds of the first, FLOPs, bytes.
+Measurement = tuple[str, float, float, int, int]
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints a line per network and direction as it is measured."""
     video, vocoder = VAES[args.generation]
     size = (args.frames, args.height, args.width)
-    if legal_frames((1, *size, 3), video.strides) != args.frames:
-        raise UserError(f"--frames={args.frames} is not {video.strides[0]} k + 1")
+    check_size(video, size)
     device = jax.devices()[0]
     print(
         f"codec of {args.generation}: {args.frames} frames of {args.width}x{args.height} at "
@@ -62,13 +53,14 @@ def run(args: argparse.Namespace) -> None:
         f"{'':14}{'seconds':>9}{'first':>9}{'frames/s':>10}{'TFLOP':>9}{'TFLOP/s':>9}"
         f"{'of peak':>9}{'peak GiB':>10}"
     )
-    for m in (*measure_video(video, size, args.calls), *measure_audio(vocoder, args)):
-        rate = m.flops / m.seconds
+    measured = itertools.chain(measure_video(video, size, args.calls), measure_audio(vocoder, args))
+    for name, seconds, first, work, peak_bytes in measured:
+        rate = work / seconds
         peak = peak_flops(device.device_kind)
         share = f"{rate / peak / jax.device_count():9.1%}" if peak else f"{'-':>9}"
         print(
-            f"{m.name:14}{m.seconds:9.3f}{m.first:9.2f}{args.frames / m.seconds:10.1f}"
-            f"{m.flops / 1e12:9.3f}{rate / 1e12:9.3f}{share}{m.peak_bytes / 2**30:10.2f}",
+            f"{name:14}{seconds:9.3f}{first:9.2f}{args.frames / seconds:10.1f}"
+            f"{work / 1e12:9.3f}{rate / 1e12:9.3f}{share}{peak_bytes / 2**30:10.2f}",
             flush=True,
         )
 
@@ -89,7 +81,7 @@ def measure_video(config: Any, size: tuple[int, int, int], calls: int) -> Iterat
     for half, call in halves.items():
         seconds, first = best_of(call, calls)
         peak = measured_peak() or compiled_peak(codec.lower(half, pixels.shape))
-        yield Measurement(f"{half} video", seconds, first, work[half], peak)
+        yield f"{half} video", seconds, first, work[half], peak
 
 
 def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measurement]:
@@ -111,7 +103,7 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
         seconds, first = best_of(call, args.calls)
         program, *given = codec.program(half, audio.shape if half == "encode" else latents.shape)
         peak = measured_peak() or compiled_peak(jax.jit(program).lower(*given))
-        yield Measurement(f"{half} audio", seconds, first, flops.count(program, *given), peak)
+        yield f"{half} audio", seconds, first, flops.count(program, *given), peak
 
 
 def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:

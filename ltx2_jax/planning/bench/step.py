@@ -24,12 +24,7 @@ from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
 from ltx2_jax.models import flops, ltx2
-from ltx2_jax.models.text.connectors import (
-    AUDIO_CONNECTOR_2_3,
-    CONNECTOR_2_0,
-    VIDEO_CONNECTOR_2_3,
-)
-from ltx2_jax.models.transformer.config import LTX2_3_22B, LTX2_19B
+from ltx2_jax.models.transformer.config import PRESETS
 from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.models.transformer.transformer import Block
 from ltx2_jax.planning.bench.timing import best_of
@@ -38,17 +33,18 @@ from ltx2_jax.planning.programs import (
     check,
     check_passes,
     request_of,
-    text_fields,
 )
-from ltx2_jax.sampling import pipeline
-from ltx2_jax.sampling.pipeline import Request
+from ltx2_jax.planning.text import TEXT_ENCODERS
+from ltx2_jax.sampling import programs
+from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import make_mesh, pin, spec
+from ltx2_jax.training.batch import abstract_text
 
 STEPS = 4  # timed at once
 PAPER = 49.18  # steps per minute on one H100 (arXiv 2601.03233, table 1)
 MODELS = {
-    "2.0": (LTX2_19B, CONNECTOR_2_0, CONNECTOR_2_0),
-    "2.3": (LTX2_3_22B, VIDEO_CONNECTOR_2_3, AUDIO_CONNECTOR_2_3),
+    version: (PRESETS[version], TEXT_ENCODERS[version].video, TEXT_ENCODERS[version].audio)
+    for version in ("2.0", "2.3")
 }
 # Of a part: the step of `Block` that it is, and what its terms in `flops.forward_flops` contain.
 PARTS = {
@@ -170,7 +166,7 @@ def parts(
 
     def fixed(params, text):
         model = nnx.merge(graphdef, params)
-        return model.transformer.fixed(*pipeline.modalities(model, request, text))
+        return model.transformer.fixed(*programs.modalities(model, request, text))
 
     def before(params, fixed, x):
         """Tokens and conditioning, as the sampler makes them in every step."""
@@ -202,7 +198,7 @@ def steps(
 
     def run(params, text, x, sigmas):
         model = nnx.merge(graphdef, params)
-        return denoise(unguided(partial(pipeline.network, model, request), text), x, sigmas)
+        return denoise(unguided(partial(programs.network, model, request), text), x, sigmas)
 
     jitted = jax.jit(run, compiler_options=compiler_options(training=False))
     sigmas = jnp.linspace(1.0, 0.5, count + 1)
@@ -216,7 +212,7 @@ def inputs(config: Config, request: Request, batch: int) -> tuple[dict[str, Arra
         name: jnp.ones(x.shape, x.dtype)
         if x.dtype == jnp.bool
         else jax.random.normal(key, x.shape, x.dtype)
-        for name, x in text_fields(config, batch).items()
+        for name, x in abstract_text(config, batch).items()
     }
     video = (batch, math.prod(request.video_shape), model.in_channels)
     audio = (batch, request.audio_length, model.audio_in_channels)

@@ -57,7 +57,7 @@ class Loop:
 
 def steps(module: Module) -> Iterator[Step]:
     """Every instruction that the program runs, loops and calls before what is inside them."""
-    yield from _run(module, module.entry, 1, (), False)
+    yield from _run(module, module.entry, Step(module.entry.root, module.entry))
 
 
 def loops(module: Module) -> list[Loop]:
@@ -74,31 +74,44 @@ def loops(module: Module) -> list[Loop]:
     ]
 
 
-def _run(
-    module: Module,
-    computation: Computation,
-    times: int,
-    around: tuple[str, ...],
-    asynchronous: bool,
-) -> Iterator[Step]:
+def _run(module: Module, computation: Computation, around: Step) -> Iterator[Step]:
+    """The steps of a computation that runs as `around` does."""
     for instruction in computation.instructions:
-        yield Step(instruction, computation, times, around, asynchronous)
-        opcode, called = instruction.opcode, module.called(instruction)
-        if opcode == "while":
-            count = trip_count(module, computation, instruction) or 1
-            body = module.computations[instruction.attribute("body").lstrip("%")]
-            within = (*around, _name(module, instruction))
-            yield from _run(module, body, times * count, within, asynchronous)
-        elif opcode in ("call", "conditional"):
-            yield from _run(module, dearest(module, called), times, around, asynchronous)
-        elif opcode.endswith("-start") and called and "fusion" not in opcode:
-            yield from _run(module, called[0], times, around, True)
+        step = dataclasses.replace(around, instruction=instruction, computation=computation)
+        yield step
+        if instruction.opcode in ("while", "call", "conditional"):
+            body, rounds = runs(module, computation, instruction)
+            loop = (_name(module, instruction),) if instruction.opcode == "while" else ()
+            times = step.times * (rounds or 1)
+            yield from _run(
+                module, body, dataclasses.replace(step, times=times, loops=step.loops + loop)
+            )
+        elif instruction.opcode.endswith("-start") and "fusion" not in instruction.opcode:
+            for body in module.called(instruction)[:1]:
+                yield from _run(module, body, dataclasses.replace(step, asynchronous=True))
+
+
+def runs(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Computation, int | None]:
+    """What a `while`, call or conditional runs, and how many rounds of it; None if not known.
+
+    Of a conditional that is the branch with the most FLOPs.
+    """
+    if instruction.opcode == "while":
+        return _body(module, instruction), trip_count(module, computation, instruction)
+    called = module.called(instruction)
+    return max(called, key=lambda branch: computation_flops(module, branch)), 1
+
+
+def _body(module: Module, loop: Instruction) -> Computation:
+    return module.computations[loop.attribute("body").lstrip("%")]
 
 
 def _name(module: Module, loop: Instruction) -> str:
     """Where a loop comes from; of one that XLA made anew, as around offloading, its body tells."""
-    body = module.computations[loop.attribute("body").lstrip("%")]
-    found = (re.match(r"(.*?/while)/body/", i.op_name) for i in body.instructions)
+    names = (i.op_name for i in _body(module, loop).instructions)
+    found = (re.match(r"(.*?/while)/body/", name) for name in names)
     return loop.op_name or next((match[1] for match in found if match), loop.name)
 
 
@@ -109,11 +122,6 @@ def in_layer_loop(loops: tuple[str, ...]) -> bool:
     no loop of a single round; such rounds count as outside.
     """
     return any(re.search(r"\blayers\b", loop) for loop in loops)
-
-
-def dearest(module: Module, branches: list[Computation]) -> Computation:
-    """The branch of a conditional that is taken to run: the one with the most FLOPs."""
-    return max(branches, key=lambda branch: computation_flops(module, branch))
 
 
 # ------------------------------------------------------------------------------------ trip counts
@@ -161,7 +169,7 @@ def _start(computation: Computation, loop: Instruction, index: int) -> int | Non
 
 def _step(module: Module, loop: Instruction, index: int) -> int | None:
     """The constant that a round adds to counter number `index`, in one addition or several."""
-    body = module.computations[loop.attribute("body").lstrip("%")]
+    body = _body(module, loop)
     if body.root.opcode != "tuple":
         return None
     value, step = body.operands(body.root)[index], 0

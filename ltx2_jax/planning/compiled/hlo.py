@@ -1,7 +1,7 @@
 """The text of a compiled XLA program, parsed: computations, instructions, shapes.
 
 `compiled.as_text()` is the program that one device runs: partitioned, fused, scheduled. Only what
-accounting needs is read (`compiled.py`); the grammar is XLA's HLO text as jax 0.10 to 0.12 print
+`facts.py` needs is read; the grammar is XLA's HLO text as jax 0.10 to 0.12 print
 it for TPU and CPU.
 """
 

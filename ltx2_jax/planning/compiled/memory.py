@@ -64,12 +64,10 @@ def describe_memory(facts: dict[str, Any], arguments: str, output: str) -> str:
     )
 
 
-def compile_or_overflow(
-    lowered: jax.stages.Lowered, options: dict[str, Any] | None = None
-) -> jax.stages.Compiled | dict[str, Any]:
+def compile_or_overflow(lowered: jax.stages.Lowered) -> jax.stages.Compiled | dict[str, Any]:
     """The program compiled, or the facts of `overflow` if it is too large for the device."""
     try:
-        return lowered.compile(compiler_options=options)
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         facts = overflow(error)
         if facts is None:
@@ -100,7 +98,7 @@ def overflow(error: Exception) -> dict[str, Any] | None:
         )
         largest = [
             {"bytes": round(float(m[1]) * _UNITS[m[2]]), "shape": m["shape"],
-             "operator": _operator(m["operator"])}
+             "operator": "".join(re.findall(r'op_name="([^"]*)"', m["operator"] or ""))}
             for m in _LARGEST.finditer(text)
         ]  # fmt: skip
         kernel = re.search(r":: ([\w.-]+)\s*$", text)
@@ -109,11 +107,6 @@ def overflow(error: Exception) -> dict[str, Any] | None:
         return facts | {"message": _message(facts, kernel and kernel[1])}
     return {"fits": False, "memory": None, "needed_bytes": None, "available_bytes": None,
             "largest": [], "message": " ".join(text.split())[:300]}  # fmt: skip
-
-
-def _operator(text: str | None) -> str:
-    found = re.search(r'op_name="([^"]*)"', text or "")
-    return found[1] if found else ""
 
 
 def _message(facts: dict[str, Any], kernel: str | None) -> str:

@@ -16,17 +16,16 @@ all that `traffic.py` leaves out. It is an estimate to compare programs with.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ltx2_jax.planning.compiled.collectives import collectives_of
+from ltx2_jax.planning.compiled.collectives import Collective, collectives_of
 from ltx2_jax.planning.compiled.execution import (
     Step,
-    dearest,
     flops,
     head_width,
     is_kernel,
-    trip_count,
+    runs,
 )
 from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module
 from ltx2_jax.planning.compiled.interconnect import Network, seconds
@@ -131,8 +130,8 @@ class Clock:
         now = _Now()
         for instruction in computation.instructions:
             if instruction.opcode in ("while", "call", "conditional"):
-                body, rounds = self._called(computation, instruction)
-                now.times.add(self.run(body), rounds)
+                body, rounds = runs(self.module, computation, instruction)
+                now.times.add(self.run(body), rounds or 1)
                 continue
             awaited = _awaited(self.module, computation, instruction)
             if awaited in now.under_way:
@@ -151,56 +150,42 @@ class Clock:
             now.wait(*end)
         return now.times
 
-    def _called(
-        self, computation: Computation, instruction: Instruction
-    ) -> tuple[Computation, int]:
-        if instruction.opcode == "while":
-            body = self.module.computations[instruction.attribute("body").lstrip("%")]
-            return body, trip_count(self.module, computation, instruction) or 1
-        return dearest(self.module, self.module.called(instruction)), 1
-
     def _task(self, computation: Computation, instruction: Instruction) -> _Task:
-        called = self.module.called(instruction)
-        if instruction.opcode.endswith("-start") and called:
+        beside = instruction.opcode.endswith("-start")
+        called = self.module.called(instruction) if beside else []
+        if called:
             sums = self.run(called[0])
-            task = _Task(sums.elapsed, sums, self._clocks(called[0]), sums.interconnect > 0)
-            task.sums = dataclasses.replace(sums, elapsed=0.0, busy=0.0, waited=0.0, stalled=0.0)
-            return task
-        compute, hbm, host = self._legs(computation, instruction)
-        sums = Times(compute=compute, hbm=hbm, host=host)
-        moved = collectives_of(self.module, Step(instruction, computation), self.mesh)
+            inside = (c for i in called[0].instructions for c in self._moved(called[0], i))
+            parts = dataclasses.replace(sums, elapsed=0.0, busy=0.0, waited=0.0, stalled=0.0)
+            return _Task(sums.elapsed, parts, _axes(inside) or ("copies",), sums.interconnect > 0)
+        moved = self._moved(computation, instruction)
+        sums = self._legs(computation, instruction)
         if moved:
             sums.interconnect = sum(seconds(c, self.network, ideal=self.ideal) for c in moved)
-            clocks = tuple(axis for c in moved for axis in c.axes)
-            return _Task(max(sums.interconnect, compute), sums, clocks, True)
-        engine = ("host",) if host else ("copies",)
-        beside = instruction.opcode.endswith("-start")
-        return _Task(max(compute, hbm, host), sums, engine if beside else ())
+            return _Task(max(sums.interconnect, sums.compute), sums, _axes(moved), True)
+        clocks = ("host" if sums.host else "copies",) if beside else ()
+        return _Task(max(sums.compute, sums.hbm, sums.host), sums, clocks)
 
-    def _clocks(self, computation: Computation) -> tuple[str, ...]:
-        """Of an asynchronous call: the mesh axes that it uses, or the unit that copies."""
-        axes = [
-            axis
-            for instruction in computation.instructions
-            for c in collectives_of(self.module, Step(instruction, computation), self.mesh)
-            for axis in c.axes
-        ]
-        return tuple(axes) or ("copies",)
+    def _moved(self, computation: Computation, instruction: Instruction) -> list[Collective]:
+        return collectives_of(self.module, Step(instruction, computation), self.mesh)
 
-    def _legs(
-        self, computation: Computation, instruction: Instruction
-    ) -> tuple[float, float, float]:
+    def _legs(self, computation: Computation, instruction: Instruction) -> Times:
         """Seconds of an instruction's FLOPs, of its bytes in HBM, of those to and from the host."""
-        chip = self.network.chip
-        fraction = 1.0 if self.ideal else chip.gemm
-        width = head_width(computation, instruction) if is_kernel(instruction) else None
-        if width and not self.ideal:
-            fraction = chip.attention(width)
-        bandwidth = chip.device_hbm_bandwidth * (1.0 if self.ideal else HBM_EFFICIENCY)
-        work = flops(self.module, computation, instruction)
-        moved = sum(hbm_bytes(self.module, computation, instruction))
-        host = host_bytes(self.module, computation, instruction)
-        return work / chip.device_flops / fraction, moved / bandwidth, host / chip.host_bandwidth
+        chip, at = self.network.chip, (computation, instruction)
+        fraction = hbm_fraction = 1.0
+        if not self.ideal:
+            width = head_width(*at) if is_kernel(instruction) else None
+            fraction = chip.attention(width) if width else chip.gemm
+            hbm_fraction = HBM_EFFICIENCY
+        return Times(
+            compute=flops(self.module, *at) / chip.device_flops / fraction,
+            hbm=sum(hbm_bytes(self.module, *at)) / chip.device_hbm_bandwidth / hbm_fraction,
+            host=host_bytes(self.module, *at) / chip.host_bandwidth,
+        )
+
+
+def _axes(moved: Iterable[Collective]) -> tuple[str, ...]:
+    return tuple(axis for c in moved for axis in c.axes)
 
 
 def _started(module: Module, instruction: Instruction) -> str | None:

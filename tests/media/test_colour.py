@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from film import write_film
 
-from ltx2_jax import media
-from ltx2_jax.data import colour
-from ltx2_jax.data.picture import to_rgb
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import colour, media
+from ltx2_jax.media.picture import to_rgb
 
 PQ, HLG = colour.PQ, colour.HLG
 HDR = {"codec": "libx265", "options": {"x265-params": "log-level=none", "crf": "4"}}

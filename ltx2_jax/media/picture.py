@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ltx2_jax.data.colour import UNSPECIFIED, conversion, matrix_of
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.colour import UNSPECIFIED, conversion, matrix_of
 
 ALMOST_SQUARE = Fraction(1, 4), Fraction(4)  # pixel shapes that are no mistake
 

@@ -23,13 +23,13 @@ import av
 import numpy as np
 import soundfile
 
-from ltx2_jax.data.clip_files import found
-from ltx2_jax.data.picture import to_rgb, with_colours
-from ltx2_jax.data.sound import SoundTrack, to_stereo
-from ltx2_jax.data.timing import FrameClock, paced, resampled
-from ltx2_jax.data.tracks import best_stream
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
+from ltx2_jax.media.clip_files import found
+from ltx2_jax.media.picture import to_rgb, with_colours
+from ltx2_jax.media.sound import SoundTrack, to_stereo
+from ltx2_jax.media.timing import FrameClock, paced, resampled
+from ltx2_jax.media.tracks import best_stream
 from ltx2_jax.models.codecs.resample import resample
 
 AAC_SAMPLE_RATES = (
@@ -113,8 +113,8 @@ def read_clip(
     trimmed or padded with zeros; it is None where the file has no audio stream.
 
     Pictures are as they are meant to be seen: upright, of square pixels, with whole pictures made
-    of fields, in SDR and BT.709 (`ltx2_jax.data.colour`). Of several tracks, the film's
-    (`ltx2_jax.data.tracks`). The clip's notes say what was done.
+    of fields, in SDR and BT.709 (`ltx2_jax.media.colour`). Of several tracks, the film's
+    (`ltx2_jax.media.tracks`). The clip's notes say what was done.
 
     Raises UserError, naming the file, when it is missing, unreadable, has no video stream, no
     frames, fewer frames than asked for, timestamps that run backwards or leave a hole, colours that

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ltx2_jax.data.timing import HOLE_SECONDS
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.timing import HOLE_SECONDS
 
 SIDE_GAIN = 0.707  # -3 dB, of centre and surround channels in a down-mix
 # Timestamps of some containers are rounded to milliseconds. Audio frames follow one another without

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from film import number, numbered, plain, tone_of, write_film
 
-from ltx2_jax import media
-from ltx2_jax.data.sound import PARTLY_SILENT, SILENT, SoundTrack
-from ltx2_jax.data.timing import FrameClock, paced, resampled
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import media
+from ltx2_jax.media.sound import PARTLY_SILENT, SILENT, SoundTrack
+from ltx2_jax.media.timing import FrameClock, paced, resampled
 
 
 def join(path, *parts):

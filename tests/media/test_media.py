@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from av.stream import Disposition
 
-from ltx2_jax import media
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import media
 
 
 def make_clip(num_frames=12, height=32, width=48, fps=12.0, sample_rate=16000, seed=0):

@@ -1,0 +1,72 @@
+"""What a train step is given: a global batch of clips, its rows over the data axis.
+
+With B rows, F' H' W' latent frames, rows, columns; A M audio latents, mel bins; C channels; S text
+tokens; Dv Da widths of the text features for video and audio:
+
+    video       float   [B, F', H', W', C]
+    audio       float   [B, A, M, C]
+    fps         float32 [B]                 frames per second
+    video_text  float   [B, S, Dv]          before the connectors, left padded
+    audio_text  float   [B, S, Da]          absent where audio receives those of video
+    text_mask   bool    [B, S]              True where there is a token
+
+The text fields (`models.ltx2.TEXT_FIELDS`) without their first axis are those of one caption.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ltx2_jax.config import Config
+from ltx2_jax.sharding import sharding_of
+
+Batch = dict[str, Array]
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
+    """A host's part of what the loader yields -> global arrays, rows over the data axis."""
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value
+        )
+        for name, value in batch.items()
+        if name != "id"
+    }
+
+
+def abstract_batch(
+    config: Config,
+    video_shape: tuple[int, int, int],  # F', H', W'
+    audio_shape: tuple[int, int],  # A, M
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of clips of one size, of the size that `config` says."""
+    bins = audio_shape[1]
+    shapes = {
+        "video": (*video_shape, config.model.in_channels),
+        "audio": (*audio_shape, config.model.audio_in_channels // bins),
+        "fps": (),
+    }
+    size = config.data.batch_size
+    fields = {k: jax.ShapeDtypeStruct((size, *x), jnp.float32) for k, x in shapes.items()}
+    return fields | abstract_text(config, size)
+
+
+def abstract_text(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The text fields of so many captions."""
+    text = config.text
+    if text.generation == "random":
+        shared = text.encoder.audio_dim is None
+    else:
+        shared = text.generation == "2.0"
+    widths: dict[str, Any] = {"video_text": text.video_connector.width}
+    if not shared:
+        widths["audio_text"] = text.audio_connector.width
+    fields = {
+        name: jax.ShapeDtypeStruct((rows, text.length, width), jnp.bfloat16)
+        for name, width in widths.items()
+    }
+    return fields | {"text_mask": jax.ShapeDtypeStruct((rows, text.length), jnp.bool)}

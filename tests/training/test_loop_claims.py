@@ -1,0 +1,470 @@
+"""The loop around the step, with stand-ins for the step, the data and the disk."""
+
+import dataclasses
+import itertools
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from resume_config import get_config
+
+from ltx2_jax.config import CheckpointConfig, OptimConfig, SampleConfig
+from ltx2_jax.data.schema import Field, Schema
+from ltx2_jax.errors import UserError
+from ltx2_jax.models import flops
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training import checkpoint, checks, loop
+from ltx2_jax.training.metrics import StepTimer, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No files of TensorBoard."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+class Disk:
+    """Checkpoints in memory."""
+
+    folder = Path("run/checkpoints")
+
+    def __init__(self):
+        self.saved = {}
+
+    def save(self, step, state, config):
+        self.saved[step] = jax.device_get(state)
+
+
+class Run:
+    """`take_steps` of a model of one weight, which is the number of steps behind it."""
+
+    def __init__(self, monkeypatch, folder):
+        self.patch, self.folder = monkeypatch, folder
+        self.disk, self.taken, self.clips = Disk(), [], []
+        self.bad = {}  # step -> what is wrong with its metrics
+        self.broken = {}  # step -> weight in place of it
+        self.stop_at, self.before_step = None, lambda: None
+
+    def make_train_step(self, config, strides, clock, *_, **__):
+        self.of_codec = strides, clock
+        return self.step
+
+    def step(self, state, batch, null_text):
+        self.before_step()
+        self.taken.append((int(batch["video"][0]), len(batch["video"]), null_text["text_mask"]))
+        step = int(state["step"]) + 1
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        weight = jnp.float32(self.broken.get(step, step))
+        metrics = {"loss": 0.5 * step, "grad_norm": 1.0, "video_loss_quarters": np.arange(4.0) / 4}
+        return {"params": weight, "step": step}, metrics | self.bad.get(step, {})
+
+    def __call__(self, start=0, **changes):
+        config = tiny.config(workdir=str(self.folder), **changes)
+        codec, records = MagicMock(), MagicMock()
+        codec.video.strides, codec.audio.clock = "strides", "clock"
+        records.empty_caption.return_value = {"text_mask": np.array([False, True])}
+
+        def examples(config, records, mesh, start):
+            for k in itertools.count(start):
+                yield {"video": np.full(8, k, np.float32), "id": np.arange(8)}
+
+        def show(state, step):
+            self.clips.append((float(state["params"]), step))
+
+        clock = itertools.count().__next__
+        timer = StepTimer(tokens_per_step=1, flops_per_step=1, clock=clock)
+        self.patch.setattr(loop, "load_codec", lambda *_, **__: codec)
+        self.patch.setattr(loop, "make_train_step", self.make_train_step)
+        self.patch.setattr(loop, "batches", examples)
+        self.patch.setattr(loop, "step_timer", lambda *_: timer)
+        state = {"params": jnp.float32(start), "step": start}
+        return loop.take_steps(config, state, start, records, self.disk, one_device(), show)
+
+    @property
+    def rows(self):
+        return read_metrics(self.folder)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    return Run(monkeypatch, tmp_path)
+
+
+EVERY_2, NEVER = CheckpointConfig(every_steps=2), CheckpointConfig(every_steps=1000)
+
+
+# --------------------------------------------------------------------------------------- the steps
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_every_step_takes_its_batch_and_is_logged_once(run, start):
+    state, step = run(start, num_steps=5, checkpoint=EVERY_2)
+    assert (step, float(state["params"])) == (5, 5.0)
+    assert [number for number, _, _ in run.taken] == list(range(start, 5))
+    for _, rows, mask in run.taken:
+        assert rows == 8
+        np.testing.assert_array_equal(mask, [False, True])  # of the empty caption
+    assert run.of_codec == ("strides", "clock")
+    assert [row["step"] for row in run.rows] == list(range(start + 1, 6))
+    for row in run.rows:
+        assert row["loss"] == 0.5 * row["step"]
+        assert [row[f"video_loss_quarters_{i}"] for i in (1, 2, 3, 4)] == [0, 0.25, 0.5, 0.75]
+    assert not run.clips
+
+
+def test_a_resumed_run_keeps_the_rows_up_to_where_it_goes_on(run):
+    run.bad = {step: {"loss": 100.0 + step} for step in range(1, 5)}
+    run(num_steps=4, checkpoint=NEVER)
+    run.bad = {}
+    run(2, num_steps=5, checkpoint=NEVER)
+    assert [(row["step"], row["loss"]) for row in run.rows] == [
+        (1, 101.0), (2, 102.0), (3, 1.5), (4, 2.0), (5, 2.5),
+    ]  # fmt: skip
+
+
+def test_a_step_is_waited_for_while_the_next_one_runs(run):
+    logged = []
+    run.before_step = lambda: logged.append(len(run.rows))
+    run(num_steps=4, checkpoint=NEVER)
+    assert logged == [0, 0, 1, 2]
+    assert len(run.rows) == 4
+
+
+def test_the_state_after_every_few_steps_is_saved_and_so_is_the_last(run):
+    run(num_steps=5, checkpoint=EVERY_2)
+    assert {step: float(state["params"]) for step, state in run.disk.saved.items()} == {
+        2: 2.0, 4: 4.0, 5: 5.0,
+    }  # fmt: skip
+
+
+def test_a_stop_signal_ends_with_the_step_that_runs_and_saves_it(run, usual_signals):
+    run.stop_at = 3
+    sample = SampleConfig(preview_step=3)
+    state, step = run(num_steps=9, checkpoint=NEVER, sample=sample)
+    assert (step, float(state["params"])) == (3, 3.0)
+    assert list(run.disk.saved) == [3]
+    assert [row["step"] for row in run.rows] == [1, 2, 3]
+    assert not run.clips
+
+
+def test_clips_are_made_once_on_the_way_and_are_no_step_time(run):
+    run(
+        num_steps=7, checkpoint=CheckpointConfig(every_steps=5), sample=SampleConfig(preview_step=3)
+    )
+    assert run.clips == [(3.0, 3)]
+    # Before 1 lies compilation, before 6 a checkpoint; 3 is logged when the clips are made.
+    assert [row["step"] for row in run.rows if "step_time" not in row] == [1, 3, 6]
+
+
+# ------------------------------------------------------------------------------ a run that is lost
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_that_is_not_finite_ends_the_run_one_step_later(run, name):
+    run.bad = {3: {name: float("nan")}}
+    with pytest.raises(UserError, match=f"{name} is nan at step 3: lower"):
+        run(num_steps=100, checkpoint=NEVER)
+    assert len(run.taken) <= 4
+    assert not run.disk.saved
+
+
+def test_what_is_not_finite_is_never_saved(run):
+    run.bad = {4: {"loss": float("inf")}}
+    with pytest.raises(UserError, match="loss is inf at step 4: lower"):
+        run(num_steps=9, checkpoint=EVERY_2)
+    assert list(run.disk.saved) == [2]
+    run.bad, run.broken = {}, {4: np.inf}
+    with pytest.raises(UserError, match="a weight is not finite at step 4: lower"):
+        run(num_steps=9, checkpoint=EVERY_2)
+    assert list(run.disk.saved) == [2]
+
+
+def test_a_checkpoint_that_fails_at_once_is_named(run):
+    run.bad = {4: {"loss": float("nan")}}
+    with pytest.raises(UserError, match=r"at step 4, the first from .* remove run/checkpoints/3, "):
+        run(3, num_steps=9, checkpoint=NEVER)
+    run.bad, run.broken = {}, {4: np.nan}
+    with pytest.raises(UserError, match=r"at step 4, the first from .* remove run/checkpoints/3, "):
+        run(3, num_steps=9, checkpoint=EVERY_2)
+
+
+# --------------------------------------------------------------------------------- start and end
+
+
+class Training:
+    """`train` with everything but its order replaced; what happened is in `events`."""
+
+    def __init__(self, monkeypatch, folder, latest, reached, **changes):
+        self.events, self.clips = [], []
+        self.config = tiny.config(workdir=str(folder), num_steps=9, **changes)
+        self.records, self.latest_step, self.reached = MagicMock(), latest, reached
+        self.state = {"params": "last", "ema": "averaged"}
+
+        def note(name, result=None):
+            return lambda *args, **kw: self.events.append((name, args, kw)) or result
+
+        monkeypatch.setattr(loop.checks, "before_work", note("before_work"))
+        monkeypatch.setattr(loop.checks, "check_same_makers", note("check_same_makers"))
+        monkeypatch.setattr(loop, "Checkpoints", lambda *args, **kw: self.opened(*args, **kw))
+        monkeypatch.setattr(loop, "dataset", note("dataset", self.records))
+        for name in ("keep_assets", "abstract_state", "describe"):
+            monkeypatch.setattr(loop, name, note(name))
+        monkeypatch.setattr(loop, "first_state", note("first_state", self.state))
+        monkeypatch.setattr(loop, "take_steps", note("take_steps", (self.state, reached)))
+        self.wait = note("wait")
+        loop.train(self.config, self.make_clips)
+
+    def opened(self, workdir, keep):
+        self.events.append(("open", (str(workdir), keep), {}))
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def make_clips(self, weights, records, step):
+        self.events.append(("clips", (weights, records, step), {}))
+
+    def of(self, name):
+        return [(args, kw) for event, args, kw in self.events if event == name]
+
+
+@pytest.mark.parametrize(("decay", "weights"), [(0.9, "averaged"), (None, "last")])
+def test_clips_at_the_end_are_of_the_averaged_weights_if_there_are_any(
+    monkeypatch, tmp_path, decay, weights
+):
+    optim = OptimConfig(ema_decay=decay)
+    training = Training(monkeypatch, tmp_path, latest=None, reached=9, optim=optim)
+    assert training.of("clips") == [((weights, training.records, 9), {})]
+    names = [name for name, _, _ in training.events]
+    assert names[0] == "before_work"
+    assert names[-2:] == ["wait", "clips"]  # a run is on disk before its clips are made
+    # Those on the way are made in the same manner.
+    (arguments, _), *_ = training.of("take_steps")
+    arguments[-1](training.state, 4)
+    assert training.of("clips")[-1] == ((weights, training.records, 4), {})
+
+
+def test_a_run_that_was_stopped_makes_no_clips_and_says_how_it_goes_on(
+    monkeypatch, tmp_path, capsys
+):
+    training = Training(monkeypatch, tmp_path, latest=None, reached=4)
+    assert not training.of("clips")
+    assert training.of("wait")
+    assert capsys.readouterr().out == "stopped and saved at step 4; the same command resumes\n"
+
+
+@pytest.mark.parametrize(("latest", "start"), [(None, 0), (6, 6)])
+def test_a_run_goes_on_from_the_newest_checkpoint_and_its_own_dataset(
+    monkeypatch, tmp_path, latest, start
+):
+    keep = CheckpointConfig(keep=5)
+    training = Training(monkeypatch, tmp_path, latest=latest, reached=9, checkpoint=keep)
+    assert training.of("open") == [((str(tmp_path), 5), {})]
+    assert training.of("dataset")[0][1] == {"anew": start == 0}
+    assert len(training.of("check_same_makers")) == (start > 0)
+    assert training.of("first_state")[0][0][:3] == (training.config, training, start)
+    assert training.of("take_steps")[0][0][:5] == (
+        training.config, training.state, start, training.records, training,
+    )  # fmt: skip
+
+
+def test_a_state_is_restored_or_begins_with_given_weights_or_with_fresh_ones(monkeypatch):
+    config, mesh = tiny.config(), one_device()
+    stored = config
+    disk = SimpleNamespace(
+        restore=lambda step, abstract: ("restored", step, abstract), config=lambda step: stored
+    )
+    monkeypatch.setattr(loop, "init_state", lambda key, config: jax.random.uniform(key))
+    given = dataclasses.replace(config, init_from="somewhere")
+    monkeypatch.setattr(loop.initial, "load", lambda *_: {"a": {"weight": jnp.full(2, 7.0)}})
+    assert loop.first_state(config, disk, 5, "abstract", mesh) == ("restored", 5, "abstract")
+    for start in (0, 5):  # of a new run, and of one that began without them
+        state = loop.first_state(given, disk, start, "abstract", mesh)
+        np.testing.assert_array_equal(state["params"]["a"]["weight"], [7, 7])
+        np.testing.assert_array_equal(state["ema"]["a"]["weight"], [7, 7])
+        assert state["step"] == start
+    stored = given  # a run that began with them has left them behind
+    assert loop.first_state(given, disk, 5, "abstract", mesh) == ("restored", 5, "abstract")
+    one, same, other = (
+        float(loop.first_state(dataclasses.replace(config, seed=seed), disk, 0, "abstract", mesh))
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+# ------------------------------------------------------------------------------------ data, reports
+
+
+class Source:
+    """Records in memory."""
+
+    folder = "memory"
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"id": np.int64(index), "caption": "text"}
+
+
+def ids(config, start=0, mesh=None, count=3):
+    examples = loop.batches(config, Source(), mesh or one_device(), start)
+    return np.stack([batch["id"] for batch in itertools.islice(examples, count)])
+
+
+def test_batches_follow_the_seed_from_the_step_on_and_are_those_of_this_host(monkeypatch):
+    config = tiny.config(data=dataclasses.replace(tiny.config().data, read_threads=0))
+    whole = ids(config, count=7)
+    assert whole.shape == (7, 8)
+    np.testing.assert_array_equal(ids(config, start=4), whole[4:])
+    assert (ids(dataclasses.replace(config, seed=1), count=7) != whole).any()
+    monkeypatch.setattr(checks, "part_of_batch", lambda *_: (1, 2))
+    np.testing.assert_array_equal(ids(config, start=4), whole[4:, 4:])
+
+
+def schema(**changes):
+    """Of records that fit `get_config`."""
+    fields = {
+        "video": np.zeros((5, 3, 2, 8)),
+        "audio": np.zeros((11, 1, 8)),
+        "video_text": np.zeros((16, 24)),
+        "audio_text": np.zeros((16, 16)),
+        "text_mask": np.zeros(16, bool),
+    } | changes.pop("fields", {})
+    values = {"generation": "linear", "codec_hash": "", "text_encoder_hash": ""}
+    values |= {"codec": "codec.safetensors", "text_encoder": "text_encoder.safetensors"}
+    values |= {"text": "features", "text_generation": "random"}
+    values |= {"num_frames": 9, "height": 24, "width": 16, "fps": 8.0}
+    fields = {name: Field.of(value) for name, value in fields.items() if value is not None}
+    return Schema(**(values | changes), fields=fields)
+
+
+def test_throughput_and_mfu_are_of_the_global_batch_on_all_devices(monkeypatch):
+    config = get_config()  # batches of 8
+    monkeypatch.setattr(loop.chips, "peak_flops", lambda kind: 1e12)
+    timer = loop.step_timer(config, SimpleNamespace(schema=schema()))
+    assert timer.tokens_per_step == 8 * (5 * 3 * 2 + 11)
+    assert timer.flops_per_step == 8 * flops.train_flops(config.model, 30, 11, 16)
+    assert timer.peak_flops == 1e12 * jax.device_count()
+    monkeypatch.setattr(loop.chips, "peak_flops", lambda kind: None)
+    assert loop.step_timer(config, SimpleNamespace(schema=schema())).peak_flops is None
+
+
+def test_a_run_says_what_is_about_to_run(capsys):
+    records = MagicMock(schema=schema())
+    records.__len__.return_value = 12
+    abstract = {"params": {"a": jnp.zeros((1000, 100)), "b": jnp.zeros(20_000)}}
+    abstract["opt"] = {"a": jnp.zeros((1000, 100))}
+    loop.describe(get_config(), records, abstract, make_mesh(4, 1, 2), 7)
+    data, model, devices, run = capsys.readouterr().out.splitlines()
+    assert data.split(None, 1)[1] == (
+        "12 clips of 9 frames, 24x16 at 8 fps; latents [5, 3, 2, 8] and [11, 1, 8]"
+    )
+    assert "0.12 M parameters, 1 blocks, video 24 and audio 16 wide" in model
+    assert "data 4 x model 1 x sequence 2; 1 MB of train state" in devices
+    assert "steps 7 to 12 in workdir/resume" in run
+
+
+def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
+    names = ("codec.safetensors", "text_encoder.safetensors", "dataset.json")
+    for name in (*names, "data-00000-of-00001.arrayrecord"):
+        (tmp_path / name).write_text(name)
+    paths = {"codec_path": tmp_path / names[0], "text_encoder_path": tmp_path / names[1]}
+    loop.keep_assets(SimpleNamespace(folder=tmp_path, **paths), tmp_path / "run" / "assets")
+    found = {path.name: path.read_text() for path in (tmp_path / "run" / "assets").iterdir()}
+    assert found == {name: name for name in names}
+
+
+def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run(num_steps=3, checkpoint=EVERY_2)
+    assert list(run.disk.saved) == [2, 3]  # of which every process writes its shards
+    loop.keep_assets(MagicMock(), tmp_path / "assets")
+    monkeypatch.setattr(loop, "open_records", lambda folder: folder)
+    config = dataclasses.replace(get_config(), workdir=str(tmp_path))
+    assert loop.dataset(config) == tmp_path / "data" / "records"
+    assert not list(tmp_path.iterdir())
+
+
+def test_synthetic_clips_are_prepared_in_the_size_they_are_rendered_in(monkeypatch, tmp_path):
+    calls = {}
+
+    def prepare_dataset(table, out, sizes, **makers):
+        calls.update(table=table, out=out, sizes=sizes, makers=makers)
+        return SimpleNamespace(skipped=[])
+
+    monkeypatch.setattr(loop, "prepare_dataset", prepare_dataset)
+    monkeypatch.setattr(loop, "open_records", lambda folder: folder)
+    monkeypatch.setattr(
+        loop.synthetic, "write_dataset", lambda folder, clips: calls.update(rendered=folder)
+    )
+    config = get_config()
+    clips = dataclasses.replace(config.data.synthetic, height=24, width=16, num_frames=17)
+    data = dataclasses.replace(config.data, synthetic=clips)
+    config = dataclasses.replace(config, data=data, workdir=str(tmp_path))
+    assert loop.dataset(config) == calls["out"] == tmp_path / "data" / "records"
+    assert calls["table"] == calls["rendered"] / "captions.csv"
+    sizes = calls["sizes"]
+    assert (sizes.num_frames, sizes.height, sizes.width, sizes.text_length) == (17, 24, 16, 16)
+    assert calls["makers"] == {"codec": config.data.codec, "text_encoder": config.text.encoder}
+    given = dataclasses.replace(config, data=dataclasses.replace(data, path="given"))
+    assert loop.dataset(given) == "given"
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_weights(monkeypatch):
+    asked = []
+    config, mesh = get_config(), make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(checks, "check_same_run", lambda *args: asked.append(args[1]))
+    monkeypatch.setattr(checks.initial, "check", lambda config: asked.append("weights"))
+    begun, given = (SimpleNamespace(init_from=source) for source in (None, "weights"))
+    for stored in (None, begun, given):
+        monkeypatch.setattr(checkpoint, "stored_config", lambda workdir, stored=stored: stored)
+        checks.before_work(config, mesh)
+    assert asked == ["weights", begun, "weights", given]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fields": {"video": np.zeros((5, 3, 2, 9))}}, "9 video and 8 audio channels"),
+        ({"fields": {"audio": np.zeros((11, 2, 8))}}, "8 video and 16 audio channels"),
+        ({"fields": {"video_text": np.zeros((16, 25))}}, "video_text is"),
+        ({"fields": {"audio_text": np.zeros((16, 24))}}, "audio_text is"),
+        ({"fields": {"audio_text": None}}, r"video_text is \(16, 24\), \(16, 16\)"),
+        ({"fields": {"text_mask": np.zeros(15)}}, "text_mask is"),
+        ({"text_generation": "2.3"}, "text_generation is '2.3'"),
+        ({"generation": "2.3"}, "latents are those of '2.3'"),
+        ({"text": "ids"}, "text is 'ids'"),
+    ],
+)
+def test_records_that_the_model_cannot_read_are_refused(changes, message):
+    checks.check_schema(get_config(), schema(), Path("a/set"))
+    with pytest.raises(UserError, match=f"a/set: .*{message}"):
+        checks.check_schema(get_config(), schema(**changes), Path("a/set"))
+
+
+def test_a_mesh_divides_heads_over_models_and_video_tokens_over_the_sequence():
+    records = SimpleNamespace(schema=schema(), folder=Path("a/set"))  # 2 heads, 5 x 3 x 2 tokens
+    checks.check_records(get_config(), records, make_mesh(2, 2, 2))
+    with pytest.raises(UserError, match=r"model=4 does not divide 2 attention heads; .*: 1, 2$"):
+        checks.check_records(get_config(), records, make_mesh(2, 4, 1))
+    with pytest.raises(UserError, match=r"sequence=4 does not divide 30 video tokens .*: 1, 2$"):
+        checks.check_records(get_config(), records, make_mesh(2, 1, 4))
