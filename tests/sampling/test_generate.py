@@ -29,7 +29,9 @@ def placed(config, mesh):
     """`tiny.params` where and as a sampler keeps them."""
     where = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
     return jax.tree.map(
-        lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding), tiny.params(config), where
+        lambda x, a: jax.device_put(np.asarray(x).astype(a.dtype), a.sharding),
+        tiny.params(config),
+        where,
     )
 
 
@@ -57,7 +59,7 @@ def on_mesh(*sizes):
     return program, given, program(*given)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2)], ids=str)
 def test_one_clip_is_the_same_on_every_mesh(sizes):
     """Also where its two passes are all that the data axis has."""
     for a, b in zip(on_mesh(*sizes)[2], on_mesh(1, 1, 1)[2], strict=True):
