@@ -28,7 +28,7 @@ class TextConfig:
     """Where text features come from, and the connectors that are trained on them."""
 
     length: int = 1024  # tokens per caption, left padded
-    generation: str = "random"  # of the features: of a random encoder, or "2.0", "2.3", "2.5"
+    release: str = "random"  # of the features: of a random encoder, or "2.0", "2.3", "2.5"
     encoder: RandomEncoderConfig = field(default_factory=RandomEncoderConfig)  # of synthetic clips
     video_connector: ConnectorConfig = CONNECTOR_2_0
     audio_connector: ConnectorConfig = CONNECTOR_2_0

@@ -169,7 +169,7 @@ def _merge(out: export.Export, release: Release, given: Sequence[Sequence[str]])
     pairs = []
     for path, *strength in given:
         lora = loras.read_lora(path)
-        loras.check(lora, config, release.generation("transformer"))
+        loras.check(lora, config, release.release_of("transformer"))
         pairs.append((lora, _strength(strength)))
     stream = out.streams["transformer"]
     out.streams["transformer"] = lambda: loras.fuse_stream(stream(), pairs, config)

@@ -31,7 +31,7 @@ def pytest_addoption(parser):
         "--golden-dir",
         type=Path,
         default=Path(__file__).parent / "golden",
-        help="folder of golden data: one sub-folder with a cases.json per model generation",
+        help="folder of golden data: one sub-folder with a cases.json per model release",
     )
 
 

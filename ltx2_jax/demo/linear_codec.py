@@ -139,7 +139,7 @@ class LinearAudioCodec:
 class LinearCodec:
     """Both codecs, fitted together: `.video`, `.audio`, and the variance that each keeps."""
 
-    generation = "linear"  # what a dataset of its latents is called
+    release = "linear"  # what a dataset of its latents is called
 
     def __init__(
         self,

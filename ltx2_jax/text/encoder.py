@@ -43,10 +43,10 @@ class TextEncoder:
       tokenizer: the text encoder's.
       model: the networks. `model.connectors` is what a training step runs on stored features.
       length: tokens of every prompt, padding included.
-      generation: whose features these are: "2.0", "2.3", "2.5"; "" where no file says so.
+      release: whose features these are: "2.0", "2.3", "2.5"; "" where no file says so.
     """
 
-    generation = ""
+    release = ""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class TextEncoder:
 
         Raises:
           UserError: a file is missing, damaged or does not fit its config, or the text encoder is
-            not of the checkpoint's generation.
+            not of the checkpoint's release.
         """
         checkpoint, text_encoder = hub.fetch(checkpoint), hub.fetch(text_encoder)
         tokenizer = Tokenizer(hub.fetch(tokenizer) if tokenizer else text_encoder)
@@ -145,7 +145,7 @@ class TextEncoder:
             )
             gemma = language.module("gemma", mesh, config=config, param_dtype=stored_dtype(dtype))
             encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
-            encoder.generation = release.generation("connectors")
+            encoder.release = release.release_of("connectors")
         encoder._files = checkpoint.resolve(), text_encoder.resolve()
         return encoder
 

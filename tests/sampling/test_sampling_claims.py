@@ -245,7 +245,7 @@ class Cached(Encoder, TextCache):
     def __init__(self):
         self.released = 0
 
-    def release(self):
+    def free(self):
         self.released += 1
 
 

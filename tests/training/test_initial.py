@@ -83,7 +83,7 @@ def test_training_starts_from_them(tmp_path, monkeypatch):
             },
             "text.video_connector.head_dim: 4 -> 2",
         ),
-        ({"text": {"generation": "2.3"}}, "features of 'random', but text.generation='2.3'"),
+        ({"text": {"release": "2.3"}}, "features of 'random', but text.release='2.3'"),
     ],
 )
 def test_weights_of_another_network_are_refused(file, change, message):

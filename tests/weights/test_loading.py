@@ -141,7 +141,7 @@ def test_loading_needs_little_memory_beside_the_weights(tmp_path):
 
 def test_synthetic_files_have_the_official_layout(small):
     with open_release(small) as release:
-        assert release.generation() == "2.3"
+        assert release.release_of() == "2.3"
         assert release.config("transformer") == SMALL
         kinds = {s.stored.dtype for s in release.networks["transformer"].tensors.values()}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}

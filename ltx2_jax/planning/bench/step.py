@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, on what clips, on which devices."""
     add = parser.add_argument
-    add("--generation", choices=tuple(MODELS), default="2.0", help="(%(default)s)")
+    add("--release", choices=tuple(MODELS), default="2.0", help="(%(default)s)")
     add("--layers", type=count, metavar="N", help="blocks (default: all)")
     add("--frames", type=count, default=DEFAULT_SIZE.num_frames, metavar="N", help="(%(default)s)")
     add("--height", type=count, default=DEFAULT_SIZE.height, metavar="PIXELS", help="(%(default)s)")
@@ -75,12 +75,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace, **changes: Any) -> tuple[Config, Request]:
     """The released model of `args`, and its clips."""
-    model, video, audio = MODELS[args.generation]
+    model, video, audio = MODELS[args.release]
     model = dataclasses.replace(model, num_layers=args.layers or model.num_layers)
     config = Config(
         workdir="",
         model=model,
-        text=TextConfig(generation=args.generation, video_connector=video, audio_connector=audio),
+        text=TextConfig(release=args.release, video_connector=video, audio_connector=audio),
         data=DataConfig(path="none: random latents", batch_size=args.batch),
         **changes,
     )
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = (more - one) / STEPS
     print(line("step", seconds, args.batch * sum(terms.values()), rate))
     print(line("before the loop", one - seconds, 0, rate))
-    full = MODELS[args.generation][0].num_layers
+    full = MODELS[args.release][0].num_layers
     layers = config.model.num_layers
     depth = "" if layers == full else f" with {layers} of {full} blocks"
     print(
@@ -134,7 +134,7 @@ def title(what: str, args: argparse.Namespace, config: Config, rate: float) -> s
     """Two lines above a table."""
     device, layers = jax.devices()[0], config.model.num_layers
     return (
-        f"{what} of {args.generation}, {layers} block{'s'[: layers > 1]}: {args.batch} clip"
+        f"{what} of {args.release}, {layers} block{'s'[: layers > 1]}: {args.batch} clip"
         f"{'s'[: args.batch > 1]} of {args.frames} frames of {args.width}x{args.height} on "
         f"{jax.device_count()} {device.device_kind}; matrix products {rate / 1e12:.3g} TFLOP/s\n"
         f"{'':16}{'ms':>10}{'TFLOP':>9}{'TFLOP/s':>9}{'of products':>13}{'of peak':>9}"
