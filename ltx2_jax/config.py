@@ -156,8 +156,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    # Weights to start from: a released file, a name on the Hugging Face Hub, or a folder that
-    # convert wrote. None: random ones.
+    # Weights to start from: a released file, one that convert wrote, or a name on the Hugging Face
+    # Hub. None: random ones.
     init_from: str | None = None
     num_steps: int = 1000
     seed: int = 0

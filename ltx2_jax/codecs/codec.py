@@ -20,8 +20,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs import tiling as tiles
 from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.names import diffusion_decoder as decoder_weights
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import read_metadata
 
 REFERENCE = "ltx2_jax.released_codec.1"  # the number changes with the file's layout

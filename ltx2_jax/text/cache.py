@@ -30,9 +30,9 @@ from ltx2_jax.text.encoder import LENGTH, TextEncoder, write_reference
 from ltx2_jax.tokenizer import FILES, check_text
 from ltx2_jax.weights import hub
 from ltx2_jax.weights.names import text as text_weights
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 
 VERSION = 1  # of a file's layout
 

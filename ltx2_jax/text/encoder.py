@@ -30,7 +30,7 @@ from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.names import text as text_weights
 from ltx2_jax.weights.names.gemma import stored_dtype, weight_files
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
 REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout

@@ -182,9 +182,9 @@ def check_same_makers(records: Records, assets: Path) -> None:
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
+    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
     free = ("model.remat", "model.dtype", "model.attention")
-    refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
+    refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
     if stored.init_from is not None and config.init_from not in (None, stored.init_from):

@@ -12,8 +12,8 @@ from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.weights import export
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 
 # In the metadata of what was trained here: whose text features it reads, and whose latents.
 TEXT, LATENTS = "text_release", "latents_release"

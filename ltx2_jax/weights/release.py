@@ -79,7 +79,7 @@ class Held:
 
 
 class Release:
-    """Open files of a release, which `opening.open_release` gives; close it, or use it in a `with`.
+    """Open files of a release, which `sources.open_release` gives; close it, or use it in a `with`.
 
     Attributes:
       files: all of them.

@@ -21,7 +21,7 @@ from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.lora import fuse, read_lora
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
 from ltx2_jax.weights.writing import Writer
 

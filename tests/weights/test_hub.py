@@ -15,7 +15,7 @@ from ltx2_jax.convert import cli
 from ltx2_jax.errors import UserError
 from ltx2_jax.weights import hub
 from ltx2_jax.weights.lora import read_lora
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the optional `hub` extra")
 

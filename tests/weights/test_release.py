@@ -21,7 +21,7 @@ from ltx2_jax.weights import export, mapping, report, versions
 from ltx2_jax.weights.names import transformer
 from ltx2_jax.weights.names.transformer import guessed_section, section_of, transformer_config
 from ltx2_jax.weights.networks import NETWORKS
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
 
 GOLDEN = Path(__file__).parents[1] / "golden"

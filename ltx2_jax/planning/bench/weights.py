@@ -26,7 +26,7 @@ from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import transformer
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.writing import writing
 
 PREFIX = "model.diffusion_model."
