@@ -136,7 +136,7 @@ def test_a_mesh_splits_the_weights_as_the_network_says():
     assert to_q.sharding.mesh.axis_types[0] == jax.sharding.AxisType.Explicit
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4), (4, 2, 1)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4)])
 def test_sharded_weights_are_written_as_they_were(sizes, tmp_path):
     mesh = make_mesh(*sizes)
     with open_release(CHECKPOINT) as release:
