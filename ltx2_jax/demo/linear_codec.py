@@ -15,6 +15,7 @@ Dims: B batch, F frames, H, W pixels, A audio latents, M mel-latent bins (1 here
 D numbers in a group, F' = (F - 1) / st + 1, H' = H / sh, W' = W / sw.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,11 +26,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse.linalg
 from jax import Array
 from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from scipy.sparse.linalg import ArpackError, eigsh
 
 from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.diffusion.geometry import AudioClock
@@ -415,14 +416,12 @@ class _Moments:
 
 def _leading_components(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues of [D, D] in falling order, [count], and their vectors [D, count]."""
-    size = len(covariance)
-    # Of nothing but zeros Lanczos finds no start.
-    if (
-        10 * count < size and covariance.any()
-    ):  # a few of many: Lanczos takes a second where all of 3072 take fifteen
-        start = np.random.default_rng(0).standard_normal(size)
-        variance, basis = scipy.sparse.linalg.eigsh(covariance, count, which="LA", v0=start)
-    else:
+    variance, basis = None, None
+    if 10 * count < len(covariance):  # a second where all of 3072 take fifteen
+        start = np.random.default_rng(0).standard_normal(len(covariance))
+        with contextlib.suppress(ArpackError):  # there is nothing to find in still clips
+            variance, basis = eigsh(covariance, count, which="LA", v0=start)
+    if basis is None:
         variance, basis = np.linalg.eigh(covariance)
     largest = np.argsort(-variance, stable=True)[:count]
     return np.maximum(variance[largest], 0.0), basis[:, largest]
