@@ -1,6 +1,8 @@
 """A run of seconds, for tests of the train command."""
 
 import dataclasses
+import os
+import signal
 
 from ltx2_jax.config import (
     CheckpointConfig,
@@ -14,9 +16,26 @@ from ltx2_jax.config import (
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
+from ltx2_jax.training.metrics import MetricsLogger
+
+
+def signal_after(step: int, name: str) -> None:
+    """This process gets a signal once a step is logged: always at the same moment."""
+    log = MetricsLogger.log
+
+    def logged(self, at, metrics):
+        log(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    MetricsLogger.log = logged
 
 
 def get_config(arg: str | None = None) -> Config:
+    """`arg` such as "9,SIGKILL" is what `signal_after` takes."""
+    if arg:
+        step, name = arg.split(",")
+        signal_after(int(step), name)
     connector = ConnectorConfig(num_layers=1, num_heads=2, registers=8, dtype="float32")
     return Config(
         workdir="workdir/resume",
