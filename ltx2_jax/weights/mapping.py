@@ -7,6 +7,7 @@ stacked on a leading layer axis, the official name has the one number more that 
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -134,16 +135,25 @@ def abstract_params(
     `where` is a mesh on which the module places its parameters itself, or one sharding for all, or
     None.
     """
-
-    def state() -> Any:
-        return nnx.to_pure_dict(nnx.state(create(), nnx.Param))
-
-    if isinstance(where, jax.sharding.Mesh):
-        return leaves(abstract_state(state, mesh=where))
+    mesh = where if isinstance(where, jax.sharding.Mesh) else None
+    if isinstance(create, functools.partial) and not create.keywords:  # of a config, as a rule
+        found = _traced(mesh, create.func, *create.args)
+    else:
+        found = _traced.__wrapped__(mesh, create)
+    if mesh is not None:
+        return dict(found)
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for path, leaf in leaves(jax.eval_shape(state)).items()
+        for path, leaf in found.items()
     }
+
+
+@functools.lru_cache(64)  # to build a network, if only on paper, takes half a second
+def _traced(mesh: jax.sharding.Mesh | None, create: Callable[..., nnx.Module], *args: Any) -> Any:
+    def state() -> Any:
+        return nnx.to_pure_dict(nnx.state(create(*args), nnx.Param))
+
+    return leaves(jax.eval_shape(state) if mesh is None else abstract_state(state, mesh=mesh))
 
 
 def leaves(tree: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
