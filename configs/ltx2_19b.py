@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> Config:
         workdir="workdir/ltx2_19b",
         model=dataclasses.replace(LTX2_19B, remat=remat),
         text=TextConfig(
-            generation="2.0", video_connector=CONNECTOR_2_0, audio_connector=CONNECTOR_2_0
+            release="2.0", video_connector=CONNECTOR_2_0, audio_connector=CONNECTOR_2_0
         ),
         data=DataConfig(path="data/clips", release="2.0", batch_size=batch, read_threads=16),
         mesh=mesh,

@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> Config:
         workdir="workdir/ltx2_3_22b",
         model=dataclasses.replace(LTX2_3_22B, remat=base.model.remat),
         text=TextConfig(
-            generation="2.3",
+            release="2.3",
             video_connector=VIDEO_CONNECTOR_2_3,
             audio_connector=AUDIO_CONNECTOR_2_3,
         ),

@@ -20,6 +20,6 @@ def get_config(arg: str | None = None) -> Config:
         base,
         workdir="workdir/ltx2_5_22b",
         model=dataclasses.replace(LTX2_5_22B, remat=base.model.remat),
-        text=dataclasses.replace(base.text, generation="2.5"),
+        text=dataclasses.replace(base.text, release="2.5"),
         data=dataclasses.replace(base.data, release="2.5"),
     )

@@ -14,7 +14,7 @@ Measure a part of the package on this machine, with random weights of the releas
 EXAMPLE = """\
 example:
   python -m ltx2_jax.bench codec
-  python -m ltx2_jax.bench codec --generation=2.0 --frames=17 --height=128 --width=192
+  python -m ltx2_jax.bench codec --release=2.0 --frames=17 --height=128 --width=192
   python -m ltx2_jax.bench step
   python -m ltx2_jax.bench step --height=512 --width=768 --layers=12
   python -m ltx2_jax.bench train --layers=4 --remat=projections

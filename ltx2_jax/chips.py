@@ -173,3 +173,11 @@ def compiler_options(*, training: bool) -> Options | None:
     if platform != "tpu" or chip is None:
         return None
     return (TRAINING if training else SAMPLING).get(chip.name)
+
+
+def one_run_options() -> Options | None:
+    """For the `compiler_options` of `jax.jit`, where a program runs once.
+
+    A CPU's compiler would spend a hundred times longer on its speed than it runs.
+    """
+    return {"xla_backend_optimization_level": 0} if target()[0] == "cpu" else None

@@ -28,7 +28,7 @@ class TextConfig:
     """Where text features come from, and the connectors that are trained on them."""
 
     length: int = 1024  # tokens per caption, left padded
-    generation: str = "random"  # of the features: of a random encoder, or "2.0", "2.3", "2.5"
+    release: str = "random"  # of the features: of a random encoder, or "2.0", "2.3", "2.5"
     encoder: RandomEncoderConfig = field(default_factory=RandomEncoderConfig)  # of synthetic clips
     video_connector: ConnectorConfig = CONNECTOR_2_0
     audio_connector: ConnectorConfig = CONNECTOR_2_0
@@ -156,8 +156,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    # Weights to start from: a released file, a name on the Hugging Face Hub, or a folder that
-    # convert wrote. None: random ones.
+    # Weights to start from: a released file, one that convert wrote, or a name on the Hugging Face
+    # Hub. None: random ones.
     init_from: str | None = None
     num_steps: int = 1000
     seed: int = 0

@@ -21,8 +21,8 @@ from ltx2_jax.training import checkpoint, initial
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.loading import FLOAT8
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release, looks_like_lora
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
 from ltx2_jax.weights.writing import check_writable
 
@@ -169,7 +169,7 @@ def _merge(out: export.Export, release: Release, given: Sequence[Sequence[str]])
     pairs = []
     for path, *strength in given:
         lora = loras.read_lora(path)
-        loras.check(lora, config, release.generation("transformer"))
+        loras.check(lora, config, release.release_of("transformer"))
         pairs.append((lora, _strength(strength)))
     stream = out.streams["transformer"]
     out.streams["transformer"] = lambda: loras.fuse_stream(stream(), pairs, config)

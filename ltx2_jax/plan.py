@@ -40,7 +40,7 @@ Fields of the config can be changed with --config.FIELD=VALUE, as in train. The 
 the program fits, 1 if it does not, 2 for a mistake in the command.
 """
 
-GENERATIONS = ("2.0", "2.3", "2.5")
+RELEASES = ("2.0", "2.3", "2.5")
 TO_COMPILE = 3  # rows of a search
 # Programs that a flag is of, and its default.
 FLAGS = {
@@ -54,7 +54,7 @@ FLAGS = {
     "batch": (("sample", "text"), 1),
     "passes": (("sample",), 1),
     "steps": (("sample",), None),
-    "generation": (("vae", "text"), "2.3"),
+    "release": (("vae", "text"), "2.3"),
     "half": (("vae",), "decode"),
 }
 
@@ -88,7 +88,7 @@ def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _released(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "text":
-        encoder = planning.TEXT_ENCODERS[args.generation]
+        encoder = planning.TEXT_ENCODERS[args.release]
         return planning.plan_text(encoder, args.batch, args.topology)
     default = planning.DEFAULT_SIZE
     size = (
@@ -96,7 +96,7 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
         args.height or default.height,
         args.width or default.width,
     )
-    return planning.plan_vae(planning.VAES[args.generation], args.half, size, args.topology)
+    return planning.plan_vae(planning.VAES[args.release], args.half, size, args.topology)
 
 
 def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
-    add("--generation", choices=GENERATIONS, help="of vae and text (2.3)")
+    add("--release", choices=RELEASES, help="of vae and text (2.3)")
     add("--half", choices=("decode", "encode"), help="of vae (decode)")
     add("--json", action="store_true", help="print all facts as JSON")
     return parser

@@ -188,7 +188,7 @@ def _report(records: Records) -> None:
     for name, field in records.schema.fields.items():
         if field.shape:
             print(f"  {name:<11} {field}")
-    if records.schema.generation == LinearCodec.generation:
+    if records.schema.release == LinearCodec.release:
         for name, fraction in LinearCodec.load(records.codec_path).explained.items():
             print(f"  the codec keeps {fraction:.1%} of the {name} variance")
     for note, number in clip_notes(records).items():

@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"  # each part is work of its own; workers share cores
 )
 if version("jaxlib") < "0.11":  # its newer code generator takes twice as long; later ones are quick
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -30,7 +31,7 @@ def pytest_addoption(parser):
         "--golden-dir",
         type=Path,
         default=Path(__file__).parent / "golden",
-        help="folder of golden data: one sub-folder with a cases.json per model generation",
+        help="folder of golden data: one sub-folder with a cases.json per model release",
     )
 
 

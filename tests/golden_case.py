@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 
 
 @dataclass(frozen=True)

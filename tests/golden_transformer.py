@@ -68,11 +68,11 @@ def keep_masks(case: Case, layers: int, batch: int) -> Keep | None:
     if not perturbations:
         return None
     # All four masks, also those of ones, so that one compiled program serves every case.
-    masks = {name: np.ones((layers, batch), np.float32) for name in PERTURBATIONS.values()}
+    masks = {name: np.ones((batch, layers), np.float32) for name in PERTURBATIONS.values()}
     for kind, blocks in perturbations:
         if blocks is not None:  # a rule for released models may name blocks that a small one lacks
             blocks = [block for block in blocks if block < layers]
-        masks[PERTURBATIONS[kind]][slice(None) if blocks is None else blocks, samples] = 0
+        masks[PERTURBATIONS[kind]][samples, slice(None) if blocks is None else blocks] = 0
     return Keep(**{name: jnp.asarray(mask) for name, mask in masks.items()})
 
 
@@ -124,17 +124,17 @@ def run_attention(model, case: Case):
 
 
 def run_prepared(model, video, audio):
-    v, a, video_in, audio_in = model.prepare(video, audio)
+    v, a, video_cond, audio_cond = model.embed(video, audio)
     outputs = {}
-    for prefix, x, stream in (("v", v, video_in), ("a", a, audio_in)):
+    for prefix, x, cond in (("v", v, video_cond), ("a", a, audio_cond)):
         outputs |= {
             f"{prefix}_x": x,
-            f"{prefix}_context": stream.fixed.context,
-            f"{prefix}_timesteps": stream.modulation,
-            f"{prefix}_embedded_timestep": stream.embedded_timestep,
-            f"{prefix}_cross_scale_shift_timestep": stream.cross_modulation,
-            f"{prefix}_cross_gate_timestep": stream.cross_gate,
-            f"{prefix}_prompt_timestep": stream.prompt_modulation,
+            f"{prefix}_context": cond.prepared.context,
+            f"{prefix}_timesteps": cond.modulation,
+            f"{prefix}_embedded_timestep": cond.embedded_timestep,
+            f"{prefix}_cross_scale_shift_timestep": cond.cross_modulation,
+            f"{prefix}_cross_gate_timestep": cond.cross_gate,
+            f"{prefix}_prompt_timestep": cond.prompt_modulation,
         }
     # The reference flattens modulation rows: [B, T, R, D] -> [B, T, R * D].
     outputs = {k: x for k, x in outputs.items() if x is not None}
@@ -142,10 +142,10 @@ def run_prepared(model, video, audio):
 
 
 def run_blocks(model, video, audio):
-    v, a, video_in, audio_in = model.prepare(video, audio)
+    v, a, *conds = model.embed(video, audio)
     outputs = {}
     for i in range(model.cfg.num_layers):
-        v, a = block(model, i)(v, a, video_in, audio_in, Keep())
+        v, a = block(model, i)(v, a, *conds, Keep())
         outputs |= {f"v_block{i}": v, f"a_block{i}": a}
     return outputs
 

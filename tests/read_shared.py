@@ -19,7 +19,7 @@ def main(path: str, out: str, process: int, count: int, port: int) -> None:
     jax.distributed.initialize(f"localhost:{port}", count, process)
     from ltx2_jax.sharding import make_mesh
     from ltx2_jax.weights import export, mapping
-    from ltx2_jax.weights.opening import open_release
+    from ltx2_jax.weights.sources import open_release
 
     assert jax.device_count() == 2 * count
     mesh = make_mesh(2, 2, 1)

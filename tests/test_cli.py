@@ -111,7 +111,7 @@ def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsy
         (["--config.sample.seed=4294967296"], "seed=4294967296 is not from 0 to"),
         (["--config.text.encoder.seed=-1"], "seed=-1 is not from 0 to"),
         (["--config.sample.audio_guidance=1e999"], "audio_guidance=inf is not a number"),
-        (["--config.text.generation=2.3"], "text.generation='2.3': synthetic clips have 'random'"),
+        (["--config.text.release=2.3"], "text.release='2.3': synthetic clips have 'random'"),
         (
             ["--config.text.encoder.video_dim=64"],
             r"text.video_connector is 96 wide .*, but text.encoder.video_dim=64",
@@ -149,8 +149,8 @@ def test_train_refuses_a_model_that_does_not_fit_the_codec(refused, tmp_path):
 def test_train_refuses_a_dataset_of_other_text(refused, workdir, tmp_path):
     records = workdir / "data" / "records"
     flags = f"--config={SMALL}", f"--config.workdir={tmp_path}", f"--config.data.path={records}"
-    error = refused(train.cli, *flags, "--config.text.generation=2.3")
-    assert error.endswith("records: text_generation is 'random', '2.3' is needed")
+    error = refused(train.cli, *flags, "--config.text.release=2.3")
+    assert error.endswith("records: text_release is 'random', '2.3' is needed")
     error = refused(train.cli, *flags, "--config.text.length=8")
     assert error.endswith("records: video_text is (16, 24), (8, 24) is needed")
     assert not (tmp_path / "checkpoints").exists()

@@ -16,8 +16,8 @@ from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer.config import LTX2_19B
+from ltx2_jax.training import objective
 from ltx2_jax.training.batch import place
-from ltx2_jax.training.objective import draw
 from ltx2_jax.training.state import init_state
 from ltx2_jax.training.step import make_train_step
 
@@ -33,11 +33,11 @@ def loss_and_gradients(mesh_context, sizes):
     graphdef = ltx2.graph(config.networks)
 
     def compute(params, batch):
-        drawn = draw(jax.random.key(7), batch, config, tiny.STRIDES)
+        drawn = objective.draw(jax.random.key(7), batch, config, tiny.STRIDES)
 
         def loss(p):
             model = nnx.merge(graphdef, p)
-            return loss(model, batch, drawn, tiny.null_text(), config)[0]
+            return objective.loss(model, batch, drawn, tiny.null_text(), config)[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -52,7 +52,8 @@ def single_device():
     return {}  # filled by the first test that needs it
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m)))
+# Of 2x2x2 test_training.py asks it, with micro-batches.
+@pytest.mark.parametrize("mesh", [(2, 1, 4), (1, 4, 2)], ids=lambda m: "x".join(map(str, m)))
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh_context, mesh, single_device):
     if not single_device:
         single_device["value"], single_device["grads"] = loss_and_gradients(mesh_context, (1, 1, 1))

@@ -164,10 +164,10 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("generation", ["v2.0", "v2.3", "v2.5"])
-def test_both_released_forms_give_the_same_ids(generation):
+@pytest.mark.parametrize("release", ["v2.0", "v2.3", "v2.5"])
+def test_both_released_forms_give_the_same_ids(release):
     library = pytest.importorskip("tokenizers")
-    folder = GOLDEN / generation / "gemma"
+    folder = GOLDEN / release / "gemma"
     from_model, from_json = tokenizer.Tokenizer(folder), tokenizer.Tokenizer(folder / FORMS[1])
     # Words of the vocabulary, control words and other characters, in random order.
     words = list(library.Tokenizer.from_file(str(folder / FORMS[1])).get_vocab())

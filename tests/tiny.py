@@ -1,18 +1,16 @@
 """A tiny but complete run for tests: the wiring of 2.5, eight heads, eight-way shapes."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.models.transformer.config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
-from ltx2_jax.training.state import optimizer
+from ltx2_jax.training.state import init_state
 
 STRIDES = (4, 8, 8)
 
@@ -76,29 +74,34 @@ def null_text() -> dict[str, np.ndarray]:
     return fields | {"text_mask": np.arange(6) == 5}
 
 
+@cache
+def _homes(config: Config, mesh: jax.sharding.Mesh):
+    """Shapes, dtypes and shardings of a train state."""
+    create, key = partial(init_state, config=config), jax.eval_shape(jax.random.key, 0)
+    return abstract_state(create, key, mesh=mesh)
+
+
 def params(config: Config, mesh=None):
     """Parameters all of whose entries count: nothing starts at zero. The same on every mesh.
 
     Drawn by numpy, because compiling the initialisers takes longer than most tests.
     """
-    create = partial(ltx2.init_params, config=config.networks)
-    key = jax.eval_shape(jax.random.key, 0)
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    homes = _homes(config, mesh or make_mesh(devices=jax.devices()[:1]))["params"]
     rng = np.random.default_rng(1)
 
     def value(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.normal(size=leaf.shape, scale=0.2).astype(np.float32)
         return jax.device_put(values, leaf.sharding)
 
-    return jax.tree.map(value, abstract_state(create, key, mesh=mesh))
+    return jax.tree.map(value, homes)
 
 
 def state(config: Config, mesh=None):
-    """A train state around `params`, without compiling the initialisers."""
-    weights = params(config, mesh)
-    state = {
-        "params": weights,
-        "opt": optimizer(config).init(weights),
-        "step": jnp.zeros((), jnp.int32),
-    }
-    return state | ({"ema": jax.tree.map(jnp.copy, weights)} if config.optim.ema_decay else {})
+    """The train state of step 0 around `params`, without compiling anything."""
+    homes = _homes(config, mesh or make_mesh(devices=jax.devices()[:1]))
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), homes
+    )
+    for name in {"params", "ema"} & set(homes):
+        state[name] = params(config, mesh)
+    return state

@@ -1,4 +1,4 @@
-"""Tiny Gemma decoders with drawn weights: eight heads, every feature of either generation."""
+"""Tiny Gemma decoders with drawn weights: eight heads, every feature of either release."""
 
 from functools import partial
 

@@ -20,8 +20,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs import tiling as tiles
 from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.names import diffusion_decoder as decoder_weights
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import read_metadata
 
 REFERENCE = "ltx2_jax.released_codec.1"  # the number changes with the file's layout
@@ -30,10 +30,8 @@ REFERENCE = "ltx2_jax.released_codec.1"  # the number changes with the file's la
 class ReleasedCodec:
     """The video and audio networks of a release, from its files."""
 
-    def __init__(
-        self, video: VideoCodec, audio: AudioCodec, generation: str, paths: Sequence[Path]
-    ):
-        self.video, self.audio, self.generation = video, audio, generation
+    def __init__(self, video: VideoCodec, audio: AudioCodec, release: str, paths: Sequence[Path]):
+        self.video, self.audio, self.release = video, audio, release
         self.paths = [Path(path).resolve() for path in paths]
 
     def save(self, path: str | os.PathLike) -> None:
@@ -88,7 +86,7 @@ def load_codec(
     )
     video = _video_codec(release, dtype, devices=devices, tiling=tiling)
     paths = [file.path for file in release.files]
-    return ReleasedCodec(video, audio, release.generation("video_vae"), paths)
+    return ReleasedCodec(video, audio, release.release_of("video_vae"), paths)
 
 
 def _video_codec(release: Release, dtype: str, **options: Any) -> VideoCodec:

@@ -54,7 +54,7 @@ class Codec(Protocol):
 
     video: VideoHalf
     audio: AudioHalf
-    generation: str
+    release: str
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one file that `load_codec` reads."""

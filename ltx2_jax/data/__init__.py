@@ -1,1 +1,1 @@
-"""Files to batches: media in and out, synthetic clips, records, and the Grain pipeline."""
+"""Clips and captions to records, and records to batches."""

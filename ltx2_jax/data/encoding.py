@@ -55,8 +55,8 @@ class PrepareConfig:
       fps: frames per second to resample to; None keeps the rate of each file. All clips must have
         the same number of audio latents, so other rates than the first clip's are skipped then.
       text_length: tokens per caption; `prepare_dataset` asks the text encoder, if it gets one.
-      generation: whose latents these are, see `Schema`; `prepare_dataset` asks the codec.
-      text_generation: whose text features; it asks the text encoder.
+      release: whose latents these are, see `Schema`; `prepare_dataset` asks the codec.
+      text_release: whose text features; it asks the text encoder.
       batch_size: clips encoded at once, fewer where they are large; no effect on the result.
     """
 
@@ -65,8 +65,8 @@ class PrepareConfig:
     width: int
     fps: float | None = None
     text_length: int = 32
-    generation: str = "linear"
-    text_generation: str = "random"
+    release: str = "linear"
+    text_release: str = "random"
     batch_size: int = 16
 
 
@@ -196,7 +196,7 @@ def encode_clips(
       clips: the clips; see `ClipReader`.
       codec: any codec, see `ltx2_jax.codecs.codec`.
       encoder: for the captions.
-      config: sizes, text length, generation.
+      config: sizes, text length, release.
       writer: entered, not started.
 
     Raises:
@@ -262,9 +262,9 @@ def _encode(
 
 def _schema(record: dict[str, Any], folder: Path, config: PrepareConfig) -> Schema:
     return Schema(
-        generation=config.generation,
+        release=config.release,
         text="features",
-        text_generation=config.text_generation,
+        text_release=config.text_release,
         num_frames=config.num_frames,
         height=config.height,
         width=config.width,
@@ -300,7 +300,7 @@ def prepare_dataset(
       out: the folder to make.
       config: sizes of the clips, text and batch.
       codec: any codec of `ltx2_jax.codecs`, or a `LinearCodecConfig` to fit a linear one on these
-        clips; None fits one with the defaults. The dataset takes its generation from it.
+        clips; None fits one with the defaults. The dataset takes its release from it.
       text_encoder: of a release or of another dataset, or a `RandomEncoderConfig` to make one for
         these captions; None makes one with the defaults.
       overwrite: replace a dataset made with other settings.
@@ -312,12 +312,12 @@ def prepare_dataset(
     """
     codec = LinearCodecConfig() if codec is None else codec
     fits = isinstance(codec, LinearCodecConfig)
-    config = dataclasses.replace(config, generation="linear" if fits else codec.generation)
+    config = dataclasses.replace(config, release="linear" if fits else codec.release)
     text_encoder = RandomEncoderConfig() if text_encoder is None else text_encoder
     given = not isinstance(text_encoder, RandomEncoderConfig)
     if given:
         config = dataclasses.replace(
-            config, text_length=text_encoder.length, text_generation=text_encoder.generation
+            config, text_length=text_encoder.length, text_release=text_encoder.release
         )
     _check_sizes(config, codec.video_strides if fits else codec.video.strides)
     rows = read_table(table)

@@ -38,7 +38,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ltx2_jax.blobs import deserialize, serialize, unpack
-from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.schema import Schema, renamed
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason
 
@@ -241,7 +241,7 @@ class Records(Sequence):
         try:
             self.schema = Schema.from_json(contents["schema"])
             self.skipped = contents["skipped"]
-            self.settings = contents["settings"]
+            self.settings = renamed(contents["settings"])
             self._shards = [(s["file"], s["records"], s["bytes"]) for s in contents["shards"]]
             if sum(count for _, count, _ in self._shards) != contents["num_records"]:
                 raise ValueError("num_records is not the sum over the shards")

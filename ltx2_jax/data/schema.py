@@ -10,6 +10,14 @@ import numpy as np
 from ltx2_jax.errors import UserError
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object of dataset.json with today's names; before, it said "generation"."""
+    return {
+        name.replace("text_generation", "text_release").replace("generation", "release"): value
+        for name, value in values.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """Type and shape of one field, the same in every record.
@@ -39,10 +47,10 @@ class Schema:
     """What a dataset holds and what made it.
 
     Attributes:
-      generation: whose latents these are: "linear" (the quickstart's codec), "2.0", "2.3" or "2.5".
+      release: whose latents these are: "linear" (the quickstart's codec), "2.0", "2.3" or "2.5".
       text: what stands for the caption: "features".
-      text_generation: whose features these are: "random" (a small text encoder with random
-        weights), "2.0", "2.3" or "2.5". Features of different generations are incompatible (the
+      text_release: whose features these are: "random" (a small text encoder with random
+        weights), "2.0", "2.3" or "2.5". Features of different releases are incompatible (the
         official format does not store this).
       num_frames, height, width: the clips' size in pixels.
       fps: frames per second of the first clip; records carry their own.
@@ -53,9 +61,9 @@ class Schema:
       fields: name to `Field`, for every field of a record.
     """
 
-    generation: str
+    release: str
     text: str
-    text_generation: str
+    text_release: str
     num_frames: int
     height: int
     width: int
@@ -81,7 +89,7 @@ class Schema:
         """Refuses the dataset in `folder` if it is not what the caller needs.
 
         Args:
-          **expected: an attribute (`generation="2.3"`, `codec_hash=...`) or a field of the records
+          **expected: an attribute (`release="2.3"`, `codec_hash=...`) or a field of the records
             and its shape, None standing for any size (`video=(None, None, None, 128)`).
 
         Raises:
@@ -113,5 +121,6 @@ class Schema:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Schema":
         """The reverse of `to_json`. Raises TypeError or KeyError for anything else."""
+        values = renamed(values)
         fields = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in values["fields"].items()}
         return cls(**{**values, "fields": fields})

@@ -34,8 +34,8 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     CSV with a header, JSON (a list of objects) or JSONL, told apart by the suffix. Columns: `video`
     (or `media_path`) and `caption`; others are ignored. What spreadsheets write is understood:
     blank lines before the header, a first line `sep=;`, semicolons or tabs in place of commas,
-    capitals in the header, UTF-16. Source of the columns: `scripts/process_dataset.py` of the
-    released trainer.
+    capitals in the header, UTF-16. Source of the columns:
+    `packages/ltx-trainer/scripts/process_dataset.py`.
 
     Raises:
       UserError: naming the file, and the line or column: missing or malformed file, missing column

@@ -15,6 +15,7 @@ Dims: B batch, F frames, H, W pixels, A audio latents, M mel-latent bins (1 here
 D numbers in a group, F' = (F - 1) / st + 1, H' = H / sh, W' = W / sw.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from scipy.sparse.linalg import ArpackError, eigsh
 
 from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.diffusion.geometry import AudioClock
@@ -138,7 +140,7 @@ class LinearAudioCodec:
 class LinearCodec:
     """Both codecs, fitted together: `.video`, `.audio`, and the variance that each keeps."""
 
-    generation = "linear"  # what a dataset of its latents is called
+    release = "linear"  # what a dataset of its latents is called
 
     def __init__(
         self,
@@ -399,9 +401,8 @@ class _Moments:
         covariance = self.gram / self.count - np.outer(mean, mean)
         if channels > len(mean):
             raise UserError(f"{name}_channels {channels} is more than the {len(mean)} of a group")
-        variance, basis = np.linalg.eigh(covariance)  # rising
-        variance, basis = np.maximum(variance[::-1], 0.0), basis[:, ::-1]
-        std, basis = np.sqrt(variance[:channels]), basis[:, :channels]
+        variance, basis = _leading_components(covariance, channels)
+        std = np.sqrt(variance)
         # An eigenvector's sign is arbitrary; a positive largest entry makes refits agree.
         largest = np.argmax(np.abs(basis), axis=0)
         basis = basis * np.sign(basis[largest, np.arange(channels)])
@@ -410,7 +411,20 @@ class _Moments:
         scale = spread * (np.sqrt(np.mean((std / spread) ** 2)) or 1.0)
         arrays = (mean + origin) * unit, basis, scale * unit
         space = LinearSpace(*(np.ascontiguousarray(x, np.float32) for x in arrays))
-        return space, float(variance[:channels].sum() / (variance.sum() or 1.0))
+        return space, float(variance.sum() / (np.trace(covariance) or 1.0))
+
+
+def _leading_components(covariance: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues of [D, D] in falling order, [count], and their vectors [D, count]."""
+    variance, basis = None, None
+    if 10 * count < len(covariance):  # a second where all of 3072 take fifteen
+        start = np.random.default_rng(0).standard_normal(len(covariance))
+        with contextlib.suppress(ArpackError):  # there is nothing to find in still clips
+            variance, basis = eigsh(covariance, count, which="LA", v0=start)
+    if basis is None:
+        variance, basis = np.linalg.eigh(covariance)
+    largest = np.argsort(-variance, stable=True)[:count]
+    return np.maximum(variance[largest], 0.0), basis[:, largest]
 
 
 def _pixel_groups(clip: object, config: LinearCodecConfig) -> np.ndarray:

@@ -39,7 +39,7 @@ class RandomEncoder:
     It runs on one device, whatever the mesh of the model: it is small, and any host can use it.
     """
 
-    generation = "random"
+    release = "random"
     batch_size = 64  # captions that run at a time
 
     def __init__(self, path: Path, tokenizer: Tokenizer, model: TextModel, length: int):

@@ -9,7 +9,8 @@ from ltx2_jax.sharding import pin
 def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
     """[B, T], 1 on latent frame 0: a keyframe to models that have the embedding.
 
-    The released trainer never sets it although inference does; here both do.
+    Official inference sets it, but `ltx_trainer/training_strategies/flexible.py` never does. Here
+    both do.
     """
     batch, frames, height, width = shape
     first = jnp.arange(frames * height * width) < height * width

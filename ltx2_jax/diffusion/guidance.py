@@ -1,6 +1,6 @@
 """Guidance: combining clean estimates of several passes into one.
 
-Always on clean estimates x0, never on velocities, and in float32: a scale of 7 multiplies the
+It works on clean estimates x0, never on velocities, and in float32: a scale of 7 multiplies the
 rounding of the difference by 7.
 
 Source: `ltx_core/components/guiders.py`.

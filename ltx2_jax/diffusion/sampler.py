@@ -23,15 +23,13 @@ class Latents(NamedTuple):
     audio: Array  # [B, A, C]
 
 
-TOKENS: tuple[Names, Names] = (
-    ("video_tokens", None),
-    ("audio_tokens", None),
-)  # axes after the batch
+# Logical names of the axes of both after the batch.
+TOKENS: tuple[Names, Names] = ("video_tokens", None), ("audio_tokens", None)
 
 Predict = Callable[[Latents, Array], Latents]  # (latents, sigma []) -> clean estimates
 Velocity = Callable[[Latents, Array], Latents]  # (latents, sigma [B]) -> velocities
-# Conditions, a tree of arrays with a leading batch axis -> the velocity under them. What no step
-# changes is computed in this call, once, and not in the loop.
+# Conditions, a tree of arrays with a leading batch axis -> the velocity under them. This call comes
+# before the loop, so it computes what no step changes.
 Network = Callable[[Any], Velocity]
 
 
@@ -55,8 +53,10 @@ def unguided(network: Network, conditions: Any) -> Predict:
     def predict(x: Latents, sigma: Array) -> Latents:
         rows = x.video.shape[0]
         sigmas = jnp.full(rows, sigma, out_sharding=spec(rows_axis(rows)))
-        v = velocity(x, sigmas)
-        return Latents(flow.to_x0(x.video, v.video, sigmas), flow.to_x0(x.audio, v.audio, sigmas))
+        found = velocity(x, sigmas)
+        return Latents(
+            flow.to_x0(x.video, found.video, sigmas), flow.to_x0(x.audio, found.audio, sigmas)
+        )
 
     return predict
 
@@ -102,7 +102,10 @@ def rows_axis(rows: int) -> str | None:
 
 
 def _interleave(rows: Sequence[Array], names: Names) -> Array:
-    """Rows a0, b0, a1, b1, ...: the passes of one sample stay on one shard if there are enough."""
+    """Rows a0, b0, a1, b1, ... of arrays [B, ...], one a pass -> [B passes, ...].
+
+    The passes of one sample stay on one shard if there are enough samples.
+    """
     size, *rest = rows[0].shape
     lead = rows_axis(size)
     x = jnp.stack([pin(a, lead, *names) for a in rows], axis=1)
@@ -111,7 +114,7 @@ def _interleave(rows: Sequence[Array], names: Names) -> Array:
 
 
 def _split(x: Array, count: int, names: Names) -> list[Array]:
-    """The reverse of `_interleave`."""
+    """The reverse of `_interleave`: [B count, ...] -> `count` arrays [B, ...]."""
     size = x.shape[0] // count
     lead = rows_axis(size)
     shape, where = (size, count, *x.shape[1:]), spec(lead, None, *names)

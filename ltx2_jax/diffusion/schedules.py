@@ -1,8 +1,8 @@
 """Noise levels to visit when sampling: sigma falls from 1 (noise) to 0 (clean).
 
 A schedule of n steps is n + 1 values, float32 numpy, known before anything is traced. They are
-computed in float64 and rounded once, but for LTX-2's own, which rounds as the released code does:
-strong shifts magnify that.
+computed in float64 and rounded once. LTX-2's own schedule instead rounds at the places where the
+official code does, because strong shifts magnify the difference.
 
 Sources: `ltx_core/components/schedulers.py`, `ltx_pipelines/utils/constants.py`.
 """
@@ -27,8 +27,8 @@ SCHEDULES = ("ltx2", "linear_quadratic", "beta", "distilled")
 def make_sigmas(name: str, steps: int, tokens: int = 4096) -> np.ndarray:
     """The schedule called `name` in `steps` steps: float32, normally [steps + 1].
 
-    `tokens` shifts the "ltx2" schedule and is the video token count, or 4096 as most released
-    pipelines use whatever the clip. Raises UserError for a name not in `SCHEDULES`, and for
+    `tokens` shifts the "ltx2" schedule. It is the video token count, or 4096, which most official
+    pipelines use for every clip. Raises UserError for a name not in `SCHEDULES`, and for
     "distilled" with anything but its 8 steps.
     """
     if name == "ltx2":

@@ -2,7 +2,7 @@
 
 The detectors see only pixels and samples, never the caption or the family of a clip. They are made
 for one object in front of a still scene, each row of which is plain apart from the object (as the
-clips of `data.synthetic` are), and they stand the blur and noise of generated clips.
+clips of `demo.synthetic` are), and they stand the blur and noise of generated clips.
 
 What counts as a visual event:
   - the light of the object jumps (a flash). Its time is read from the decay after the jump;

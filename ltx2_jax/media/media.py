@@ -22,6 +22,7 @@ from typing import Any
 import av
 import numpy as np
 import soundfile
+from av.video.reformatter import VideoReformatter
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
@@ -279,8 +280,9 @@ def _decode_video(
     else:
         chosen = resampled(frames, clock, rate, fps, limit)
     images: list[np.ndarray] = []
+    converter = VideoReformatter()  # a frame's own is set up anew, with threads, every time
     for frame, count in chosen:
-        image, note = to_rgb(frame, size, stream.sample_aspect_ratio)
+        image, note = to_rgb(frame, size, stream.sample_aspect_ratio, converter)
         notes.update({note} - {None})
         images += [image] * count
     if len({image.shape for image in images}) > 1:
@@ -408,15 +410,18 @@ def _mux(
         context = pictures.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
+        if height * width < 256 * 256:
+            context.thread_count = 1  # for small pictures, starting threads takes longer
         sound = None
         if clip.audio is not None:
             sound = container.add_stream("aac", rate=int(clip.sample_rate))
             sound.layout = "mono" if clip.audio.shape[1] == 1 else "stereo"
             sound.bit_rate = 64000 * clip.audio.shape[1]
+        converter = VideoReformatter()
         for image in itertools.chain(clip.video, itertools.chain.from_iterable(more)):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            frame = converter.reformat(
+                frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
             container.mux(pictures.encode(frame))
         container.mux(pictures.encode())

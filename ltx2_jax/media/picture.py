@@ -18,11 +18,13 @@ def to_rgb(
     frame: Any,
     size: tuple[int, int] | None,
     pixel_shape: Fraction | None,
+    converter: Any,
 ) -> tuple[np.ndarray, str | None]:
     """A frame of PyAV -> uint8 [H, W, 3], upright, and what the user is told about its colours.
 
     size: (height, width) to cover and to crop to, in the middle; None keeps the size as it is
-    shown. pixel_shape: width of a pixel by its height; None is a square one.
+    shown. pixel_shape: width of a pixel by its height; None is a square one. converter: PyAV's
+    VideoReformatter, one for all frames of a film.
 
     Raises UserError for a meaning of its numbers that we do not know.
     """
@@ -42,7 +44,8 @@ def to_rgb(
         full = tuple(max(size[i], round(upright[i] * scale)) for i in (0, 1))
         full = full[::-1] if transposed else full
     deep = frame.format.components[0].bits > 8
-    image = frame.reformat(
+    image = converter.reformat(
+        frame,
         width=full[1],
         height=full[0],
         # Planes: libav's short cut from deep pictures to rgb24 makes them darker by two levels,

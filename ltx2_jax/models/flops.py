@@ -1,11 +1,11 @@
 """Parameters and FLOPs of the networks, from their configs or their traces; nothing is computed.
 
-Conventions: a multiply-accumulate is 2 FLOPs; matrix products and convolutions only, so norms,
-rotary embeddings, softmax, activations, modulation and gating are left out (they cost bandwidth,
-not matrix units); attention is dense (nothing halved). Products with the zeros of a convolution's
-padding count, those with the zeros that a transposed convolution puts between its inputs do not.
-These are the model's FLOPs: recomputation under rematerialisation is not counted, so an MFU from
-them is comparable across remat policies.
+A multiply-accumulate is 2 FLOPs. Only matrix products and convolutions count: norms, rotary
+embeddings, softmax, activations, modulation and gating cost bandwidth, not matrix units. Attention
+is dense, and nothing of it is halved. Products with the zeros of a convolution's padding count;
+those with the zeros that a transposed convolution puts between its inputs do not. These are the
+model's FLOPs: recomputation under rematerialisation does not count, so that an MFU from them is
+comparable across remat policies.
 """
 
 import functools
@@ -110,14 +110,14 @@ def _core(queries: int, keys: int, inner: int) -> float:
 
 # ------------------------------------------------------------------------------------- of a trace
 
-# Their bodies run a number of times, or on a part of the data, that the equation does not tell.
+# The equation does not tell how often their bodies run, or on which part of the data.
 _OPAQUE = ("while", "shard_map", "pallas_call")
 
 
 def count(function: Callable, *args: Any) -> int:
     """FLOPs of `function(*args)`; arguments are arrays, or `jax.ShapeDtypeStruct` for them.
 
-    Of a `cond` the dearest branch counts.
+    Of a `cond`, the branch with the most FLOPs counts.
 
     Raises:
       ValueError: the function has a `while` loop without a static trip count, a `shard_map` or a

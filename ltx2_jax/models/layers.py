@@ -1,8 +1,8 @@
 """Building blocks of the transformer: linear maps, norms, AdaLN, timestep embedding, feed-forward.
 
-Weights are stored float32 (or bfloat16 for sampling) and used in the dtype of the activations. Each
-states where it is stored (`weight_spec`) beside its shape; `Linear` gathers the FSDP part at the
-point of use.
+Weights are stored in float32 (or bfloat16 for sampling) and used in the dtype of the activations.
+Each of them says beside its shape where it is stored (`weight_spec`). `Linear` gathers the FSDP
+part where it uses it.
 """
 
 import math
@@ -54,10 +54,11 @@ class Linear(nnx.Module):
         std = 1 / math.sqrt(n_in) if std is None else std
         self.axes = axes
         self.weight = parameter(rngs, (n_out, n_in), axes[::-1], std=std)
-        # Where its features are not split, neither it nor its moments need be whole on every chip.
+        # Where the output features are not split, the bias is spread as "fsdp": neither it nor its
+        # moments need to be whole on every chip.
         split = axis_size(axes[1]) > 1
         self.bias = parameter(rngs, (n_out,), (axes[1] if split else "fsdp",)) if bias else None
-        self.adapter = nnx.data(None)  # or one of `models.lora`
+        self.adapter = nnx.data(None)  # or an adapter of `models.lora`
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
@@ -74,9 +75,9 @@ class Linear(nnx.Module):
 def _product(x: Array, weight: Array, axes: Axes, lead: Axes) -> Array:
     """x [..., in] and weight [out, in], gathered to `axes` -> [..., out].
 
-    The weight is cast first, then gathered: half the bytes on the wire in bfloat16. So its gradient
-    is summed over the shards of the batch in that dtype too, before it becomes float32; see
-    `optim.reduce_dtype`.
+    The weight is cast first and then gathered, which halves the bytes on the wire in bfloat16. Its
+    gradient is therefore also summed over the shards of the batch in that dtype, before it becomes
+    float32; see `optim.reduce_dtype`.
     """
     weight = pin(weight.astype(x.dtype), *axes)
     return jnp.einsum("...i,oi->...o", x, weight, out_sharding=spec(*lead, axes[0]))
@@ -129,7 +130,7 @@ def modulate(x: Array, scale: Array, shift: Array) -> Array:
 def timestep_embedding(timesteps: Array, dim: int, max_period: float = 10000.0) -> Array:
     """Sinusoidal embedding, float32 [..., dim], cosine half first; an odd dim ends with a zero.
 
-    `timesteps` in units of 1/1000 sigma. bfloat16 would turn 999 into 1000: this stays float32.
+    `timesteps` are in units of 1/1000 sigma. They stay float32: bfloat16 would turn 999 into 1000.
     Source: `ltx_core/model/transformer/timestep_embedding.py`.
     """
     half = dim // 2
@@ -151,7 +152,8 @@ class AdaLayerNormSingle(nnx.Module):
         self.rows = rows
         self.linear_1 = Linear(self.EMBEDDING, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
-        # By far the largest of the three, and its result is a few vectors: split, then gathered.
+        # It is by far the largest of the three, and its result is a few vectors: so it is split,
+        # and the result is gathered.
         self.linear = Linear(dim, rows * dim, axes=("fsdp", "mlp"), std=0.02, rngs=rngs)
 
     def __call__(self, timesteps: Array, dtype: jnp.dtype, lead: Axes) -> tuple[Array, Array]:

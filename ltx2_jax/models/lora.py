@@ -1,7 +1,8 @@
 """Low-rank adapters beside the linear maps of a network: y = W x + B A x.
 
 An adapter is a parameter tree {"a": [r, in], "b": [out, r]} under the path of each `Linear` that
-has one, with a leading layer axis in stacked blocks. Several are one of the sum of their ranks.
+has one, with a leading layer axis in stacked blocks. Several adapters of one map are one adapter,
+whose rank is the sum of theirs.
 Source: LoRA, arXiv 2106.09685; scales are folded into b, as released files have it.
 """
 

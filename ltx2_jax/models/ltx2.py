@@ -24,7 +24,7 @@ TEXT_FIELDS = ("video_text", "audio_text", "text_mask")
 
 @dataclass(frozen=True)
 class LTX2Config:
-    """Of all that is trained as one."""
+    """The configs of all networks that are trained as one."""
 
     transformer: TransformerConfig
     video_connector: ConnectorConfig
@@ -50,7 +50,7 @@ class LTX2(nnx.Module):
 def graph(config: LTX2Config) -> Any:
     """The static half of the model: `nnx.merge(graph(config), params)` is callable.
 
-    To be made under the mesh that it runs on, which decides whether heads are split.
+    Call it under the mesh that the model runs on, which decides whether heads are split.
     """
     return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=nnx.Rngs(0))))
 
@@ -65,8 +65,9 @@ def abstract_params(
 ) -> dict[str, Any]:
     """Shapes, dtypes and shardings of `init_params` on `mesh`.
 
-    Those that a sampler keeps are resident, and what is cast to the dtype of the activations before
-    it is used has that dtype already: it computes the same numbers.
+    With `for_sampling` they are those that a sampler keeps: resident (`sharding.resident_weights`),
+    and already in the dtype of the activations if they are cast to it before they are used. The
+    sampler computes the same numbers.
     """
     create, key = partial(init_params, config=config), jax.eval_shape(jax.random.key, 0)
     if not for_sampling:

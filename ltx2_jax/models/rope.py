@@ -2,7 +2,7 @@
 
 This is not the RoPE of language models: the angles of all position axes are interleaved over the
 whole attention width before it is cut into heads, so different heads see different frequencies.
-Source: `ltx_core/model/transformer/rope.py`; spec of the released model, paper section 3.
+Source: paper section 3; `ltx_core/model/transformer/rope.py`.
 """
 
 from functools import cache

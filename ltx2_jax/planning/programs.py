@@ -57,7 +57,7 @@ def request_of(config: Config, **given: int | None) -> Request:
         length, bins, _ = schema.fields["audio"].shape
         first = (size.num_frames - 1) // max(1, frames - 1)
         strides = (first or strides[0], size.height // rows, size.width // columns)
-        if schema.generation == "linear":
+        if schema.release == "linear":
             rate = length / (size.num_frames / size.fps)
     elif config.model.audio_in_channels % bins:
         raise UserError(

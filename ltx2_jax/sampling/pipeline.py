@@ -146,7 +146,7 @@ class Pipeline:
         text = caption_features(self.text_encoder, [*prompts, ""])
         tell_cut(text["text_mask"][:-1], "prompts", "text.length of the training")
         if isinstance(self.text_encoder, TextCache):
-            self.text_encoder.release()
+            self.text_encoder.free()
         # Batches of one size, the last padded, so that one compiled program serves all. Guidance
         # passes of a clip fill shards of the data axis as well as clips do.
         shards = self.mesh.shape["data"] // math.gcd(self.mesh.shape["data"], _passes(sample))

@@ -97,9 +97,9 @@ def sample(
     )
     of_text = partial(network, model, request)
     if passes:
-        kept = any(p.skipped or not p.exchange for p in passes)
+        masked = any(p.skipped or not p.exchange for p in passes)
         conditions = [
-            (text if p.prompt else null_text, _keep(p, clips, layers) if kept else None)
+            (text if p.prompt else null_text, _keep(p, clips, layers) if masked else None)
             for p in (Pass(), *passes)
         ]
         combine = partial(_guided, strengths)
@@ -110,11 +110,11 @@ def sample(
 
 
 def _keep(p: Pass, clips: int, layers: int) -> Keep:
-    """What a pass keeps, [B, L]."""
-    rows = np.ones((2, clips, layers), bool)
-    rows[0, :, list(p.skipped)] = False
-    rows[1] = p.exchange
-    own, cross = jnp.asarray(rows[0]), jnp.asarray(rows[1])
+    """The masks of a pass."""
+    masks = np.ones((2, clips, layers), bool)
+    masks[0, :, list(p.skipped)] = False
+    masks[1] = p.exchange
+    own, cross = jnp.asarray(masks[0]), jnp.asarray(masks[1])
     return Keep(video_self=own, audio_self=own, audio_to_video=cross, video_to_audio=cross)
 
 
@@ -151,9 +151,9 @@ def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:
 def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
     """Tokens to latents [B, F', H', W', C] and [B, A, M, C]."""
     # Whole clips per chip again: the grid axes below are not the sharded token axis.
-    video = pin(clean.video, rows_axis(clean.video.shape[0]), None, None)
+    tokens = pin(clean.video, rows_axis(clean.video.shape[0]), None, None)
     return (
-        geometry.unpatchify_video(video, request.video_shape),
+        geometry.unpatchify_video(tokens, request.video_shape),
         geometry.unpatchify_audio(clean.audio, request.audio_bins),
     )
 
@@ -161,13 +161,9 @@ def unpatchify(clean: Latents, request: Request) -> tuple[Array, Array]:
 def network(
     model: LTX2, request: Request, text: dict[str, Array], keep: Keep | None = None
 ) -> Velocity:
-    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
-
-    `keep` has a row per clip here, [B, L].
-    """
+    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`."""
     video, audio = modalities(model, request, text)
-    fixed = model.transformer.fixed(video, audio)
-    keep = jax.tree.map(lambda rows: pin(rows.T, None, "batch"), keep)
+    prepared = model.transformer.prepare(video, audio)
 
     def velocity(x: Latents, sigma: Array) -> Latents:
         level = {"sigma": sigma, "timesteps": sigma[:, None]}
@@ -175,7 +171,7 @@ def network(
             dataclasses.replace(stream, latent=latent, **level)
             for stream, latent in zip((video, audio), x, strict=True)
         )
-        return Latents(*model.transformer(*streams, keep, fixed))
+        return Latents(*model.transformer(*streams, keep, prepared))
 
     return velocity
 

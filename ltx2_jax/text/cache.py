@@ -2,10 +2,10 @@
 
     cache = TextCache.load("features/", "ltx-2-19b-dev.safetensors", "gemma-3-12b-it/")
     video, audio, mask = cache.features(["a dog barks twice"])  # loads 12B weights, or a small file
-    cache.release()                                             # frees them, before what follows
+    cache.free()                                                # frees them, before what follows
 
-A prompt is one safetensors file, `<generation>/<hash>.safetensors`, that says what it was made
-from. The hash is of the prompt, the generation, the length and what encodes it; files made with
+A prompt is one safetensors file, `<release>/<hash>.safetensors`, that says what it was made
+from. The hash is of the prompt, the release, the length and what encodes it; files made with
 another text encoder, projection or tokenizer are never found, and nothing needs to be deleted.
 """
 
@@ -30,9 +30,9 @@ from ltx2_jax.text.encoder import LENGTH, TextEncoder, write_reference
 from ltx2_jax.tokenizer import FILES, check_text
 from ltx2_jax.weights import hub
 from ltx2_jax.weights.names import text as text_weights
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 
 VERSION = 1  # of a file's layout
 
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 class TextCache:
     """A folder of features, in the place of a `TextEncoder` wherever only `features` is called.
 
-    Opened by `load`, it is one wherever captions are encoded: `shared`, `generation`, `length` and
+    Opened by `load`, it is one wherever captions are encoded: `shared`, `release`, `length` and
     `save` are the encoder's.
 
     Several processes may use one folder at once: a file appears whole or not at all. A damaged one
@@ -55,20 +55,20 @@ class TextCache:
         build: Callable[[], TextEncoder],
         *,
         encoder: str,
-        generation: str,
+        release: str,
         length: int = LENGTH,
     ):
         """
         Args:
           folder: where the files are and go; it is created with the first one.
           build: gives the text encoder; called when a prompt is missing, and again if one is after
-            `release`. Its weights must lie on devices of this process.
+            `free`. Its weights must lie on devices of this process.
           encoder: what tells this encoder from others, see `encoder_fingerprint`.
-          generation: "2.0", "2.3" or "2.5".
+          release: "2.0", "2.3" or "2.5".
           length: tokens a prompt, the encoder's.
         """
         self.folder, self.length = Path(folder), length
-        self._identity = {"encoder": encoder, "generation": generation}
+        self._identity = {"encoder": encoder, "generation": release}  # as files have it
         self._build = build
         self._encoder: TextEncoder | None = None
 
@@ -96,12 +96,12 @@ class TextCache:
         decides = {"dtype": dtype, "last_layer_only": last_layer_only}
         model = {**decides, "tokenizer": tokenizer}
         with open_release(files[0]) as release:
-            generation, section = release.generation("connectors"), release.section("connectors")
+            whose, section = release.release_of("connectors"), release.section("connectors")
         cache = cls(
             folder,
             partial(TextEncoder.load, *files, length=length, **model, **settings),
             encoder=encoder_fingerprint(*files, **model),
-            generation=generation or "unknown",
+            release=whose or "unknown",
             length=length,
         )
         features = text_weights.text_features_config(section, width=1, num_layers=1)
@@ -111,7 +111,7 @@ class TextCache:
         return cache
 
     @property
-    def generation(self) -> str:
+    def release(self) -> str:
         """Whose features these are."""
         return self._identity["generation"]
 
@@ -139,7 +139,7 @@ class TextCache:
         video, audio, mask = zip(*(self._whole(found[prompt]) for prompt in prompts), strict=True)
         return np.stack(video), np.stack(audio), np.stack(mask)
 
-    def release(self) -> None:
+    def free(self) -> None:
         """Frees the encoder's device memory, connectors included, if it was built.
 
         Whoever shares its arrays loses them. The cache stays usable.
@@ -155,7 +155,7 @@ class TextCache:
         """The file of a prompt, whether it is there or not."""
         about = json.dumps([VERSION, *self._about(prompt).values()])
         name = hashlib.sha256(about.encode()).hexdigest()[:32]
-        return self.folder / self._identity["generation"] / f"{name}.safetensors"
+        return self.folder / self.release / f"{name}.safetensors"
 
     def _about(self, prompt: str) -> dict[str, str]:
         return {"prompt": prompt.strip(), **self._identity, "length": str(self.length)}

@@ -27,7 +27,7 @@ from ltx2_jax.weights.tensor_files import read_metadata
 class FeatureEncoder(Protocol):
     """What encodes captions: a `TextEncoder`, a `TextCache` in its place, or a `RandomEncoder`."""
 
-    generation: str  # whose features these are
+    release: str  # whose features these are
     length: int  # tokens a caption
 
     @property

@@ -30,7 +30,7 @@ from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.names import text as text_weights
 from ltx2_jax.weights.names.gemma import stored_dtype, weight_files
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 LENGTH = 1024  # tokens a prompt, as the released models were trained
 REFERENCE = "ltx2_jax.released_text_encoder.1"  # the number changes with the file's layout
@@ -43,10 +43,10 @@ class TextEncoder:
       tokenizer: the text encoder's.
       model: the networks. `model.connectors` is what a training step runs on stored features.
       length: tokens of every prompt, padding included.
-      generation: whose features these are: "2.0", "2.3", "2.5"; "" where no file says so.
+      release: whose features these are: "2.0", "2.3", "2.5"; "" where no file says so.
     """
 
-    generation = ""
+    release = ""
 
     def __init__(
         self,
@@ -107,9 +107,10 @@ class TextEncoder:
         """The encoder of a released model. Nothing large is read before all that is small fits.
 
         Args:
-          checkpoint: single-file checkpoint, or the transformer of a split pack; here and below, a
-            path or a name on the Hugging Face Hub.
-          text_encoder: Gemma folder, or the packed text encoder of a split pack.
+          checkpoint: the file with the connectors. It holds the whole model, or its transformer
+            where a release has a file for each part. Here and below, a path or a name on the
+            Hugging Face Hub.
+          text_encoder: a folder with Gemma, or that release's file for it.
           mesh: where to put it; one device when None.
           dtype: of activations and of the language model's matrices.
           registers: 128, or 0 to mask padding out instead; see `Connectors`.
@@ -120,7 +121,7 @@ class TextEncoder:
 
         Raises:
           UserError: a file is missing, damaged or does not fit its config, or the text encoder is
-            not of the checkpoint's generation.
+            not of the checkpoint's release.
         """
         checkpoint, text_encoder = hub.fetch(checkpoint), hub.fetch(text_encoder)
         tokenizer = Tokenizer(hub.fetch(tokenizer) if tokenizer else text_encoder)
@@ -144,7 +145,7 @@ class TextEncoder:
             )
             gemma = language.module("gemma", mesh, config=config, param_dtype=stored_dtype(dtype))
             encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
-            encoder.generation = release.generation("connectors")
+            encoder.release = release.release_of("connectors")
         encoder._files = checkpoint.resolve(), text_encoder.resolve()
         return encoder
 

@@ -31,7 +31,7 @@ from ltx2_jax.models.text.generation import (
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub
 from ltx2_jax.weights.names.gemma import stored_dtype
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 TEXT_TO_VIDEO = "text-to-video"
 IMAGE_TO_VIDEO = "image-to-video"

@@ -58,10 +58,10 @@ def abstract_batch(
 def abstract_text(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The text fields of so many captions."""
     text = config.text
-    if text.generation == "random":
+    if text.release == "random":
         shared = text.encoder.audio_dim is None
     else:
-        shared = text.generation == "2.0"
+        shared = text.release == "2.0"
     widths: dict[str, Any] = {"video_text": text.video_connector.width}
     if not shared:
         widths["audio_text"] = text.audio_connector.width

@@ -113,7 +113,10 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged, or of another version.
         """
-        text = json.dumps(self._metadata(step)["config"])
+        stored = self._metadata(step)["config"]
+        if "generation" in stored.get("text", {}):  # its name in the version before
+            stored["text"]["release"] = stored["text"].pop("generation")
+        text = json.dumps(stored)
         try:
             return from_json(Config, text)
         except UserError as error:

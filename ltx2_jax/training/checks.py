@@ -97,9 +97,9 @@ def check_text(config: Config) -> None:
             f"data.release={config.data.release!r}: synthetic clips have latents of a 'linear' "
             "codec; data.path names a dataset with others"
         )
-    if config.data.path is None and text.generation != "random":
+    if config.data.path is None and text.release != "random":
         raise UserError(
-            f"text.generation={text.generation!r}: synthetic clips have 'random' text features; "
+            f"text.release={text.release!r}: synthetic clips have 'random' text features; "
             "data.path names a dataset with others"
         )
     for stream, context in (("video", "context_dim"), ("audio", "audio_context_dim")):
@@ -148,9 +148,9 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     model = config.model
     schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
     check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
-    if schema.generation != config.data.release:
+    if schema.release != config.data.release:
         raise UserError(
-            f"{folder}: its latents are those of {schema.generation!r}, this model is for those of "
+            f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
             f"data.release={config.data.release!r}"
         )
     channels = schema.fields["video"].shape[-1]
@@ -165,7 +165,7 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     schema.require(
         folder,
         text="features",
-        text_generation=text.generation,
+        text_release=text.release,
         video_text=(text.length, text.video_connector.width),
         text_mask=(text.length,),
     )
@@ -182,9 +182,9 @@ def check_same_makers(records: Records, assets: Path) -> None:
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    fixed = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
+    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
     free = ("model.remat", "model.dtype", "model.attention")
-    refused = [line for line in changed if line.startswith(fixed) and not line.startswith(free)]
+    refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
     if stored.init_from is not None and config.init_from not in (None, stored.init_from):

@@ -12,11 +12,11 @@ from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.weights import export
-from ltx2_jax.weights.opening import open_release
 from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
 
 # In the metadata of what was trained here: whose text features it reads, and whose latents.
-TEXT_GENERATION, LATENTS = "text_generation", "latents_release"
+TEXT, LATENTS = "text_release", "latents_release"
 # Fields of ours that released configs do not have.
 FREE = ("dtype", "remat", "attention")
 
@@ -31,15 +31,16 @@ def check(config: Config) -> None:
     with open_release(config.init_from) as release:
         check_same(config, release)
         metadata = release.metadata("transformer")
-        generation = metadata.get(TEXT_GENERATION) or release.generation("transformer")
-        if config.text.generation != generation:
+        # Files of the version before say "generation".
+        own = metadata.get(TEXT, metadata.get("text_generation"))
+        text = own or release.release_of("transformer")
+        if config.text.release != text:
             raise UserError(
-                f"init_from={config.init_from} reads text features of {generation!r}, but "
-                f"text.generation={config.text.generation!r}"
+                f"init_from={config.init_from} reads text features of {text!r}, but "
+                f"text.release={config.text.release!r}"
             )
         # A file of ours from before this was noted says only whose text features it reads.
-        own = TEXT_GENERATION in metadata
-        latents = metadata.get(LATENTS, config.data.release if own else generation)
+        latents = metadata.get(LATENTS, config.data.release if own else text)
         if config.data.release != latents:
             raise UserError(
                 f"init_from={config.init_from} is for latents of {latents!r}, but "
@@ -107,5 +108,5 @@ def as_export(
         params,
         base=base,
         param_dtype=param_dtype,
-        metadata={TEXT_GENERATION: config.text.generation, LATENTS: config.data.release},
+        metadata={TEXT: config.text.release, LATENTS: config.data.release},
     )

@@ -206,10 +206,11 @@ def first_state(
         print(f"weights  from {config.init_from} at step {start}, in place of the run's own")
     elif start:
         return checkpoints.restore(start, abstract)
+    once = partial(jax.jit, compiler_options=chips.one_run_options())
     if not given:
-        return jax.jit(partial(init_state, config=config))(jax.random.key(config.seed))
+        return once(partial(init_state, config=config))(jax.random.key(config.seed))
     params = initial.load(config, mesh)
-    return jax.jit(partial(state_of, config=config, step=start), donate_argnums=0)(params)
+    return once(partial(state_of, config=config, step=start), donate_argnums=0)(params)
 
 
 # ------------------------------------------------------------------------------------------ reports

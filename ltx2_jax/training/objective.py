@@ -123,17 +123,16 @@ def loss(
         if name in batch
     }
     video_context, audio_context, mask = model.context(text)
-    video, audio = drawn["video"], drawn["audio"]
     keyframes = (
         first_frame_mask(batch["video"].shape[:4]) if config.model.keyframe_embedding else None
     )
-    v, a = model.transformer(
-        as_modality(video, video_context, mask, keyframes),
-        as_modality(audio, audio_context, mask, None),
-    )
+    video = as_modality(drawn["video"], video_context, mask, keyframes)
+    audio = as_modality(drawn["audio"], audio_context, mask, None)
+    velocities = model.transformer(video, audio)
     sums: dict[str, Array] = {}
     losses = {}
-    for name, stream, velocity in (("video", video, v), ("audio", audio, a)):
+    for name, velocity in zip(("video", "audio"), velocities, strict=True):
+        stream = drawn[name]
         target = flow.velocity_target(stream.x0, stream.noise)
         losses[name] = flow.masked_loss(velocity, target, learned_mask(stream))
         sums[f"{name}_loss"] = jnp.sum(losses[name])

@@ -176,7 +176,7 @@ def of_params(
         section = transformer.section_of(configs["transformer"])
         section |= text.section_of(*configs["connectors"])
         found["config"] = json.dumps({"transformer": section})
-        found["model_version"] = f"{versions.generation_of_config(section)}.0"
+        found["model_version"] = f"{versions.release_of_config(section)}.0"
     registers = configs["connectors"][0].registers
     if registers != 128:
         warnings.warn(
@@ -253,6 +253,6 @@ def _metadata(release: Release, copied: Iterable[str]) -> dict[str, str]:
         return metadata
     if config:
         metadata["config"] = json.dumps(config)
-    if generation := release.generation():
-        metadata.setdefault("model_version", f"{generation}.0")
+    if name := release.release_of():
+        metadata.setdefault("model_version", f"{name}.0")
     return metadata

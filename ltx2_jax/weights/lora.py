@@ -29,14 +29,14 @@ from ltx2_jax.weights.mapping import Parameter, in_short
 # ------------------------------------------------------------------------------------------ fitting
 
 
-def check(lora: Lora, config: TransformerConfig, generation: str = "") -> None:
-    """UserError unless a LoRA is for a transformer of this config, and of this generation if given.
+def check(lora: Lora, config: TransformerConfig, release: str = "") -> None:
+    """UserError unless a LoRA is for a transformer of this config, and of this release if given.
 
     All that does not fit is listed.
     """
-    made_for = versions.generation(lora.metadata.get("model_version", ""))
-    if made_for and generation and made_for != generation:
-        raise UserError(f"{lora.name}: is for LTX-2 {made_for}, these weights are {generation}")
+    made_for = versions.release_of(lora.metadata.get("model_version", ""))
+    if made_for and release and made_for != release:
+        raise UserError(f"{lora.name}: is for LTX-2 {made_for}, these weights are {release}")
     shapes = {
         name.removesuffix(".weight"): parameter.official_shape
         for parameter in matrices(config)
@@ -51,7 +51,7 @@ def check(lora: Lora, config: TransformerConfig, generation: str = "") -> None:
             wrong.append(f"{module} has {shapes[module]}, not {shape}")
     if wrong:
         raise UserError(
-            f"{lora.name}: does not fit these weights (is it for another generation?): "
+            f"{lora.name}: does not fit these weights (is it for another release?): "
             f"{'; '.join(in_short(wrong))}"
         )
 

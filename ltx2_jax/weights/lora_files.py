@@ -243,10 +243,11 @@ def _modules() -> dict[str, str]:
     return names
 
 
-def matrices(cfg: TransformerConfig) -> list[Parameter]:
+@functools.cache  # the whole transformer is traced for it
+def matrices(cfg: TransformerConfig) -> tuple[Parameter, ...]:
     """The weights of linear maps: what a LoRA may adapt."""
     found = mapping.parameters(functools.partial(transformer.create, cfg), transformer.TABLE)
-    return [parameter for parameter in found if is_matrix(parameter)]
+    return tuple(parameter for parameter in found if is_matrix(parameter))
 
 
 def is_matrix(parameter: Parameter) -> bool:

@@ -79,7 +79,7 @@ class Held:
 
 
 class Release:
-    """Open files of a release, which `opening.open_release` gives; close it, or use it in a `with`.
+    """Open files of a release, which `sources.open_release` gives; close it, or use it in a `with`.
 
     Attributes:
       files: all of them.
@@ -128,11 +128,11 @@ class Release:
         found = (metadata.get("model_version") for metadata in self._metadata.values())
         return next(filter(None, found), "")
 
-    def generation(self, network: str | None = None) -> str:
+    def release_of(self, network: str | None = None) -> str:
         """ "2.0", "2.3" or "2.5": of the version, else of the transformer's config, else ""."""
-        found = versions.generation(self.version(network))
+        found = versions.release_of(self.version(network))
         if not found and "transformer" in self.networks:
-            found = versions.generation_of_config(self.section("transformer"))
+            found = versions.release_of_config(self.section("transformer"))
         return found
 
     def section(self, network: str) -> dict[str, Any]:
@@ -172,9 +172,9 @@ class Release:
             section = transformer.guessed_section(held.shapes)
         except UserError as error:
             raise UserError(f"{held.file.path}: {error}") from None
-        generation = versions.generation_of_config(section)
+        release = versions.release_of_config(section)
         warnings.warn(
-            f"{held.file.path}: has no config; by its tensors it is taken for LTX-2 {generation}",
+            f"{held.file.path}: has no config; by its tensors it is taken for LTX-2 {release}",
             stacklevel=3,
         )
         # Once is enough.

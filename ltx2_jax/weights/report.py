@@ -18,13 +18,13 @@ INDENT = "  "
 
 
 def of_release(release: Release) -> str:
-    """Generation, a line for each network with parameters, dtypes and config; what is not read."""
-    version, generation = release.version(), release.generation()
+    """Release, a line for each network with parameters, dtypes and config; what is not read."""
+    version, name = release.version(), release.release_of()
     metadata = ", ".join(sorted({key for file in release.files for key in file.metadata})) or "none"
     lines = [
         f"{release.name}",
         f"{INDENT}"
-        + (f"LTX-2 {generation}, " if generation else "")
+        + (f"LTX-2 {name}, " if name else "")
         + (f"model_version {version}" if version else "no model_version"),
         f"{INDENT}metadata: {metadata}",
         f"{INDENT}{'network':18}{'parameters':>12}  {'stored as':16}config",

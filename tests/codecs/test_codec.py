@@ -35,7 +35,7 @@ def pixels():
 
 
 def test_the_interface_tells_the_geometry_of_the_release(codec):
-    assert codec.generation == "2.0"
+    assert codec.release == "2.0"
     assert (codec.video.strides, codec.video.channels) == ((8, 32, 32), 4)
     assert (codec.audio.sample_rate, codec.audio.output_sample_rate) == (16000, 24000)
     assert (codec.audio.bins, codec.audio.channels) == (16, 2)
@@ -107,7 +107,7 @@ def test_the_split_pack_loads_as_the_single_file_does(codec, tmp_path, pixels):
         devices=jax.devices()[:1],
         dtype="float32",
     )
-    assert split.generation == "2.5"
+    assert split.release == "2.5"
     np.testing.assert_array_equal(split.video.encode(pixels), codec.video.encode(pixels))
 
 
@@ -133,7 +133,7 @@ def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, p
     codec.save(tmp_path / "codec.safetensors")
     assert (tmp_path / "codec.safetensors").stat().st_size < 2000
     again = load_codec(tmp_path / "codec.safetensors", devices=jax.devices()[:1], dtype="float32")
-    assert again.generation == codec.generation
+    assert again.release == codec.release
     np.testing.assert_array_equal(again.video.encode(pixels), codec.video.encode(pixels))
 
 
@@ -242,7 +242,7 @@ def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
     split = Path(__file__).parents[1] / "golden" / "v2.5" / "split"
     paths = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
     one, two = (load_codec(*paths, devices=jax.devices()[:n], dtype="float32") for n in (1, 2))
-    assert one.generation == "2.5"
+    assert one.release == "2.5"
     latents = np.random.default_rng(5).normal(size=(1, 1, 3, 4, one.video.channels))
     pixels = one.video.decode(latents)
     assert pixels.shape == (1, 1, 96, 128, 3)

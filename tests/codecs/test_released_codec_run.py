@@ -48,7 +48,7 @@ def dataset(codec_files, table, tmp_path_factory):
 
 def test_prepare_encodes_with_a_released_codec_and_keeps_its_name(dataset, codec_files, table):
     records = open_records(dataset)
-    records.require(generation="2.3", video=(2, 1, 1, 4), audio=(28, 16, 2))
+    records.require(release="2.3", video=(2, 1, 1, 4), audio=(28, 16, 2))
     assert (dataset / "codec.safetensors").stat().st_size < 2000
     codec = load_codec(records.codec_path)
     assert codec.paths == codec_files

@@ -69,7 +69,7 @@ def record(index):
 
 
 SCHEMA = Schema(
-    **dict.fromkeys(("generation", "text", "text_generation", "codec_hash"), "linear"),
+    **dict.fromkeys(("release", "text", "text_release", "codec_hash"), "linear"),
     **{"codec": "codec.safetensors", "text_encoder": "text.safetensors", "text_encoder_hash": ""},
     **{"num_frames": 9, "height": 16, "width": 8, "fps": 12.0},
     fields={name: Field.of(value) for name, value in record(0).items()},
@@ -153,7 +153,7 @@ CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=3)
 class Codec:
     """One latent for the picture and one for every 64 samples of sound."""
 
-    generation = "2.3"
+    release = "2.3"
 
     def __init__(self):
         self.batches = []
@@ -172,7 +172,7 @@ class Codec:
 
 
 class Encoder:
-    generation, length, shared = "2.3", 3, True
+    release, length, shared = "2.3", 3, True
 
     def features(self, captions):
         lengths = np.asarray([len(caption) for caption in captions], np.float32)
@@ -245,9 +245,9 @@ def test_the_schema_says_what_made_the_records(tmp_path, reads):
     assert schema.text_encoder_hash == content_hash(made.text_encoder_path)
     assert schema.codec_hash != schema.text_encoder_hash
     # The encoder's length and release, whatever the config says.
-    other = dataclasses.replace(config, text_length=5, text_generation="2.0", generation="2.0")
+    other = dataclasses.replace(config, text_length=5, text_release="2.0", release="2.0")
     assert len(prepare(tmp_path, ["b1"], other)) == 1
-    assert (schema.generation, schema.text_generation, schema.text) == ("2.3", "2.3", "features")
+    assert (schema.release, schema.text_release, schema.text) == ("2.3", "2.3", "features")
 
 
 @pytest.mark.parametrize("change", [{"num_frames": 13}, {"height": 24}, {"width": 16}])

@@ -178,7 +178,7 @@ def files(monkeypatch):
 class Codec:
     """Keeps every stride-th pixel, and the loudness of every latent's samples."""
 
-    generation = "2.3"
+    release = "2.3"
 
     class video:
         strides = (4, 8, 8)
@@ -211,7 +211,7 @@ class Codec:
 class Encoder:
     """One feature for each letter of a caption, padded on the left; twice that for audio."""
 
-    generation, length, shared = "2.3", 24, False
+    release, length, shared = "2.3", 24, False
 
     def features(self, captions):
         codes = np.zeros((len(captions), self.length, 1), np.float32)
@@ -232,7 +232,7 @@ class Other(Encoder):
 
 
 class Shared(Encoder):
-    generation, shared = "2.0", True
+    release, shared = "2.0", True
 
 
 def prepare(folder, names, config=CONFIG, **options):
@@ -279,7 +279,7 @@ def test_records_hold_what_codec_and_text_encoder_made(tmp_path, batch_size):
         np.testing.assert_array_equal(record["audio_text"], 2 * text)
     empty = made.empty_caption()
     assert empty["text_mask"].sum() == empty["video_text"].sum() == 1
-    assert (made.schema.generation, made.schema.text_generation) == ("2.3", "2.3")
+    assert (made.schema.release, made.schema.text_release) == ("2.3", "2.3")
     assert (made.schema.num_frames, made.schema.height, made.schema.width) == (9, 16, 8)
     assert made.codec_path.exists()
     assert made.text_encoder_path.exists()
@@ -289,7 +289,7 @@ def test_features_that_both_streams_share_are_stored_once(tmp_path):
     made = prepare(tmp_path, ["b0.mp4"], text_encoder=Shared())
     assert {name for name in made.schema.fields if "text" in name} == {"video_text", "text_mask"}
     assert made.empty_caption().keys() == {"video_text", "text_mask"}
-    assert made.schema.text_generation == "2.0"
+    assert made.schema.text_release == "2.0"
 
 
 def test_bad_clips_are_left_out_and_listed(tmp_path):

@@ -48,7 +48,7 @@ def dataset(clips, tmp_path_factory):
 def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset):
     records = open_records(dataset)
     assert [record["source"] for record in records] == ["0.mp4", "1.mp4", "2.mp4"]
-    records.require(generation="linear", text_generation="random")
+    records.require(release="linear", text_release="random")
     records.require(video=(3, 2, 2, 6), audio=(19, 1, 5), video_text=(48, 96), audio_text=(48, 64))
     codec = LinearCodec.load(records.codec_path)
     encoder = load_caption_encoder(records.text_encoder_path)
@@ -155,7 +155,7 @@ def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
     out = tmp_path / "set"
     assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS, *flags]) == 0
     records = open_records(out)
-    records.require(text_generation="2.0", video_text=(48, 32), text_mask=(48,))
+    records.require(text_release="2.0", video_text=(48, 32), text_mask=(48,))
     assert "audio_text" not in records.schema.fields
     # On the same devices, in the same batches: the order of bfloat16 sums depends on both.
     encoder = load_caption_encoder(records.text_encoder_path, make_mesh())

@@ -32,9 +32,9 @@ def make_record(index, dtype=np.float32):
 
 def make_schema(record):
     return Schema(
-        generation="linear",
+        release="linear",
         text="features",
-        text_generation="random",
+        text_release="random",
         num_frames=9,
         height=16,
         width=16,
@@ -265,13 +265,13 @@ def test_a_record_of_another_shape_is_refused(tmp_path, change, message):
 
 def test_a_mismatch_names_dataset_field_and_both_values(tmp_path):
     opened = open_records(write(tmp_path / "set"))
-    opened.require(generation="linear", video=(None, None, None, 4), video_text=[6, 7])
-    with pytest.raises(UserError, match=r"set: generation is 'linear', '2\.3' is needed"):
-        opened.require(generation="2.3")
-    with pytest.raises(UserError, match=r"set: text_generation is 'random', '2\.3' is needed"):
-        opened.require(text="features", text_generation="2.3")
+    opened.require(release="linear", video=(None, None, None, 4), video_text=[6, 7])
+    with pytest.raises(UserError, match=r"set: release is 'linear', '2\.3' is needed"):
+        opened.require(release="2.3")
+    with pytest.raises(UserError, match=r"set: text_release is 'random', '2\.3' is needed"):
+        opened.require(text="features", text_release="2.3")
     with pytest.raises(UserError, match="set: codec_hash is '0123456789abcdef', 'ffff' is needed"):
-        opened.require(generation="linear", codec_hash="ffff")
+        opened.require(release="linear", codec_hash="ffff")
     with pytest.raises(UserError, match=r"set: video is \(3, 2, 2, 4\), \(None, 128\) is needed"):
         opened.require(video=(None, 128))
     with pytest.raises(UserError, match=r"set: no field 'features'; its records hold id, video"):
@@ -313,7 +313,7 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path):
     index.write_text(json.dumps({**contents, "version": 99}))
     with pytest.raises(UserError, match=r"dataset\.json: dataset version is 99"):
         open_records(tmp_path / "set")
-    index.write_text(json.dumps({**contents, "schema": {"generation": "linear"}}))
+    index.write_text(json.dumps({**contents, "schema": {"release": "linear"}}))
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         open_records(tmp_path / "set")
     index.write_text("{")
@@ -324,7 +324,7 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path):
 def test_schema_survives_json():
     schema = make_schema(make_record(0))
     assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
-    assert dataclasses.replace(schema, generation="2.0") != schema
+    assert dataclasses.replace(schema, release="2.0") != schema
 
 
 def test_content_hash_ignores_the_order_of_metadata_and_sees_every_value(tmp_path):
@@ -342,3 +342,16 @@ def test_content_hash_ignores_the_order_of_metadata_and_sees_every_value(tmp_pat
     assert hash_of(tensors, {**metadata, "0": "y"}) not in hashes
     assert hash_of({**tensors, "b": np.eye(2, dtype=np.float32)}, metadata) not in hashes
     assert hash_of({**tensors, "b": np.zeros(4, np.float32)}, metadata) not in hashes
+
+
+def test_a_dataset_of_the_version_before_is_read(tmp_path):
+    """Its words for the release of latents and of text features were others."""
+    index = write(tmp_path / "set") / "dataset.json"
+    contents = json.loads(index.read_text())
+    for part in (contents["schema"], contents["settings"]):
+        part |= {"generation": "linear", "text_generation": "random"}
+        part.pop("release", None), part.pop("text_release", None)
+    index.write_text(json.dumps(contents))
+    opened = open_records(tmp_path / "set")
+    assert (opened.schema.release, opened.schema.text_release) == ("linear", "random")
+    assert opened.settings["release"] == "linear"

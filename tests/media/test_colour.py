@@ -5,6 +5,7 @@ import types
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from film import write_film
 
 from ltx2_jax.errors import UserError
@@ -172,8 +173,8 @@ def test_dolby_vision_that_only_its_players_can_show_is_refused():
             return getattr(frame, name)
 
     with pytest.raises(UserError, match="Dolby Vision"):
-        to_rgb(Marked(), None, None)
-    assert to_rgb(frame, None, None)[0].shape == (64, 96, 3)
+        to_rgb(Marked(), None, None, VideoReformatter())
+    assert to_rgb(frame, None, None, VideoReformatter())[0].shape == (64, 96, 3)
 
 
 def test_what_the_container_says_of_colours_holds_where_the_codec_is_silent(tmp_path):

@@ -69,24 +69,28 @@ def check_on_mesh(context, queries, keys, arguments, bias=None, backend="xla"):
         np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
 
 
-# (data, model, sequence), heads
+# What computes it, (data, model, sequence), heads: either way on every way of sharing the tokens.
 MESHES = [
-    ((1, 1, 1), 8),
-    ((8, 1, 1), 8),
-    ((1, 8, 1), 8),
-    ((1, 1, 8), 8),
-    ((2, 2, 2), 8),
-    ((1, 4, 2), 8),
-    ((1, 2, 4), 8),
-    ((1, 1, 4), 3),  # no heads to trade: keys go round all 4
-    ((2, 2, 2), 2),
-    ((1, 1, 8), 6),  # pairs trade heads, keys go round 4 pairs
-    ((1, 2, 4), 4),
+    ("xla", (1, 1, 1), 8),
+    ("xla", (1, 8, 1), 8),
+    ("splash", (8, 1, 1), 8),
+    ("xla", (2, 2, 2), 8),  # tokens are traded for heads
+    ("xla", (1, 2, 4), 8),
+    ("splash", (1, 1, 8), 8),
+    ("splash", (1, 4, 2), 8),
+    ("xla", (1, 1, 4), 3),  # no heads to trade: keys go round all 4
+    ("splash", (1, 1, 4), 3),
+    ("splash", (2, 2, 2), 2),
+    ("xla", (1, 1, 8), 6),  # pairs trade heads, keys go round 4 pairs
+    ("splash", (1, 1, 8), 6),
+    ("xla", (1, 2, 4), 4),
 ]
 name = lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else str(x)  # noqa: E731
 
 
-@pytest.mark.parametrize(("mesh", "heads"), MESHES, ids=name)
+@pytest.mark.parametrize(
+    ("backend", "mesh", "heads"), MESHES, ids=name, indirect=["backend"], scope="module"
+)
 def test_self_attention_is_the_same_on_every_mesh(mesh_context, backend, mesh, heads):
     batch = 8 if mesh[0] == 8 else 2
     check_on_mesh(mesh_context(*mesh), VIDEO, VIDEO, arrays(16, 16, heads, batch), backend=backend)
@@ -130,7 +134,7 @@ def test_masks_and_perturbations_are_the_same_on_a_mesh(mesh_context, backend):
     strengths[:, range(8), range(8)] = 1
     video = dataclasses.replace(video, attention_mask=strengths)
     audio = dataclasses.replace(audio, context_mask=np.arange(6)[None].repeat(2, 0) < 4)
-    half = np.array([[1.0, 0.0]])  # the second sample of the batch is perturbed
+    half = np.array([[1.0], [0.0]])  # the second sample of the batch is perturbed
     keep = Keep(video_self=half, audio_self=half, audio_to_video=half, video_to_audio=1 - half)
     want = forward(cfg, weights(cfg), video, audio, keep)
     with mesh_context(2, 2, 2):

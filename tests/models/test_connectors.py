@@ -40,7 +40,7 @@ def create(*configs):
     return Connectors(*configs, rngs=nnx.Rngs(0))
 
 
-def weights(*configs, mesh=None):
+def weights(*configs, mesh=None, create=create):
     """Parameters drawn by numpy, the same for any mesh; none is zero."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     homes = abstract_state(lambda: nnx.to_pure_dict(nnx.state(create(*configs))), mesh=mesh)
@@ -202,9 +202,13 @@ def test_heads_that_the_mesh_does_not_divide_are_whole_on_every_shard(mesh_conte
     rows = np.random.default_rng(0).normal(size=(4, 6, 24)).astype(np.float32)
     mask = np.arange(6) < np.array([[6], [1], [3], [4]])
 
+    def one(cfg):
+        return Connector(cfg, rngs=nnx.Rngs(0))
+
     def run(*sizes):
         with mesh_context(*sizes):
-            graphdef, params = nnx.split(Connector(cfg, rngs=nnx.Rngs(0)))
+            graphdef = nnx.graphdef(nnx.eval_shape(partial(one, cfg)))
+            params = weights(cfg, mesh=jax.sharding.get_mesh(), create=one)
             assert "model" not in params["blocks"]["attention"]["to_q"]["weight"].sharding.spec
             call = jax.jit(lambda params, *x: nnx.merge(graphdef, params)(*x))
             return np.asarray(call(params, rows, mask))

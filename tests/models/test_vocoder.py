@@ -94,9 +94,9 @@ def held(x, before, after):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("generation", ["v2.3", "v2.5"])
-def test_new_filters_are_those_that_released_files_hold(generation):
-    tensors = tensors_of(file_of(GOLDEN / generation, "vocoder"), "vocoder")
+@pytest.mark.parametrize("release", ["v2.3", "v2.5"])
+def test_new_filters_are_those_that_released_files_hold(release):
+    tensors = tensors_of(file_of(GOLDEN / release, "vocoder"), "vocoder")
     stored = [value for name, value in tensors.items() if name.endswith(".filter")]
     assert stored
     for value in stored:

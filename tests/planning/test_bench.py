@@ -107,7 +107,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(train, "make_mesh", lambda *_: one)
     monkeypatch.setattr(step, "matmul_rate", lambda calls: 1e12)
     monkeypatch.setattr(train, "matmul_rate", lambda calls: 1e12)
-    return ["--generation=2.3", "--frames=9", "--height=64", "--width=64", "--calls=1"]
+    return ["--release=2.3", "--frames=9", "--height=64", "--width=64", "--calls=1"]
 
 
 def test_bench_step_prints_parts_and_steps_per_minute(tiny_model, capsys):

@@ -22,7 +22,7 @@ LAYERS = 6
 CONFIG = Config(
     workdir="unused",
     model=dataclasses.replace(LTX2_19B, num_layers=LAYERS),
-    text=TextConfig(generation="2.0"),
+    text=TextConfig(release="2.0"),
     data=DataConfig(path="unused", batch_size=1),
 )
 REQUEST = programs.request_of(CONFIG, num_frames=17, height=512, width=768)

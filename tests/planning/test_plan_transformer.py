@@ -128,13 +128,13 @@ def test_a_policy_saves_as_many_numbers_as_estimated(remat):
     video, audio = given(tokens, 3, 8, 32), given(5, 1, 16, 16)
     block = lambda w, *rest: nnx.merge(nnx.graphdef(_block(cfg)), w)(*rest)  # noqa: E731
     weights = nnx.state(_block(cfg))
-    v, a, video_in, audio_in = jax.eval_shape(
-        lambda s, v, a: nnx.merge(graphdef, s).prepare(v, a), state, video, audio
+    v, a, *conds = jax.eval_shape(
+        lambda s, *streams: nnx.merge(graphdef, s).embed(*streams), state, video, audio
     )
     run = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     residuals = jax.eval_shape(
         lambda *inputs: jax.vjp(lambda w, v, a: run(w, v, a, *inputs[3:], Keep()), *inputs[:3])[1],
-        weights, v, a, video_in, audio_in,
+        weights, v, a, *conds,
     )  # fmt: skip
     rows = [x for x in jax.tree.leaves(residuals) if x.shape[:2] == (clips, tokens)]
     assert sum(math.prod(x.shape[2:]) for x in rows) == sum(estimate.saved_rows(cfg))

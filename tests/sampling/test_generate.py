@@ -29,7 +29,9 @@ def placed(config, mesh):
     """`tiny.params` where and as a sampler keeps them."""
     where = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
     return jax.tree.map(
-        lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding), tiny.params(config), where
+        lambda x, a: jax.device_put(np.asarray(x).astype(a.dtype), a.sharding),
+        tiny.params(config),
+        where,
     )
 
 
@@ -57,7 +59,7 @@ def on_mesh(*sizes):
     return program, given, program(*given)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2)], ids=str)
 def test_one_clip_is_the_same_on_every_mesh(sizes):
     """Also where its two passes are all that the data axis has."""
     for a, b in zip(on_mesh(*sizes)[2], on_mesh(1, 1, 1)[2], strict=True):
@@ -117,7 +119,7 @@ def test_weights_are_resident_only_where_asked(mesh_context):
     ids=["2.3", "text modulated by tables", "2.0"],
 )
 def test_what_is_computed_before_the_loop_changes_no_velocity(change):
-    """Velocities with `fixed` of other noise levels and latents are those without it."""
+    """Velocities with what was prepared without noise levels and latents are those without it."""
     cfg = dataclasses.replace(tiny.MODEL, **change)
     config = tiny.config(model=cfg)
     params = tiny.params(config)["transformer"]
@@ -134,9 +136,9 @@ def test_what_is_computed_before_the_loop_changes_no_velocity(change):
         model = nnx.merge(graphdef, params)
         bare = [dataclasses.replace(x, latent=None, sigma=None, timesteps=None)
                 for x in (video, audio)]  # fmt: skip
-        fixed = model.fixed(*bare)
-        assert (fixed[0].keys_values is None) == (cfg.prompt_adaln)
-        return model(video, audio), model(video, audio, fixed=fixed)
+        prepared = model.prepare(*bare)
+        assert (prepared[0].keys_values is None) == (cfg.prompt_adaln)
+        return model(video, audio), model(video, audio, prepared=prepared)
 
     with jax.default_matmul_precision("highest"):
         want, got = both(params, *streams)

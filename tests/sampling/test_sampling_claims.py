@@ -49,12 +49,12 @@ class Transformer:
     def __init__(self, cfg):
         self.cfg = cfg
 
-    def fixed(self, video, audio):
+    def prepare(self, video, audio):
         self.before = video, audio
-        return "fixed"
+        return "prepared"
 
-    def __call__(self, video, audio, keep, fixed):
-        self.video, self.audio, self.keep, self.given = video, audio, keep, fixed
+    def __call__(self, video, audio, keep, prepared):
+        self.video, self.audio, self.keep, self.given = video, audio, keep, prepared
         return 2 * video.latent, 3 * audio.latent
 
 
@@ -108,7 +108,7 @@ def test_the_network_gets_each_stream_with_its_latents_text_and_places():
         np.testing.assert_array_equal(got.timesteps, sigma[:, None])
         assert (got.context, got.context_mask) == (f"{name} context", "mask")
     jax.tree.map(np.testing.assert_array_equal, model.text, given)
-    assert network.given == "fixed"
+    assert network.given == "prepared"
     assert network.keep is None
     assert all(stream.latent is None for stream in network.before)
     # Where training puts them: see `test_tokens_lie_where_...`.
@@ -148,8 +148,8 @@ def test_what_a_pass_keeps_is_told_layer_by_layer():
     rows = {name: jnp.asarray([[True, False], [True, True], [False, True]]) for name in vars(keep)}
     model = Model()
     programs.network(model, REQUEST, text(3), Keep(**rows))(noise([0, 1, 2]), jnp.ones(3))
-    for mask in jax.tree.leaves(model.transformer.keep):  # the network wants layers first
-        np.testing.assert_array_equal(mask, [[True, True, False], [False, True, True]])
+    for mask in jax.tree.leaves(model.transformer.keep):
+        np.testing.assert_array_equal(mask, rows["video_self"])
 
 
 def test_the_released_passes_are_of_no_prompt_of_block_28_and_of_streams_apart():
@@ -245,7 +245,7 @@ class Cached(Encoder, TextCache):
     def __init__(self):
         self.released = 0
 
-    def release(self):
+    def free(self):
         self.released += 1
 
 

@@ -107,10 +107,10 @@ def test_a_released_encoder_is_found_again_and_a_changed_one_refused(tmp_path):
     encoder = TextEncoder.load(
         checkpoint, tmp_path / "gemma", connect=False, dtype="float32", length=20
     )
-    assert encoder.generation == "2.3"
+    assert encoder.release == "2.3"
     encoder.save(tmp_path / "e.safetensors")
     again = load_caption_encoder(tmp_path / "e.safetensors")
-    assert (again.length, again.generation) == (20, "2.3")
+    assert (again.length, again.release) == (20, "2.3")
     want, got = caption_features(encoder, CAPTIONS), caption_features(again, CAPTIONS)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)
@@ -123,7 +123,7 @@ def test_a_released_encoder_is_found_again_and_a_changed_one_refused(tmp_path):
         assert got.keys() == want.keys()
         for name, value in want.items():
             np.testing.assert_array_equal(got[name], value)
-    assert (cached.length, cached.generation) == (20, "2.3")
+    assert (cached.length, cached.release) == (20, "2.3")
     cached.save(tmp_path / "again.safetensors")
     assert metadata(tmp_path / "again.safetensors") == metadata(tmp_path / "e.safetensors")
     weights = tmp_path / "gemma" / "model.safetensors"

@@ -24,7 +24,7 @@ from ltx2_jax.text.enhancement import (
 )
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import export
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GEMMA_3, GEMMA_4 = GOLDEN / "v2.0" / "gemma", GOLDEN / "v2.5" / "gemma"

@@ -38,7 +38,7 @@ def no_encoder():
 
 
 def opened(folder, build=no_encoder, **identity):
-    identity = {"encoder": "e", "generation": "2.3", "length": LENGTH} | identity
+    identity = {"encoder": "e", "release": "2.3", "length": LENGTH} | identity
     return TextCache(folder, build, **identity)
 
 
@@ -134,10 +134,10 @@ def test_release_frees_the_weights_and_the_next_missing_prompt_loads_them_again(
         return built[-1]
 
     cached = opened(tmp_path, build)
-    cached.release()  # nothing to do
+    cached.free()  # nothing to do
     first = cached.features(["fox"])
     weights, gone = nnx.state(built[0].model), weakref.ref(built[0])
-    cached.release()
+    cached.free()
     assert [leaf.is_deleted() for leaf in jax.tree.leaves(weights)] == [True, True]
     built.clear()
     assert gone() is None
@@ -150,10 +150,10 @@ def test_release_frees_the_weights_and_the_next_missing_prompt_loads_them_again(
 # ---- what else can be in the folder --------------------------------------------------------------
 
 
-def test_other_encoders_generations_and_lengths_do_not_meet(tmp_path):
+def test_other_encoders_releases_and_lengths_do_not_meet(tmp_path):
     paths = [opened(tmp_path).path("fox")] + [
         opened(tmp_path, **{name: value}).path("fox")
-        for name, value in {"encoder": "f", "generation": "2.0", "length": 64}.items()
+        for name, value in {"encoder": "f", "release": "2.0", "length": 64}.items()
     ]
     assert len(set(paths)) == 4
     assert paths[2].parent == tmp_path / "2.0"

@@ -21,7 +21,7 @@ from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text.encoder import TextEncoder
 from ltx2_jax.weights.names.text import check_text_encoder
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT, GEMMA = GOLDEN / "v2.3" / "checkpoint.safetensors", GOLDEN / "v2.3" / "gemma"

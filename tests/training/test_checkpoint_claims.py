@@ -1,6 +1,7 @@
 """What a checkpoint keeps of a run, who may go on from it, and which weights are taken of it."""
 
 import dataclasses
+import json
 import time
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from resume_config import get_config
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import to_json
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, checks
 from ltx2_jax.training.checkpoint import Checkpoints, stored_config, weights_of_run
@@ -153,3 +155,13 @@ def test_what_a_killed_run_left_half_written_stays_until_the_next_save(tmp_path)
         checkpoints.save(8, saved_state(8), get_config())
         checkpoints.wait()
     assert [path.name for path in left.parent.iterdir()] == ["8"]
+
+
+def test_a_checkpoint_of_the_version_before_is_read(monkeypatch, tmp_path):
+    """Its config said `text.generation`."""
+    stored = json.loads(to_json(get_config()))
+    stored["text"]["generation"] = stored["text"].pop("release")
+    (tmp_path / "checkpoints").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_metadata", lambda step: {"config": stored})
+        assert checkpoints.config(3) == get_config()

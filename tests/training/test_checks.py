@@ -43,7 +43,7 @@ def test_rows_that_are_not_an_equal_block_of_the_batch_are_refused(spans):
 def test_records_of_odd_size_are_refused_before_the_training_that_ends_in_an_mp4():
     fields = {"video": np.zeros((5, 3, 2, 8)), "audio": np.zeros((11, 1, 8))}
     schema = Schema(
-        **dict.fromkeys(("generation", "text", "text_generation", "codec", "codec_hash"), ""),
+        **dict.fromkeys(("release", "text", "text_release", "codec", "codec_hash"), ""),
         **dict.fromkeys(("text_encoder", "text_encoder_hash"), ""),
         **{"num_frames": 9, "height": 33, "width": 16, "fps": 8.0},
         fields={name: Field.of(value) for name, value in fields.items()},

@@ -354,9 +354,9 @@ def schema(**changes):
         "audio_text": np.zeros((16, 16)),
         "text_mask": np.zeros(16, bool),
     } | changes.pop("fields", {})
-    values = {"generation": "linear", "codec_hash": "", "text_encoder_hash": ""}
+    values = {"release": "linear", "codec_hash": "", "text_encoder_hash": ""}
     values |= {"codec": "codec.safetensors", "text_encoder": "text_encoder.safetensors"}
-    values |= {"text": "features", "text_generation": "random"}
+    values |= {"text": "features", "text_release": "random"}
     values |= {"num_frames": 9, "height": 24, "width": 16, "fps": 8.0}
     fields = {name: Field.of(value) for name, value in fields.items() if value is not None}
     return Schema(**(values | changes), fields=fields)
@@ -458,8 +458,8 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
         ({"fields": {"audio_text": np.zeros((16, 24))}}, "audio_text is"),
         ({"fields": {"audio_text": None}}, r"video_text is \(16, 24\), \(16, 16\)"),
         ({"fields": {"text_mask": np.zeros(15)}}, "text_mask is"),
-        ({"text_generation": "2.3"}, "text_generation is '2.3'"),
-        ({"generation": "2.3"}, "latents are those of '2.3'"),
+        ({"text_release": "2.3"}, "text_release is '2.3'"),
+        ({"release": "2.3"}, "latents are those of '2.3'"),
         ({"text": "ids"}, "text is 'ids'"),
     ],
 )

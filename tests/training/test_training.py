@@ -1,6 +1,7 @@
 """The train step: what is learned, what is drawn, and what accumulation must not change."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from ltx2_jax.training.state import _matrices, all_finite, learning_rate, optimi
 from ltx2_jax.training.step import make_train_step
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=1)
+# One config for all that is asked of whole steps, because compiling one takes longest.
+RUN = tiny.config(model=SMALL, num_steps=30, optim=OptimConfig(learning_rate=1e-2, ema_decay=0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +38,15 @@ def on_mesh(batch):
     return place(batch, jax.sharding.get_mesh())
 
 
+@cache
+def step_of(config, mesh):
+    """The jitted step of a config under `mesh`, which is that in context."""
+    return make_train_step(config, tiny.STRIDES)
+
+
 def run(config, steps, batch=None):
-    state = tiny.state(config, jax.sharding.get_mesh())
-    step = make_train_step(config, tiny.STRIDES)
-    metrics = []
+    mesh = jax.sharding.get_mesh()
+    state, step, metrics = tiny.state(config, mesh), step_of(config, mesh), []
     for _ in range(steps):
         state, values = step(state, on_mesh(batch or tiny.batch()), tiny.null_text())
         metrics.append(jax.device_get(values))
@@ -46,16 +54,15 @@ def run(config, steps, batch=None):
 
 
 def test_the_model_learns_one_batch():
-    config = small(num_steps=30, flow=FlowConfig(), optim=OptimConfig(learning_rate=1e-2))
-    _, metrics = run(config, 30)
+    _, metrics = run(RUN, 30)
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
     assert np.isfinite([m["grad_norm"] for m in metrics]).all()
 
 
 def test_micro_batches_on_a_mesh_add_up_to_one_batch_on_one_device():
-    whole = small(optim=OptimConfig(learning_rate=1e-2, ema_decay=0.9))
-    cut = dataclasses.replace(whole, optim=dataclasses.replace(whole.optim, accumulate_steps=4))
-    state, a = run(whole, 1)
+    optim = dataclasses.replace(RUN.optim, accumulate_steps=4, ema_decay=None)
+    cut = dataclasses.replace(RUN, optim=optim)
+    state, a = run(RUN, 1)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         cut_state, b = run(cut, 1)
     for name in a[0]:
@@ -115,11 +122,21 @@ def test_streams_share_sigma_as_often_as_configured():
 
 
 def test_a_dropped_caption_is_the_empty_caption():
-    config = small(flow=FlowConfig(caption_dropout=1.0))
+    """Whatever stands in its place, and no other caption is."""
     batch, other = tiny.batch(), tiny.batch(seed=1)
-    mixed = batch | {name: other[name] for name in TEXT_FIELDS}
-    losses = [run(config, 1, b)[1][0]["loss"] for b in (batch, mixed)]
-    assert losses[0] == losses[1]
+    key = jax.random.fold_in(jax.random.key(RUN.seed), 0)
+    dropped = np.asarray(draw(key, on_mesh(batch), RUN, tiny.STRIDES)["drop_caption"])
+    assert 0 < dropped.sum() < 8
+
+    def loss(rows):
+        """With other captions in these rows, [8] bool."""
+        mixed = dict(batch)
+        for name in TEXT_FIELDS:
+            mixed[name] = batch[name].copy()
+            mixed[name][rows] = other[name][rows]
+        return run(RUN, 1, mixed)[1][0]["loss"]
+
+    assert loss(dropped) == loss(np.zeros(8, bool)) != loss(~dropped)
 
 
 def test_weight_decay_reaches_matrices_only():
@@ -144,15 +161,18 @@ def test_learning_rate_warms_up_then_decays(schedule, at):
 
 
 def test_average_of_weights_follows_its_decay():
-    config = small(optim=OptimConfig(learning_rate=1e-2, ema_decay=0.5))
-    before = jax.tree.map(np.asarray, tiny.params(config, jax.sharding.get_mesh()))
-    state, _ = run(config, 1)
-    decay = min(0.5, 1 / 10)
-    expected = jax.tree.map(
-        lambda b, p: decay * b + (1 - decay) * np.asarray(p), before, state["params"]
-    )
-    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(state["ema"]), strict=True):
-        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
+    """A tenth at first, then more with every step, until it is what was asked for."""
+    mesh = jax.sharding.get_mesh()
+    state, batch = tiny.state(RUN, mesh), on_mesh(tiny.batch())
+    for step in range(11):
+        before = jax.tree.map(np.array, state["ema"])
+        state, _ = step_of(RUN, mesh)(state, batch, tiny.null_text())
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = jax.tree.map(
+            lambda b, p, d=decay: d * b + (1 - d) * np.asarray(p), before, state["params"]
+        )
+        for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(state["ema"]), strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_moment_may_be_short():

@@ -21,7 +21,7 @@ from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.lora import fuse, read_lora
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.tensor_files import TensorFile
 from ltx2_jax.weights.writing import Writer
 
@@ -67,7 +67,7 @@ def test_a_split_pack_becomes_one_file(tmp_path):
     run(*(SPLIT / f"{name}.safetensors" for name in names), tmp_path / "one.safetensors")
     with open_release(tmp_path / "one.safetensors") as release:
         assert len(release.networks) == 8
-        assert release.generation() == "2.5"
+        assert release.release_of() == "2.5"
 
 
 def test_dtype_is_that_of_transformer_and_connectors(tmp_path):
@@ -258,7 +258,7 @@ RUN = tiny.config(
     text=dataclasses.replace(
         tiny.TEXT,
         length=REGISTERS,
-        generation="2.5",
+        release="2.5",
         video_connector=dataclasses.replace(tiny.TEXT.video_connector, registers=REGISTERS),
         audio_connector=dataclasses.replace(tiny.TEXT.audio_connector, registers=REGISTERS),
     ),
@@ -414,7 +414,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
         ((CHECKPOINT,), "SRC and DST are needed"),
         ((tmp_path / "gone.safetensors", out), "gone.safetensors: no such file"),
         ((broken, out), "broken.safetensors: not a readable safetensors file (truncated"),
-        ((CHECKPOINT, out, "--lora", GOLDEN / "v2.0" / "lora.safetensors"), "another generation"),
+        ((CHECKPOINT, out, "--lora", GOLDEN / "v2.0" / "lora.safetensors"), "another release"),
         ((CHECKPOINT, out, "--lora", LORA, "strong"), "--lora: 'strong' is not one number"),
         ((CHECKPOINT, out, "--lora", LORA, "1", "2"), "--lora: '1 2' is not one number"),
         ((CHECKPOINT, out, "--lora", LORA, "nan"), "--lora: strength nan is not finite"),

@@ -15,7 +15,7 @@ from ltx2_jax.convert import cli
 from ltx2_jax.errors import UserError
 from ltx2_jax.weights import hub
 from ltx2_jax.weights.lora import read_lora
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the optional `hub` extra")
 
@@ -157,7 +157,7 @@ def server(tmp_path, monkeypatch):
 def test_a_file_of_a_repository_is_downloaded_once(server):
     for _ in range(2):
         with open_release("Lightricks/LTX-2/ltx-2.safetensors") as release:
-            assert release.generation() == "2.0"
+            assert release.release_of() == "2.0"
     gets = [path for method, path, _ in server.requests if method == "GET" and "resolve" in path]
     assert len(gets) == 1
 

@@ -22,7 +22,7 @@ from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import loading as placing
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import transformer
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 # The wiring of 2.3, 16 MB; its matrices are large enough to be shared out.
 SMALL = dataclasses.replace(
@@ -111,7 +111,7 @@ MEASURE = """
 import os, sys, resource
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 jax.numpy.zeros(1).block_until_ready()
 with open_release(sys.argv[1]) as release:
     config = release.config("transformer")
@@ -141,7 +141,7 @@ def test_loading_needs_little_memory_beside_the_weights(tmp_path):
 
 def test_synthetic_files_have_the_official_layout(small):
     with open_release(small) as release:
-        assert release.generation() == "2.3"
+        assert release.release_of() == "2.3"
         assert release.config("transformer") == SMALL
         kinds = {s.stored.dtype for s in release.networks["transformer"].tensors.values()}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}

@@ -29,7 +29,7 @@ from ltx2_jax.weights.lora import Lora, Target, fuse, read_lora, unfuse, write_l
 from ltx2_jax.weights.names import transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = [GOLDEN / generation / "lora.safetensors" for generation in ("v2.0", "v2.3", "v2.5")]
+FILES = [GOLDEN / release / "lora.safetensors" for release in ("v2.0", "v2.3", "v2.5")]
 CHECKPOINT = GOLDEN / "v2.3" / "checkpoint.safetensors"
 LORA = FILES[1]
 CONFIG = dataclasses.replace(tiny.MODEL, num_layers=3)
@@ -611,7 +611,7 @@ def test_parts_for_the_text_side_are_left_out_with_a_warning(module, tmp_path):
 
 def test_a_lora_of_another_model_is_refused_with_all_that_does_not_fit():
     lora, config = read_lora(FILES[0]), release_of(CHECKPOINT).config("transformer")
-    with pytest.raises(UserError, match="is it for another generation") as error:
+    with pytest.raises(UserError, match="is it for another release") as error:
         loras.check(lora, config)
     assert "transformer_blocks.{0-2}.attn1.to_q has (40, 40), not (32, 32)" in str(error.value)
     assert "\n" not in str(error.value)
@@ -636,11 +636,11 @@ def test_a_golden_transformer_runs_with_its_lora_beside_it():
     assert model.blocks.audio_mlp.linear_in.adapter is None
 
 
-@pytest.mark.parametrize("generation", ["v2.0", "v2.3", "v2.5"])
-def test_weights_fused_in_bfloat16_are_those_of_the_official_code(generation):
+@pytest.mark.parametrize("release", ["v2.0", "v2.3", "v2.5"])
+def test_weights_fused_in_bfloat16_are_those_of_the_official_code(release):
     (case,) = [
         c for c in load_cases(GOLDEN) if c.name == "lora/fused_bfloat16_official"
-        and c.folder.name == generation
+        and c.folder.name == release
     ]  # fmt: skip
     release = release_of(file_of(case.folder, "transformer"))
     config, params = release.load("transformer")

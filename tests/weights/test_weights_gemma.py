@@ -18,7 +18,7 @@ from ltx2_jax.models.text.gemma import GEMMA_3_12B, GEMMA_4_12B
 from ltx2_jax.models.text.gemma_layers import LayerKind
 from ltx2_jax.sharding import bytes_per_chip
 from ltx2_jax.weights.names.gemma import gemma_config, stored_dtype
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = [GOLDEN / "v2.0" / "gemma", GOLDEN / "v2.5" / "gemma"]

@@ -272,7 +272,8 @@ class AudioVAE(nnx.Module):
         """`encode` of the log-mels of a waveform [B, samples, channels] at config.mel.sample_rate.
 
         ceil((1 + samples // hop) / 4) latents. Sound that is shorter than the half window that the
-        STFT reflects at its ends (32 ms) is followed by silence up to there; official code fails.
+        STFT reflects at its ends (32 ms) is followed by silence up to there; the official code
+        fails.
 
         Raises:
             UserError: no samples, or another number of channels than the config's.
@@ -300,7 +301,7 @@ class AudioVAE(nnx.Module):
             )
         x = latents.astype(jnp.float32) * self._grid(self.std) + self._grid(self.mean)
         mel = self.decoder(x)
-        # Exact already with three levels and mel bins that four divides.
+        # This cuts nothing off with three levels and mel bins that are a multiple of four.
         frames = FRAMES_PER_LATENT * (latents.shape[1] - 1) + 1
         bins = self.config.mel.bins
         mel = mel[:, :frames, :bins]

@@ -1,9 +1,9 @@
 """The fixed log-mel front end of LTX-2's audio codec.
 
-16 kHz, 1024-point periodic Hann window, hop 160, centred with reflected edges, magnitudes (power
-1), 64 slaney mel bins over 0-8000 Hz, log(max(mel, 1e-5)): the numbers of the torchaudio
-`MelSpectrogram` that the official `ltx_core/model/audio_vae` sets up. Pure functions of float32
-arrays.
+Sound of 16 kHz goes through a periodic Hann window of 1024 samples with hop 160, centred, with
+reflected edges. The magnitudes (power 1) fall into 64 slaney mel bins over 0-8000 Hz; the result is
+log(max(mel, 1e-5)). These are the numbers of the torchaudio `MelSpectrogram` that the official
+`ltx_core/model/audio_vae` sets up. All functions are pure functions of float32 arrays.
 
 Dims: B batch, frames mel frames (one every hop), freqs = n_fft // 2 + 1 linear bins, mels mel bins.
 """

@@ -1,9 +1,9 @@
 """Neighbourhood attention: every cell of a video volume attends to the box of cells around it.
 
-How it is computed. A box of 11 x 11 x 11 has 1331 keys. Visiting them one offset after another
-(shift, multiply, online softmax) leaves the matrix unit idle: for the released decoder at 121
-frames of 1280 x 704 (6.8 million cells, 256 channels, 8 blocks) that is 7e13 vector FLOPs and 1331
-passes over keys and values. Instead a block of 4 x 8 x 8 = 256 queries meets the
+A box of 11 x 11 x 11 has 1331 keys. Visiting them one offset after another (shift, multiply, online
+softmax) would leave the matrix unit idle: for the released decoder at 121 frames of 1280 x 704 (6.8
+million cells, 256 channels, 8 blocks) it would take 7e13 vector FLOPs and 1331 passes over keys and
+values. Instead a block of 4 x 8 x 8 = 256 queries meets the
 14 x 18 x 18 = 4536 keys that any of them can see in two dense products with a mask: 3.4 times the
 FLOPs (2.5e14), but on the matrix unit, and a key is read 18 times from memory, not 1331 times.
 Smaller blocks waste fewer FLOPs but leave rows of the unit empty and read keys more often; with

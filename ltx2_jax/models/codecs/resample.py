@@ -1,8 +1,8 @@
 """Band-limited resampling with a Hann-windowed sinc, between any two integer rates.
 
-The numbers of torchaudio's `resample`, which the official encoder calls
-(`ltx_core/model/audio_vae/ops.py`): the sinc's cutoff lies at 0.99 of the smaller Nyquist frequency
-and reaches over 6 of its zero crossings to either side. numpy only.
+It gives the numbers of torchaudio's `resample`, which the official encoder calls
+(`ltx_core/model/audio_vae/ops.py`). The sinc has its cutoff at 0.99 of the smaller Nyquist
+frequency and reaches over 6 of its zero crossings to either side. All of it is numpy.
 """
 
 from functools import lru_cache

@@ -49,8 +49,8 @@ class Span:
 def split_by_size(length: int, size: int, overlap: int, minimum: int = 1) -> list[Span]:
     """Tiles of `size` cells that share `overlap`; the last one takes what is left.
 
-    An axis that fits into one tile, or is shorter than `minimum`, stays whole. A last tile shorter
-    than `minimum` grows to the left.
+    An axis that fits into one tile, or is shorter than `minimum`, stays whole. If less than
+    `minimum` is left for the last tile, it starts earlier and shares more with the one before.
 
     Raises:
         UserError: the overlap is negative or not below size, or size is below minimum.
@@ -89,7 +89,7 @@ def split_by_count(length: int, count: int, overlap: int, minimum: int = 1) -> l
 
 
 def _at_least(minimum: int, spans: list[Span]) -> list[Span]:
-    """Grows a short last tile to the left; no other may be short."""
+    """`spans`, the last one of `minimum` cells or more, for which it may start earlier."""
     before, last = spans[-2:]
     if last.length < minimum:
         shared = before.stop - (last.stop - minimum)

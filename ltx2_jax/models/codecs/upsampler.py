@@ -1,9 +1,9 @@
 """Latent upsamplers: video latents to latents of a larger or a longer clip, before the last steps.
 
-Residual blocks, one step up, residual blocks. The config decides the step: twice the size by a
+Residual blocks come before and after one step up. The config decides the step: twice the size by a
 pixel shuffle of every frame; another ratio by a pixel shuffle and a fixed blur with a stride; twice
-the frames; or both at once. Doubled time loses its first frame, because the first latent stands for
-a single pixel frame.
+the frames; or twice both at once. Doubled time loses its first frame, because the first latent
+stands for a single pixel frame.
 
 They were trained on latents as the video VAE's encoder makes them, before normalisation: use
 `upsample_latents` around them for everything that samplers handle.

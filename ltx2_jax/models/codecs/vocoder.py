@@ -136,7 +136,8 @@ TAPS = 12  # of the low-pass filters at twice the rate
 def kaiser_sinc() -> np.ndarray:
     """The low-pass filter at half of the Nyquist frequency, sum 1, float32 [TAPS].
 
-    BigVGAN's: a Kaiser window for 51 dB, as six taps would need for a transition of 1.2 Nyquist.
+    It is BigVGAN's, with a Kaiser window for 51 dB, as six taps would need for a transition of 1.2
+    Nyquist.
     """
     attenuation = 2.285 * (TAPS // 2 - 1) * math.pi * 1.2 + 7.95
     window = np.kaiser(TAPS, 0.1102 * (attenuation - 8.7))
@@ -171,7 +172,7 @@ class AntiAliasedSnake(nnx.Module):
         return _anti_aliased_snake(x, *(p[...].astype(jnp.float32) for p in parameters))
 
 
-@jax.jit  # for itself, so that the 200 of a vocoder are traced once for each shape
+@jax.jit  # jitted by itself, so that the 200 of a vocoder are traced once for each shape
 def _anti_aliased_snake(
     x: Array,  # [B, T, C]
     log_alpha: Array,  # [C]

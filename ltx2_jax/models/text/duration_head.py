@@ -1,8 +1,8 @@
 """Duration head: how many seconds the shot that a prompt describes would take.
 
-A learned query or more attends to all tokens of the text contexts; a small network turns what it
-gathers into the logarithm of a duration. The contexts need no mask: their connectors put learned
-registers in the place of padding.
+Learned queries (one or more) attend to all tokens of the text contexts; a small network turns what
+they gather into the logarithm of a duration. The contexts need no mask: their connectors put
+learned registers in the place of padding.
 
 `ltx2_jax.diffusion.geometry.seconds_to_frames` turns the seconds into a legal number of frames.
 

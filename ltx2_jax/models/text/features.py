@@ -25,7 +25,7 @@ LEAD = ("batch", "text_tokens")
 
 @dataclass(frozen=True)
 class TextFeaturesConfig:
-    """The features of one model generation; the defaults are those of LTX-2 2.0 (V1)."""
+    """The features of one model release; the defaults are those of LTX-2 2.0 (V1)."""
 
     width: int = 3840  # of the language model
     num_states: int = 49  # embeddings, and the output of every layer

@@ -118,8 +118,8 @@ class Gemma(nnx.Module):
 
         def step(state, layer, kind, index, _):
             x, carry = state
-            # The input of a layer is the hidden state before it: so the last one, which alone
-            # passes the final norm, is left for the end.
+            # The input of a layer is the hidden state before it. So the last hidden state, the only
+            # one that passes the final norm, is left for the end.
             carry = consume(carry, x, index)
             x, _ = layer(x, *context[kind])
             return (x, carry), None
@@ -173,7 +173,7 @@ class Gemma(nnx.Module):
         # Every shard looks up its part of the width for all rows: the table never moves.
         where = spec(None, None, self.width_axis)
         x = self.embedding[...].at[pin(tokens, None, None)].get(out_sharding=where)
-        # From parts of the width to parts of the batch in two steps: XLA has no better way.
+        # It goes from parts of the width to parts of the batch in two steps: XLA has no better way.
         x = pin(pin(x.astype(self.cfg.dtype), None, None, None), *lead(tokens.shape[0]), None)
         # The factor is rounded to the activation dtype, as in the model's training: in bfloat16
         # sqrt(3840) = 61.97 is 62.

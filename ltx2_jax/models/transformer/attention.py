@@ -1,4 +1,7 @@
-"""Attention: `attend()` on split heads, and the module that LTX-2 uses everywhere around it."""
+"""Attention: `attend()` on split heads, and the module around it that LTX-2 uses everywhere.
+
+Dims as in `transformer.py`.
+"""
 
 from functools import partial
 
@@ -37,7 +40,7 @@ def attend(
     device = target()
     how = sequence_parallel.plan(q.shape[2], queries, keys, heads, device)
     q, k, v = pin(q, *how.q), pin(k, *how.k), pin(v, *how.k)
-    # Of one device, after tokens were traded for heads.
+    # What one device has of them, after tokens were traded for heads.
     rows = q.shape[1] // axis_size(queries) * how.group
     columns = k.shape[1] // axis_size(keys) * how.group
     backend = attention_kernels.choose(
@@ -113,7 +116,11 @@ class Attention(nnx.Module):
             out = out * (2 * jax.nn.sigmoid(self.to_gate(x, lead)))[..., None]
         return self.to_out(out.reshape(*out.shape[:2], -1), lead)
 
-    def keys_values(self, context: Array, rope: Rope | None = None) -> KeysValues:
+    def keys_values(
+        self,
+        context: Array,  # [B, Tk, context_dim]
+        rope: Rope | None = None,
+    ) -> KeysValues:
         """What queries are compared with, and what they gather."""
         lead = ("batch", self.tokens[1])
         k = checkpoint_name(self.to_k(context, lead), PROJECTION)

@@ -5,7 +5,7 @@
     cudnn   NVIDIA GPUs: flash attention of cuDNN, differentiable (backward only)
 
 A kernel never holds the [Tq, Tk] logits in memory; XLA holds them, a block of queries at a time
-once they are large.
+once they are large. Dims as in `transformer.py`.
 """
 
 import importlib.util
@@ -29,9 +29,9 @@ BACKENDS = ("auto", "splash", "cudnn", "xla")
 # Audio self-attention of 5 s (126 x 126) is below, of 20 s (501 x 501) above, as is all the rest.
 SMALL_LOGITS = 2**16
 
-# Logits that XLA holds at once, in bytes per device; beyond, queries are taken in blocks.
+# Logits that XLA holds at once, in bytes per device; if there are more, queries go in blocks.
 XLA_LOGITS_BYTES = 2**30
-# Partial sums of the gradient of q that splash leaves; beyond, heads are taken in turns.
+# Partial sums of the gradient of q that splash leaves; if there are more, heads go in turns.
 DQ_BYTES = 2**31
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -70,8 +70,13 @@ def choose(
 # --------------------------------------------------------------------------------------------- XLA
 
 
-def xla_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """[B, Tq, N, H], [B, Tk, N, H] twice, additive [B, N, Tq, Tk] or broadcastable -> as q."""
+def xla_attention(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    v: Array,  # [B, Tk, N, H]
+    bias: Array | None,  # additive, broadcastable to [B, N, Tq, Tk]
+) -> Array:  # [B, Tq, N, H]
+    """softmax(q k^T / sqrt(H) + bias) v, by blocks of queries if the logits are many."""
     batch, queries, heads, _ = q.shape
     blocks = math.ceil(4 * batch * heads * queries * k.shape[1] / XLA_LOGITS_BYTES)
     if blocks <= 1:
@@ -83,7 +88,10 @@ def xla_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 
     # The logits of a block are computed again for its gradient, or all blocks would be held.
     @jax.checkpoint
-    def block(q, block_bias):
+    def block(
+        q: Array,  # [B, rows, N, H]
+        block_bias: Array | None,  # broadcastable to [B, N, rows, Tk]
+    ) -> Array:  # [B, rows, N, H]
         return _softmax_attention(q, k, v, block_bias if by_row else bias)
 
     out = jax.lax.map(lambda x: block(*x), (cut(q), block_bias))  # [blocks, B, rows, N, H]
@@ -99,13 +107,22 @@ def _row_blocks(x: Array, rows: int, axis: int) -> Array:
     return jnp.moveaxis(x, axis, 0)
 
 
-def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def _softmax_attention(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    v: Array,  # [B, Tk, N, H]
+    bias: Array | None,  # additive, broadcastable to [B, N, Tq, Tk]
+) -> Array:  # [B, Tq, N, H]
     weights = jax.nn.softmax(logits(q, k, bias), axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bknh->bqnh", weights, v)
 
 
-def logits(q: Array, k: Array, bias: Array | None) -> Array:
-    """float32 [B, N, Tq, Tk]."""
+def logits(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    bias: Array | None,  # additive, broadcastable to [B, N, Tq, Tk]
+) -> Array:  # float32 [B, N, Tq, Tk]
+    """q k^T / sqrt(H) + bias."""
     x = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
     x = x * q.shape[-1] ** -0.5
     return x if bias is None else x + bias.astype(jnp.float32)
@@ -114,8 +131,11 @@ def logits(q: Array, k: Array, bias: Array | None) -> Array:
 # ------------------------------------------------------------------------------------------- cuDNN
 
 
-def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
-    """[B, Tq, N, H], [B, Tk, N, H] twice -> as q."""
+def cudnn_attention(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    v: Array,  # [B, Tk, N, H]
+) -> Array:  # [B, Tq, N, H]
     try:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     except RuntimeError as error:  # not installed, or too old
@@ -136,22 +156,22 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The largest blocks of a chip; a length is cut into equal ones that are not larger."""
+    """The largest blocks that a chip takes; a length is cut into equal blocks not above them."""
 
     forward: Blocks
     backward: Blocks
     scheduler: bool = False  # the compiler's experimental scheduler
 
 
-# By a part of the lower-cased device kind; first match wins. All compile, forward with residuals or
-# backward, within the scoped VMEM that a program gets without flags (16 MiB on v4, v5e and v5p, 32
-# MiB on v6e), where 2048 x 2048 does not on v5p. One row serves all shapes: a short side is one
-# block of its own length, and a head width of 64 fills the 128 lanes as 128 does. Published rates
-# for 16 384 tokens of head width 128, forward: v5p 89 % of peak with 2048/2048/256, v6e 36 % with
-# 2048/2048/512, v7x 34 % with 4096/4096/256 (of the 67 % that 256-wide MXUs leave to this width).
-# The compiler's schedules agree with these rates, hardly change beyond 1024 x 2048, and are better
-# with the experimental scheduler on v6e and v7x only. Compile time grows with the block: on one
-# core, with a mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
+# By a part of the lower-cased device kind; the first match wins. All blocks compile, forward with
+# residuals or backward, within the scoped VMEM that a program gets without flags (16 MiB on v4, v5e
+# and v5p, 32 MiB on v6e); 2048 x 2048 does not on v5p. One row serves all shapes: a short side is
+# one block of its own length, and a head width of 64 fills the 128 lanes as 128 does. Published
+# rates for 16 384 tokens of head width 128, forward: v5p 89 % of peak with 2048/2048/256, v6e 36 %
+# with 2048/2048/512, v7x 34 % with 4096/4096/256 (of the 67 % that 256-wide MXUs leave to this
+# width). The compiler's schedules agree with these rates, hardly change beyond 1024 x 2048, and are
+# better with the experimental scheduler on v6e and v7x only. Compile time grows with the block: on
+# one core, with a mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
 TUNING = (
     ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2560, 256))),
     ("v5 lite", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
@@ -165,11 +185,11 @@ TUNING = (
 def cut(queries: int, keys: int, most: Blocks) -> Blocks:
     """The blocks for so many queries and keys.
 
-    Exact ones if they are not much smaller. Queries filled up to a block are thrown away, for the
-    price of a copy; keys must also be masked, in every block, since one body serves all, and the
-    mask takes room from the largest blocks. In the compiler's schedules a block of 1024 keys costs
-    13 % more per logit than one of 2048, one of 512 queries 13 % more than one of 1024, updates by
-    256 keys 2 % more than by 512, masking 8 %.
+    Blocks that divide a length are taken if they are not much smaller than others. Queries that
+    fill up a block are thrown away, for the price of a copy. Keys that do must also be masked, in
+    every block, since one body serves all, and the mask takes room from the largest blocks. In the
+    compiler's schedules a block of 1024 keys costs 13 % more per logit than one of 2048, one of 512
+    queries 13 % more than one of 1024, updates by 256 keys 2 % more than by 512, masking 8 %.
     """
 
     def work(length, block, small, ragged):
@@ -192,14 +212,14 @@ def cut(queries: int, keys: int, most: Blocks) -> Blocks:
 
 
 def splash_forward(
-    q: Array,  # [N, Tq, H]; the batch is folded into the heads
-    k: Array,  # [N, Tk, H]
-    v: Array,  # [N, Tk, H]
+    q: Array,  # [B N, Tq, H]; the batch is folded into the heads
+    k: Array,  # [B N, Tk, H]
+    v: Array,  # [B N, Tk, H]
     target: tuple[str, str],
     *,
     residuals: bool,
-) -> tuple[Array, Array | None]:
-    """Attention [N, Tq, H] and, if asked for, the log2-sum-exp2 of its logits, float32 [N, Tq].
+) -> tuple[Array, Array | None]:  # [B N, Tq, H], float32 [B N, Tq]
+    """Attention and, with `residuals`, the log2-sum-exp2 of its logits.
 
     Logits count in base 2: exp2 is what the hardware has.
     """
@@ -218,14 +238,14 @@ def splash_forward(
 
 
 def splash_backward(
-    q: Array,  # [N, Tq, H]
-    k: Array,  # [N, Tk, H]
-    v: Array,  # [N, Tk, H]
-    logsumexp: Array,  # float32 [N, Tq], over all keys, also those of other devices
-    delta: Array,  # float32 [N, Tq]: the attention times its gradient, summed over H
-    grad: Array,  # [N, Tq, H], of the attention
+    q: Array,  # [B N, Tq, H]
+    k: Array,  # [B N, Tk, H]
+    v: Array,  # [B N, Tk, H]
+    logsumexp: Array,  # float32 [B N, Tq], over all keys, also those of other devices
+    delta: Array,  # float32 [B N, Tq]: the attention times its gradient, summed over H
+    grad: Array,  # [B N, Tq, H], of the attention
     target: tuple[str, str],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array]:  # [B N, Tq, H], [B N, Tk, H] twice
     """Gradients of q, k and v."""
     kernel, queries, keys = _splash(), q.shape[1], k.shape[1]
     blocks = cut(queries, keys, _tuning(target).backward)
@@ -241,8 +261,8 @@ def splash_backward(
     )  # fmt: skip
     segments = _segments(kernel, q, k, keys)
     run_some = lambda q, k, v, *rest: run(q, k, v, segments, *rest)  # noqa: E731
-    # The kernel calls none of its grid parallel, so that a chip of two cores (v4, v5p) would leave
-    # one idle. The dimension that vmap adds is parallel: each core takes half of the heads.
+    # The kernel marks no dimension of its grid as parallel: a chip of two cores (v4, v5p) would
+    # leave one idle. The dimension that vmap adds is parallel: each core takes half of the heads.
     cores = math.gcd(q.shape[0], 2)
     # It writes the gradient of q once per block of keys, in float32, to be summed after it.
     heads, size = q.shape[0] // cores, 4 * q.size * (k.shape[1] // blocks.keys)
@@ -257,11 +277,12 @@ def splash_backward(
 
 
 def _scaled(x: Array, factor: float) -> Array:
+    """`x` of any shape, multiplied in float32."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _base_2(q: Array) -> Array:
-    """Queries whose logits count in base 2, scaled."""
+    """Queries [B N, Tq, H] -> scaled ones, whose logits count in base 2."""
     return _scaled(q, q.shape[2] ** -0.5 * math.log2(math.e))
 
 
@@ -269,9 +290,9 @@ def _base_2(q: Array) -> Array:
 def _splash() -> Any:
     """tokamax's kernels, in an instance of their module that is ours.
 
-    Private names of an experimental module, hence the exact version in pyproject.toml. The reason
-    to take it: these kernels were measured on the chips that we name. Its ring_attention_kernel is
-    left out: it merges base-2 sums with base-e exponentials.
+    The names are private ones of an experimental module, hence the exact version in pyproject.toml.
+    We take it because these kernels were measured on the chips that we name. We leave out its
+    ring_attention_kernel, which merges base-2 sums with base-e exponentials.
     """
     try:
         spec = importlib.util.find_spec(
@@ -311,8 +332,13 @@ def _no_mask(kernel: Any) -> Any:
     return kernel.MaskInfo(*[None] * len(kernel.MaskInfo._fields))
 
 
-def _segments(kernel: Any, q: Array, k: Array, keys: int) -> Any:
-    """Segment ids that hide the keys filled up behind the first `keys`; None if there are none."""
+def _segments(
+    kernel: Any,
+    q: Array,  # [B N, Tq, H], filled up
+    k: Array,  # [B N, Tk, H], filled up
+    keys: int,
+) -> Any:
+    """Segment ids that hide what fills up k behind the first `keys`; None if nothing does."""
     if k.shape[1] == keys:
         return None
     hidden = (jnp.arange(k.shape[1]) >= keys).astype(jnp.int32)
@@ -320,6 +346,6 @@ def _segments(kernel: Any, q: Array, k: Array, keys: int) -> Any:
 
 
 def _fill(x: Array, block: int) -> Array:
-    """[N, T, ...] with zeros up to a multiple of `block` tokens."""
+    """[B N, T, ...] with zeros up to a multiple of `block` tokens."""
     missing = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x

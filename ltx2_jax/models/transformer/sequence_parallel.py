@@ -1,24 +1,25 @@
 """Attention whose tokens are spread over devices: what is exchanged around the kernels.
 
-Three forms, by which of the two token axes are sharded:
+It has three forms, by which of the two token axes are sharded:
 
 - queries and keys (video self-attention). Devices trade tokens for heads (all-to-all, Ulysses),
   attend over whole sequences of some heads, and trade back. That needs heads to trade: of s shards,
-  groups of u = gcd(heads of a device, s) neighbours exchange, and where u < s keys and values go
-  round the s / u groups (ring), each step a partial softmax merged into the last by its
-  log-sum-exp. Bytes per device for T tokens of n heads in s shards: 4 T n / s by exchange, 2 T n by
-  ring, so heads are traded as far as they go.
+  groups of u = gcd(N, s) neighbours exchange. Where u < s, keys and values go round the r = s / u
+  groups (ring), and each step's partial softmax is merged into the last by its log-sum-exp. A
+  device sends 4 T N / s numbers per head feature by exchange and 2 T N by ring, for T tokens of N
+  heads, so heads are traded as far as they go.
 - keys only (video to audio). Every device attends to its keys; the few rows that result are merged.
 - queries only, or neither: nothing is exchanged, but the gradients of the keys are summed.
 
 XLA and cuDNN are differentiated by jax: their ring is a gather. Splash has its own backward pass
 here, which finds the attention and its log-sum-exp saved by name and runs no forward kernel again.
 
-Inside: s shards of the tokens, u of them in a group, r groups, n heads of a device.
+Dims as in `transformer.py`. Inside `on_shards` they are those of one device: tq and tk tokens of
+Tq and Tk (t of either), and N heads, or n = N / u of them while tokens are traded for heads.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +32,7 @@ from ltx2_jax.models.remat import ATTENTION, STATISTICS
 from ltx2_jax.models.transformer import attention_kernels as kernels
 from ltx2_jax.sharding import Names, axis_size, mesh_axes, on_shards, pin
 
-# [shards, ...]: what each device keeps for its own backward pass, in whatever layout it has there.
+# [devices, B n, u tq]: what each device keeps for its own backward pass, as it has it there.
 SHARDS: Names = ("shards", None, None)
 
 
@@ -62,7 +63,7 @@ class Plan:
 
 
 def plan(heads: int, queries: str, keys: str, axis: str | None, target: tuple[str, str]) -> Plan:
-    """For `heads` heads with the logical name `axis`, and token axes named `queries`, `keys`."""
+    """How to attend with `heads` heads of logical name `axis`, and tokens `queries` and `keys`."""
     shards, both = axis_size(keys), axis_size(keys) > 1 and axis_size(queries) > 1
     group = math.gcd(heads // axis_size(axis), shards) if both else 1
     return Plan(
@@ -100,7 +101,16 @@ def attend(
     return on_shards(local, [*inputs, names], how.q)(q, k, v, pin(bias, *names))
 
 
-def _attend(q, k, v, bias=None, *, backend, how):
+def _attend(
+    q: Array,  # [B, tq, N, H]
+    k: Array,  # [B, tk, N, H]
+    v: Array,  # [B, tk, N, H]
+    bias: Array | None = None,  # [B, N, tq, Tk], or [B, N, Tq, tk] to merge; or 1 for N, Tq
+    *,
+    backend: str,
+    how: Plan,
+) -> Array:  # [B, tq, N, H]
+    """`attend` on one device."""
     if how.merge:
         return _merged_attention(q, k, v, bias, how.axes)
     # The rows of a bias belong to the queries of this device, so these stay.
@@ -118,9 +128,15 @@ def _attend(q, k, v, bias=None, *, backend, how):
     return _to_tokens((out.swapaxes(1, 2),), how)[0] if group > 1 else out
 
 
-def _merged_attention(q, k, v, bias, axes):
-    """Few queries, the same on every device; keys of this device."""
-    x = kernels.logits(q, k, bias)  # [B, N, Tq, Tk of this device]
+def _merged_attention(
+    q: Array,  # [B, Tq, N, H], the same on every device and few
+    k: Array,  # [B, tk, N, H]
+    v: Array,  # [B, tk, N, H]
+    bias: Array | None,  # [B, N, Tq, tk] or 1 where it is the same
+    axes: tuple[str, ...],
+) -> Array:  # [B, Tq, N, H]
+    """The softmax over the keys of all devices along `axes`."""
+    x = kernels.logits(q, k, bias)  # [B, N, Tq, tk]
     highest = jax.lax.pmax(jax.lax.stop_gradient(x.max(-1, keepdims=True)), axes)
     weights = jnp.exp(x - highest)
     total = jax.lax.psum(weights.sum(-1), axes)
@@ -144,7 +160,13 @@ def splash(
     return on_shards(forward, [how.q, how.k, how.k], how.q, checked=False)(q, k, v)
 
 
-def _splash_fwd(q, k, v, how):
+def _splash_fwd(
+    q: Array,  # [B, Tq, N, H]
+    k: Array,  # [B, Tk, N, H]
+    v: Array,  # [B, Tk, N, H]
+    how: Plan,
+) -> tuple[Array, tuple[Array, ...]]:
+    """[B, Tq, N, H], and what `_splash_bwd` reads: q, k, v, the result, log2-sum-exp2 as SHARDS."""
     forward = partial(_splash_forward, how=how, residuals=True)
     out, statistics = on_shards(
         forward, [how.q, how.k, how.k], (how.q, SHARDS), checked=False
@@ -155,7 +177,12 @@ def _splash_fwd(q, k, v, how):
     return out, (q, k, v, out, checkpoint_name(statistics, STATISTICS))
 
 
-def _splash_bwd(how, residuals, grad):
+def _splash_bwd(
+    how: Plan,
+    residuals: tuple[Array, ...],  # from `_splash_fwd`
+    grad: Array,  # [B, Tq, N, H]
+) -> tuple[Array, Array, Array]:
+    """Gradients [B, Tq, N, H] of q, [B, Tk, N, H] of k and v."""
     inputs = [how.q, how.k, how.k, how.q, SHARDS, how.q]
     backward = partial(_splash_backward, how=how)
     outputs = (how.q, how.k, how.k)
@@ -168,8 +195,15 @@ splash.defvjp(_splash_fwd, _splash_bwd)
 # Under jit, these are one call each, dropped whole when a saved result makes it useless: jax 0.10
 # keeps a pallas_call in the program that it rematerialises, for XLA to find.
 @partial(jax.jit, static_argnames=("how", "residuals"))
-def _splash_forward(q, k, v, *, how, residuals):
-    """[B, t, N, H] of this device -> as q, and log2-sum-exp2 [1, heads, tokens] as traded."""
+def _splash_forward(
+    q: Array,  # [B, tq, N, H]
+    k: Array,  # [B, tk, N, H]
+    v: Array,  # [B, tk, N, H]
+    *,
+    how: Plan,
+    residuals: bool,
+) -> Array | tuple[Array, Array]:
+    """[B, tq, N, H] and, with `residuals`, log2-sum-exp2 [1, B n, u tq] of the traded queries."""
     if how.group > 1:
         q, k, v = _to_heads((q, k, v), how)
     else:
@@ -189,9 +223,18 @@ def _splash_forward(q, k, v, *, how, residuals):
 
 
 @partial(jax.jit, static_argnames="how")
-def _splash_backward(q, k, v, out, statistics, grad, *, how):
-    """Of the arrays of this device; gradients of q, k and v."""
-    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)  # [B, t, N]
+def _splash_backward(
+    q: Array,  # [B, tq, N, H]
+    k: Array,  # [B, tk, N, H]
+    v: Array,  # [B, tk, N, H]
+    out: Array,  # [B, tq, N, H]
+    statistics: Array,  # float32 [1, B n, u tq]
+    grad: Array,  # [B, tq, N, H]
+    *,
+    how: Plan,
+) -> tuple[Array, Array, Array]:
+    """Gradients [B, tq, N, H] of q, [B, tk, N, H] of k and v."""
+    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)  # [B, tq, N]
     if how.group > 1:
         q, k, v, grad = _to_heads((q, k, v, grad), how)
         (delta,) = _to_heads((delta,), how)
@@ -214,8 +257,10 @@ def _splash_backward(q, k, v, out, statistics, grad, *, how):
 
 
 def _fold(x: Array) -> Array:
-    """[B, N, T, ...] -> [B N, T, ...]: a batch axis of its own would land beside the tokens in the
-    registers, half empty."""
+    """[B, N, T, ...] -> [B N, T, ...].
+
+    A batch axis of its own would lie beside the tokens in the registers, which would be half empty.
+    """
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -224,7 +269,7 @@ def _fold(x: Array) -> Array:
 
 def _to_heads(arrays: Sequence[Array], how: Plan) -> list[Array]:
     """[B, t, N, ...] of some tokens -> [B, n, u t, ...] of some heads; all in one exchange."""
-    x = jnp.stack(arrays)
+    x = jnp.stack(arrays)  # [X, B, t, N, ...]: X arrays travel together
     x = x.reshape(*x.shape[:3], how.group, -1, *x.shape[4:])  # [X, B, t, u, n, ...]
     x = jnp.moveaxis(x, (3, 4), (0, 3))  # [u, X, B, n, t, ...]
     x = jax.lax.all_to_all(x, how.axes, 0, 0, tiled=True, axis_index_groups=how.within())
@@ -242,15 +287,25 @@ def _to_tokens(arrays: Sequence[Array], how: Plan) -> list[Array]:
     return list(x.reshape(*x.shape[:3], -1, *x.shape[5:]))
 
 
-# One array goes round, for XLA overlaps a step's only permute with the kernel, but not one of three
-# (libtpu 0.0.42). It joins its parts by heads: stacked, they would lie in the sublanes.
-def _ring_forward(run, q, k, v, how):
-    """Keys and values [N, t, H] go round; attention [N, t, H] and log2-sum-exp2 [N, t] over all."""
+# One array goes round: XLA overlaps one permute of a step with the kernel, but not three (libtpu
+# 0.0.42). It joins its parts by heads: stacked, they would lie in the sublanes.
+def _ring_forward(
+    run: Callable[..., tuple[Array, Array]],  # `kernels.splash_forward`
+    q: Array,  # [B n, u tq, H]
+    k: Array,  # [B n, u tk, H]
+    v: Array,  # [B n, u tk, H]
+    how: Plan,
+) -> tuple[Array, Array]:  # [B n, u tq, H], float32 [B n, u tq]
+    """Attention and log2-sum-exp2 over the keys of all groups: keys and values go round."""
 
-    def attend_and_merge(kv, out, statistics):
+    def attend_and_merge(
+        kv: Array,  # [2 B n, u tk, H]
+        out: Array,  # float32 [B n, u tq, H]
+        statistics: Array,  # float32 [B n, u tq]
+    ) -> tuple[Array, Array]:  # as the last two
         return _merge(out, statistics, *run(q, *jnp.split(kv, 2), residuals=True))
 
-    def step(carry, _):
+    def step(carry, _):  # the arguments of `attend_and_merge`
         kv, out, statistics = carry
         arriving = _pass_on(kv, how)
         return (arriving, *attend_and_merge(kv, out, statistics)), None
@@ -261,19 +316,37 @@ def _ring_forward(run, q, k, v, how):
     return out.astype(q.dtype), statistics
 
 
-def _ring_backward(run, q, k, v, statistics, delta, grad, how):
-    """Queries go round with their gradients, for keys, values and their gradients are more."""
+def _ring_backward(
+    run: Callable[..., tuple[Array, Array, Array]],  # `kernels.splash_backward`
+    q: Array,  # [B n, u tq, H]
+    k: Array,  # [B n, u tk, H]
+    v: Array,  # [B n, u tk, H]
+    statistics: Array,  # float32 [B n, u tq]
+    delta: Array,  # float32 [B n, u tq]
+    grad: Array,  # [B n, u tq, H]
+    how: Plan,
+) -> tuple[Array, Array, Array]:
+    """Gradients as q, k and v. Queries and what belongs to them go round: three arrays.
+
+    Keys, values and their gradients would be four.
+    """
     rows = jnp.stack((statistics, delta))  # few bytes: every group gets all of them at once
     rows = jax.lax.all_gather(rows, how.axes, axis_index_groups=how.across(how.group))
     here = jax.lax.axis_index(how.axes) // how.group
 
-    def gradients(i, traveller, dk, dv):
+    def gradients(
+        i: Array | int,
+        traveller: Array,  # [3 B n, u tq, H]: queries, gradient of the attention, of the queries
+        dk: Array,  # float32 [B n, u tk, H]
+        dv: Array,  # float32 [B n, u tk, H]
+    ) -> tuple[Array, Array, Array]:
+        """That of the queries by these keys alone; those of keys and values so far."""
         q, grad, _ = jnp.split(traveller, 3)
         statistics, delta = rows[(here - i) % how.ring]
         dq, dk_here, dv_here = run(q, k, v, statistics, delta, grad)
         return dq, dk + dk_here, dv + dv_here
 
-    def step(carry, i):
+    def step(carry, i):  # the arguments of `gradients`
         traveller, dk, dv = carry
         # The gradient is one step behind its queries: it can leave when it has been added to.
         arriving = _pass_on(traveller, how)
@@ -289,19 +362,28 @@ def _ring_backward(run, q, k, v, statistics, delta, grad, how):
 
 
 def _pass_on(x: Array, how: Plan) -> Array:
-    """To the same place in the next group; from the one before."""
+    """`x` of any shape from the same place in the group before; ours goes to the next group."""
     pairs = [(i, (i + how.group) % how.shards) for i in range(how.shards)]
     return jax.lax.ppermute(x, how.axes, pairs)
 
 
-def _merge(out: Array, statistics: Array, other: Array, other_statistics: Array):
-    """Attention [N, T, H] (float32) and log2-sum-exp2 [N, T] over two sets of keys, of both."""
+def _merge(
+    out: Array,  # float32 [B n, u tq, H]
+    statistics: Array,  # float32 [B n, u tq]
+    other: Array,  # [B n, u tq, H]
+    other_statistics: Array,  # float32 [B n, u tq]
+) -> tuple[Array, Array]:  # float32 [B n, u tq, H], [B n, u tq]
+    """Attention and log2-sum-exp2 over two sets of keys, from those over either set."""
     total = jnp.logaddexp2(statistics, other_statistics)
     share, other_share = (jnp.exp2(x - total)[..., None] for x in (statistics, other_statistics))
     return out * share + other.astype(jnp.float32) * other_share, total
 
 
-def _merge_devices(out: Array, statistics: Array, axes):
+def _merge_devices(
+    out: Array,  # [B N, Tq, H]
+    statistics: Array,  # float32 [B N, Tq]
+    axes: tuple[str, ...],
+) -> tuple[Array, Array]:  # [B N, Tq, H], float32 [B N, Tq]
     """As `_merge`, over the keys of all devices along `axes`; few rows, so in float32."""
     highest = jax.lax.pmax(statistics, axes)
     share = jnp.exp2(statistics - highest)

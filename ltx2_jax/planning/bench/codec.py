@@ -43,12 +43,12 @@ Measurement = tuple[str, float, float, int, int]
 
 def run(args: argparse.Namespace) -> None:
     """Prints a line per network and direction as it is measured."""
-    video, vocoder = VAES[args.generation]
+    video, vocoder = VAES[args.release]
     size = (args.frames, args.height, args.width)
     check_size(video, size)
     device = jax.devices()[0]
     print(
-        f"codec of {args.generation}: {args.frames} frames of {args.width}x{args.height} at "
+        f"codec of {args.release}: {args.frames} frames of {args.width}x{args.height} at "
         f"{args.fps:g} fps on {jax.device_count()} {device.device_kind}\n"
         f"{'':14}{'seconds':>9}{'first':>9}{'frames/s':>10}{'TFLOP':>9}{'TFLOP/s':>9}"
         f"{'of peak':>9}{'peak GiB':>10}"
@@ -141,7 +141,7 @@ def compiled_peak(lowered: jax.stages.Lowered) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `bench codec`."""
     add = parser.add_argument
-    add("--generation", choices=tuple(VAES), default="2.3", help="(default: %(default)s)")
+    add("--release", choices=tuple(VAES), default="2.3", help="(default: %(default)s)")
     add("--frames", type=count, default=121, metavar="N", help="(default: %(default)s)")
     add("--height", type=count, default=704, metavar="PIXELS", help="(default: %(default)s)")
     add("--width", type=count, default=1280, metavar="PIXELS", help="(default: %(default)s)")

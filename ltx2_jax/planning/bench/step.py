@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, on what clips, on which devices."""
     add = parser.add_argument
-    add("--generation", choices=tuple(MODELS), default="2.0", help="(%(default)s)")
+    add("--release", choices=tuple(MODELS), default="2.0", help="(%(default)s)")
     add("--layers", type=count, metavar="N", help="blocks (default: all)")
     add("--frames", type=count, default=DEFAULT_SIZE.num_frames, metavar="N", help="(%(default)s)")
     add("--height", type=count, default=DEFAULT_SIZE.height, metavar="PIXELS", help="(%(default)s)")
@@ -75,12 +75,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace, **changes: Any) -> tuple[Config, Request]:
     """The released model of `args`, and its clips."""
-    model, video, audio = MODELS[args.generation]
+    model, video, audio = MODELS[args.release]
     model = dataclasses.replace(model, num_layers=args.layers or model.num_layers)
     config = Config(
         workdir="",
         model=model,
-        text=TextConfig(generation=args.generation, video_connector=video, audio_connector=audio),
+        text=TextConfig(release=args.release, video_connector=video, audio_connector=audio),
         data=DataConfig(path="none: random latents", batch_size=args.batch),
         **changes,
     )
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = (more - one) / STEPS
     print(line("step", seconds, args.batch * sum(terms.values()), rate))
     print(line("before the loop", one - seconds, 0, rate))
-    full = MODELS[args.generation][0].num_layers
+    full = MODELS[args.release][0].num_layers
     layers = config.model.num_layers
     depth = "" if layers == full else f" with {layers} of {full} blocks"
     print(
@@ -134,7 +134,7 @@ def title(what: str, args: argparse.Namespace, config: Config, rate: float) -> s
     """Two lines above a table."""
     device, layers = jax.devices()[0], config.model.num_layers
     return (
-        f"{what} of {args.generation}, {layers} block{'s'[: layers > 1]}: {args.batch} clip"
+        f"{what} of {args.release}, {layers} block{'s'[: layers > 1]}: {args.batch} clip"
         f"{'s'[: args.batch > 1]} of {args.frames} frames of {args.width}x{args.height} on "
         f"{jax.device_count()} {device.device_kind}; matrix products {rate / 1e12:.3g} TFLOP/s\n"
         f"{'':16}{'ms':>10}{'TFLOP':>9}{'TFLOP/s':>9}{'of products':>13}{'of peak':>9}"
@@ -164,30 +164,30 @@ def parts(
     graphdef, options = ltx2.graph(config.networks), compiler_options(training=False)
     text, x = inputs(config, request, batch)
 
-    def fixed(params, text):
+    def prepare(params, text):
         model = nnx.merge(graphdef, params)
-        return model.transformer.fixed(*programs.modalities(model, request, text))
+        return model.transformer.prepare(*programs.modalities(model, request, text))
 
-    def before(params, fixed, x):
+    def embed(params, prepared, x):
         """Tokens and conditioning, as the sampler makes them in every step."""
         given = {"positions": None, "context": None}
         level = jnp.full(batch, 0.5, out_sharding=spec("batch"))
         streams = [
             Modality(latent=tokens, sigma=level, timesteps=level[:, None], **given) for tokens in x
         ]
-        return nnx.merge(graphdef, params).transformer.prepare(*streams, fixed)
+        return nnx.merge(graphdef, params).transformer.embed(*streams, prepared)
 
-    def part(params, v, a, video, audio, *, step):
+    def part(params, v, a, video_cond, audio_cond, *, step):
         transformer = nnx.merge(graphdef, params).transformer
-        return transformer.run_blocks(v, a, video, audio, Keep(), step=step)
+        return transformer.run_blocks(v, a, video_cond, audio_cond, Keep(), step=step)
 
-    jitted = jax.jit(before, compiler_options=options)
-    given = params, jax.jit(fixed, compiler_options=options)(params, text), x
+    jitted = jax.jit(embed, compiler_options=options)
+    given = params, jax.jit(prepare, compiler_options=options)(params, text), x
     yield "AdaLN", partial(jitted, *given)
-    ready = jitted(*given)
+    embedded = jitted(*given)
     jitted = jax.jit(part, static_argnames="step", compiler_options=options)
     for name, (step, _) in PARTS.items():
-        yield name, partial(jitted, params, *ready, step=step)
+        yield name, partial(jitted, params, *embedded, step=step)
 
 
 def steps(

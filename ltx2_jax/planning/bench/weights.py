@@ -26,7 +26,7 @@ from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import transformer
-from ltx2_jax.weights.opening import open_release
+from ltx2_jax.weights.sources import open_release
 from ltx2_jax.weights.writing import writing
 
 PREFIX = "model.diffusion_model."
@@ -34,7 +34,7 @@ PREFIX = "model.diffusion_model."
 
 def run(args: argparse.Namespace) -> None:
     """Prints a line per way of reading: GB/s of the best call, and its share of plain reading."""
-    config = sized(PRESETS[args.generation], args.gigabytes)
+    config = sized(PRESETS[args.release], args.gigabytes)
     try:
         scratch = tempfile.TemporaryDirectory(dir=args.folder)
     except OSError as error:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         write_synthetic(path, config, progress=True)
         size, seconds = path.stat().st_size, time.perf_counter() - started
         print(
-            f"{size / 1e9:.2f} GB, the transformer of {args.generation} with {config.num_layers} "
+            f"{size / 1e9:.2f} GB, the transformer of {args.release} with {config.num_layers} "
             f"blocks, on {jax.device_count()} {jax.devices()[0].device_kind}\n"
             f"{'':32}{'seconds':>9}{'GB/s':>8}{'of reading':>12}\n"
             f"{'written':32}{seconds:9.2f}{size / 1e9 / seconds:8.2f}"
@@ -128,7 +128,7 @@ def timed(way: Callable[[], None], path: Path) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `bench weights`."""
     add = parser.add_argument
-    add("--generation", choices=tuple(PRESETS), default="2.3", help="(default: %(default)s)")
+    add("--release", choices=tuple(PRESETS), default="2.3", help="(default: %(default)s)")
     add("--gigabytes", type=positive, default=4.0, metavar="N", help="of the file (%(default)s)")
     add("--folder", metavar="DIR", help="where the file goes (default: that of temporary files)")
     add("--calls", type=count, default=3, metavar="N", help="of which the best counts (3)")

@@ -86,20 +86,20 @@ def gemma_config(config: Mapping[str, Any], **overrides: Any) -> GemmaConfig:
       UserError: not a Gemma 3 or 4, or a feature that is not implemented; all of them are listed.
     """
     model_type = str(config.get("model_type"))
-    family = model_type.removesuffix("_text")
-    if family not in DEFAULTS:
+    name = model_type.removesuffix("_text")
+    if name not in DEFAULTS:
         raise UserError(
             f"text encoder config: model_type={model_type!r} is not one of {', '.join(DEFAULTS)}"
         )
-    generation = "gemma3" if family == "gemma3" else "gemma4"
+    family = "gemma3" if name == "gemma3" else "gemma4"
     stored = {
         # Multimodal configs have this one beside the text part.
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
         **(config.get("text_config") or config),
     }
-    text = DEFAULTS[family] | {key: value for key, value in stored.items() if value is not None}
-    kinds, ropes = _layer_kinds(text, generation), _ropes(text, generation)
-    wrong = _unsupported(text, kinds, ropes, generation)
+    text = DEFAULTS[name] | {key: value for key, value in stored.items() if value is not None}
+    kinds, ropes = _layer_kinds(text, family), _ropes(text, family)
+    wrong = _unsupported(text, kinds, ropes, family)
     if wrong:
         raise UserError(f"unsupported text encoder config: {', '.join(wrong)}")
     fields = {
@@ -111,9 +111,9 @@ def gemma_config(config: Mapping[str, Any], **overrides: Any) -> GemmaConfig:
         "logit_cap": text.get("final_logit_softcapping"),
         "layers": tuple(_KINDS[kind] for kind in kinds),
         "sliding": _sliding(text, ropes["sliding_attention"]),
-        "full": _full(text, ropes["full_attention"], generation),
+        "full": _full(text, ropes["full_attention"], family),
     }
-    if generation == "gemma3":
+    if family == "gemma3":
         fields |= {"attention_scale": text["query_pre_attn_scalar"] ** -0.5}
     else:
         fields |= {"attention_scale": 1.0, "norm_offset": 0.0}
@@ -122,7 +122,7 @@ def gemma_config(config: Mapping[str, Any], **overrides: Any) -> GemmaConfig:
 
 
 def _unsupported(
-    text: Mapping[str, Any], kinds: list[str], ropes: Mapping[str, Any], generation: str
+    text: Mapping[str, Any], kinds: list[str], ropes: Mapping[str, Any], family: str
 ) -> list[str]:
     """What this code does not compute, each with its key."""
     wrong = [
@@ -132,7 +132,7 @@ def _unsupported(
     ]
     for kind, rope in ropes.items():
         known = ["default", "linear"]
-        if (generation, kind) == ("gemma4", "full_attention"):
+        if (family, kind) == ("gemma4", "full_attention"):
             known.append("proportional")
         if rope.get("rope_type", "default") not in known:
             wrong.append(f"rope_type={rope['rope_type']!r} of {kind} (only {' or '.join(known)})")
@@ -144,27 +144,27 @@ def _unsupported(
     return wrong
 
 
-def _layer_kinds(text: Mapping[str, Any], generation: str) -> list[str]:
+def _layer_kinds(text: Mapping[str, Any], family: str) -> list[str]:
     kinds = text.get("layer_types")
     if kinds is None:
         period = text.get("sliding_window_pattern", 6)
         count = range(1, text["num_hidden_layers"] + 1)
         kinds = ["sliding_attention" if i % period else "full_attention" for i in count]
-    if generation == "gemma4":  # upstream forces it
+    if family == "gemma4":  # upstream forces it
         kinds = [*kinds[:-1], "full_attention"]
     return kinds
 
 
-def _ropes(text: Mapping[str, Any], generation: str) -> dict[str, dict[str, Any]]:
+def _ropes(text: Mapping[str, Any], family: str) -> dict[str, dict[str, Any]]:
     """Rotary parameters of either kind, from the newer nested keys or the older flat ones."""
-    stored, default = text.get("rope_parameters") or {}, _ROPE[generation]
+    stored, default = text.get("rope_parameters") or {}, _ROPE[family]
     ropes = {
         kind: {"rope_theta": default[kind]["rope_theta"]} | stored[kind]
         if stored.get(kind)
         else dict(default[kind])
         for kind in _KINDS
     }
-    if generation == "gemma3":
+    if family == "gemma3":
         ropes["full_attention"] |= text.get("rope_scaling") or {}
         for kind, key in (
             ("full_attention", "rope_theta"),
@@ -185,13 +185,13 @@ def _sliding(text: Mapping[str, Any], rope: Mapping[str, Any]) -> LayerKind:
     )
 
 
-def _full(text: Mapping[str, Any], rope: Mapping[str, Any], generation: str) -> LayerKind:
-    shared = generation == "gemma4" and bool(text.get("attention_k_eq_v"))
+def _full(text: Mapping[str, Any], rope: Mapping[str, Any], family: str) -> LayerKind:
+    shared = family == "gemma4" and bool(text.get("attention_k_eq_v"))
     # Upstream reads the separate number of heads only where keys equal values.
     separate = text.get("num_global_key_value_heads") if shared else None
     partial = rope.get("rope_type") == "proportional"
     return LayerKind(
-        head_dim=text["head_dim"] if generation == "gemma3" else text["global_head_dim"],
+        head_dim=text["head_dim"] if family == "gemma3" else text["global_head_dim"],
         kv_heads=separate or text["num_key_value_heads"],
         rope_theta=float(rope["rope_theta"]),
         rope_factor=_factor(rope),

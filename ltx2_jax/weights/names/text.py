@@ -155,7 +155,7 @@ NAMES_ENCODER_SINCE = (2, 4, 0)
 def check_text_encoder(
     metadata: Mapping[str, Any], gemma_config: Mapping[str, Any], name: str | os.PathLike
 ) -> None:
-    """Refuses a text encoder of another generation than the checkpoint's.
+    """Refuses a text encoder of another release than the checkpoint's.
 
     Warns (UserWarning) where neither of the two says what it is.
 

@@ -154,7 +154,7 @@ def test_impossible_arguments_are_refused(tmp_path):
 def test_a_folder_is_read_without_noise_on_the_terminal(tmp_path):
     record = Source(1)[0]
     schema = Schema(
-        **dict.fromkeys(["generation", "text", "text_generation", "codec", "codec_hash"], ""),
+        **dict.fromkeys(["release", "text", "text_release", "codec", "codec_hash"], ""),
         **dict.fromkeys(["text_encoder", "text_encoder_hash"], ""),
         **dict.fromkeys(["num_frames", "height", "width", "fps"], 1),
         fields={name: Field.of(value) for name, value in record.items()},
