@@ -4,8 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ltx2_jax import planning
-from ltx2_jax.errors import UserError
+from ltx2_jax import command, planning
 
 DESCRIPTION = """\
 Measure a part of the package on this machine, with random weights of the released sizes.
@@ -23,21 +22,14 @@ example:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 after printing what the user can fix."""
+    """Runs the command; returns its exit code, see `command.run`."""
     args = _parser().parse_args(argv)
-    try:
-        planning.BENCHES[args.what][0].run(args)
-    except UserError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run("bench", lambda: planning.BENCHES[args.what][0].run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(
-        prog="python -m ltx2_jax.bench", description=DESCRIPTION, epilog=EXAMPLE, **form
-    )
+    parser = command.parser("bench", DESCRIPTION, EXAMPLE)
     parts = parser.add_subparsers(dest="what", required=True, metavar="PART")
     for name, (module, what) in planning.BENCHES.items():
         module.add_arguments(parts.add_parser(name, help=what, description=module.__doc__, **form))

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from ltx2_jax import command, planning
 from ltx2_jax import config as config_lib
-from ltx2_jax import planning
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
@@ -122,23 +122,13 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 if it fits, 1 if not, 2 after printing what the user can fix."""
+    """Runs the command; 0 if it fits, 1 if not, else see `command.run`."""
     args, rest = _parser().parse_known_args(argv)
-    try:
-        return 0 if main(args, config_lib.overrides(rest)) else 1
-    except UserError as error:
-        print(f"plan: error: {error}", file=sys.stderr)
-        return 2
+    return command.run("plan", lambda: 0 if main(args, config_lib.overrides(rest)) else 1)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ltx2_jax.plan",
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command.parser("plan", DESCRIPTION, EXAMPLE)
     add = parser.add_argument
     what = ("train", "sample", "vae", "text")
     add("--what", choices=what, default="train", help="the program (default: %(default)s)")
