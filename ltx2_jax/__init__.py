@@ -20,7 +20,7 @@ _HOMES = {
     "encode_clip": "codecs.clips",
     "load_codec": "codecs.codec",
     "make_mesh": "sharding",
-    "open_release": "weights.opening",
+    "open_release": "weights.sources",
     "read_clip": "media.media",
     "read_lora": "weights.lora",
     "write_clip": "codecs.clips",

@@ -35,6 +35,24 @@ def pytest_addoption(parser):
     )
 
 
+# Longest first: workers take whole files, and what is begun last should be short.
+LONG = (
+    "test_resume.py", "test_training.py", "test_sharding.py", "test_cli.py", "test_generate.py",
+    "test_golden.py", "test_release.py", "test_convert.py", "test_transformer.py",
+    "test_plan_transformer.py", "test_loading.py", "test_bench.py", "test_initial.py",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would put it last
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 def pytest_generate_tests(metafunc):
     if "golden_case" in metafunc.fixturenames:
         from golden_case import load_cases

@@ -251,7 +251,7 @@ def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
 
 
 def test_a_diffusion_decoder_alone_decodes(tmp_path):
-    split = Path(__file__).parent / "golden" / "v2.5" / "split"
+    split = Path(__file__).parents[1] / "golden" / "v2.5" / "split"
     path, audio = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
     with TensorFile(path) as file:
         metadata = file.metadata

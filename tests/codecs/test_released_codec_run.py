@@ -78,6 +78,7 @@ def test_a_size_that_the_released_codec_does_not_fit_is_refused(
 
 def test_clips_are_sampled_through_it_and_large_ones_are_streamed(dataset, tmp_path, monkeypatch):
     flags = {"workdir": str(tmp_path), "data.path": str(dataset), "sample.steps": "1"}
+    flags["data.release"] = "2.3"
     channels = {"in_channels": "4", "audio_in_channels": "32"}
     for name, value in channels.items():
         flags |= {f"model.{name}": value, f"model.{name.replace('in_', 'out_')}": value}

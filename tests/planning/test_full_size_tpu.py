@@ -14,9 +14,12 @@ from ltx2_jax.planning import programs
 from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.planning.topology import tpu_devices
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+pytestmark = [
+    pytest.mark.tpu_compiler,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is missing"
+    ),
+]
 
 LAYERS = 6
 CONFIG = Config(
