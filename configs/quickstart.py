@@ -3,7 +3,7 @@
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
-linear codec to them, trains 1.7 M parameters for 2,000 steps, and makes 64 clips from captions of
+linear codec to them, trains 1.7 M parameters for 1,800 steps, and makes 64 clips from captions of
 the same grammar; `preview.png` in the workdir shows four after less than two minutes, when there
 are scenes and sounds but no events yet. The wiring is that of LTX-2 2.3; only sizes differ. One
 video latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a
@@ -78,7 +78,7 @@ def get_config(arg: str | None = None) -> Config:
             batch_size=16,
         ),
         # Sampling denoises both streams together, so most draws share one noise level.
-        flow=FlowConfig(shared_sigma_prob=0.7, caption_dropout=0.1),
+        flow=FlowConfig(shared_sigma_prob=0.85, caption_dropout=0.1),
         optim=OptimConfig(
             learning_rate=3e-3,
             warmup_steps=50,
@@ -95,5 +95,5 @@ def get_config(arg: str | None = None) -> Config:
             audio_guidance=1.0,
             preview_step=150,
         ),
-        num_steps=2000,
+        num_steps=1800,
     )

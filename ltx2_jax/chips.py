@@ -176,7 +176,7 @@ def compiler_options(*, training: bool) -> Options | None:
 
 
 def one_run_options() -> Options | None:
-    """For the `compiler_options` of `jax.jit`, where a program runs once.
+    """For the `compiler_options` of `jax.jit`, where a program runs once, or seldom.
 
     A CPU's compiler would spend a hundred times longer on its speed than it runs.
     """

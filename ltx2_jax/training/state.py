@@ -1,5 +1,6 @@
 """The train state: weights, moments, their average, and the optimizer that moves them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ltx2_jax import chips
 from ltx2_jax.config import Config, OptimConfig
 from ltx2_jax.models import ltx2
 
@@ -29,11 +31,18 @@ def state_of(params: dict[str, Any], config: Config, step: int = 0) -> State:
     return state
 
 
-@jax.jit
 def all_finite(state: State) -> Array:
     """Whether every number of a state is finite: bool []. Reads it once, where it lies."""
-    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
+    return _all_finite()(state)
+
+
+@functools.cache
+def _all_finite() -> Callable[[State], Array]:
+    def all_finite(state: State) -> Array:
+        numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))
+
+    return jax.jit(all_finite, compiler_options=chips.one_run_options())
 
 
 # --------------------------------------------------------------------------------------- optimizer
