@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 import ltx2_jax
 from ltx2_jax import prepare, sample, train
@@ -196,14 +197,12 @@ def workdir(tmp_path_factory):
 
     from ltx2_jax.sharding import make_mesh
     from ltx2_jax.training.checkpoint import Checkpoints
-    from ltx2_jax.training.state import init_state
 
     folder = tmp_path_factory.mktemp("workdir")
     config = load(str(SMALL), {"workdir": str(folder)})
     loop.keep_assets(loop.dataset(config), folder / "assets")
     with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
-        state = jax.jit(init_state, static_argnames="config")(jax.random.key(0), config=config)
-        checkpoints.save(3, state, config)
+        checkpoints.save(3, tiny.state(config, make_mesh()), config)
     return folder
 
 
