@@ -6,7 +6,9 @@
 is the launch line, for every host of the slice (a slice of several hosts wants
 `jax.distributed.initialize()` before, which train does not call yet);
 `--config.init_from=ltx-2-19b-dev.safetensors` starts from released weights. Variants, after a
-colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured:
+colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured,
+with `--config.optim.reduce_dtype=bfloat16` (float32, the default, gave the same for the second row,
+and 29.5 GiB, 5.24 s and 33.5% for :v6e256 at 1280x704):
 
     (none)   v5p:4x4x4    121 frames of 768x512     43.7 of 95.7 GiB   2.26 s a step, 57.6% MFU
     (none)   v5p:4x4x4    121 frames of 1280x704    90.3 of 95.7 GiB   5.54 s a step, 63.3% MFU

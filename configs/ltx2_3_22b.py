@@ -6,7 +6,8 @@
 is the launch line, for every host of the slice (a slice of several hosts wants
 `jax.distributed.initialize()` before, which train does not call yet);
 `--config.init_from=ltx-2.3-22b-dev.safetensors` starts from released weights. Variants, after a
-colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured:
+colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured,
+with `--config.optim.reduce_dtype=bfloat16`:
 
     (none)   v5p:4x4x4    121 frames of 1280x704    91.6 of 95.7 GiB   5.65 s a step, 62.2% MFU
     :v5p256  v5p:4x4x8    121 frames of 1280x704    88.4 of 95.7 GiB   5.66 s a step, 62.1% MFU
