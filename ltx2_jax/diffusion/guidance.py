@@ -6,6 +6,8 @@ rounding of the difference by 7.
 Source: `ltx_core/components/guiders.py`.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,8 +20,21 @@ def cfg(cond: Array, uncond: Array, scale: Array | float) -> Array:
     `cond` is the x0 estimate for the prompt, `uncond` the one for the negative prompt, both
     [B, T, C]; `scale` is [] or one per sample [B]. Scale 1 returns cond.
     """
-    c, u = cond.astype(jnp.float32), uncond.astype(jnp.float32)
-    return (c + (align(scale, c) - 1.0) * (c - u)).astype(cond.dtype)
+    return moved_away(cond, [uncond], [align(scale, cond) - 1.0])
+
+
+def moved_away(cond: Array, others: Sequence[Array], strengths: Sequence[Array | float]) -> Array:
+    """`cond + sum of strength * (cond - other)`, in cond's dtype, of estimates [B, T, C].
+
+    A strength, [] or one per sample [B], is 0 for nothing, and one less than the usual scale of
+    classifier-free guidance.
+    """
+    c = cond.astype(jnp.float32)
+    away = sum(
+        align(strength, c) * (c - other.astype(jnp.float32))
+        for other, strength in zip(others, strengths, strict=True)
+    )
+    return (c + away).astype(cond.dtype)
 
 
 def rescale(pred: Array, cond: Array, factor: Array | float, *, per_sample: bool = True) -> Array:

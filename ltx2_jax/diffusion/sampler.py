@@ -86,14 +86,20 @@ def in_passes(
 
 
 def guided(
-    network: Network, text: Any, null_text: Any, scales: tuple[Array | float, Array | float]
+    network: Network,
+    conditions: Sequence[Any],
+    strengths: Sequence[tuple[Array | float, Array | float]],
 ) -> Predict:
-    """Classifier-free guidance with one scale for video and one for audio."""
+    """The estimate under the first condition, moved away from those under the others.
 
-    def combine(cond: Latents, uncond: Latents) -> Latents:
-        return Latents(*map(guidance.cfg, cond, uncond, scales))
+    `strengths` are pairs (video, audio), one for each of the others; see `guidance.moved_away`.
+    """
 
-    return in_passes(network, [text, null_text], combine)
+    def combine(cond: Latents, *others: Latents) -> Latents:
+        streams = zip(cond, zip(*others, strict=True), zip(*strengths, strict=True), strict=True)
+        return Latents(*(guidance.moved_away(*stream) for stream in streams))
+
+    return in_passes(network, conditions, combine)
 
 
 def rows_axis(rows: int) -> str | None:

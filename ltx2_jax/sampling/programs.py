@@ -25,7 +25,7 @@ from jax import Array
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.conditioning import first_frame_mask
-from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, in_passes, rows_axis, unguided
+from ltx2_jax.diffusion.sampler import Latents, Velocity, denoise, guided, rows_axis, unguided
 from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.sharding import pin
@@ -102,8 +102,7 @@ def sample(
             (text if p.prompt else null_text, _keep(p, clips, layers) if masked else None)
             for p in (Pass(), *passes)
         ]
-        combine = partial(_guided, strengths)
-        predict = in_passes(lambda condition: of_text(*condition), conditions, combine)
+        predict = guided(lambda condition: of_text(*condition), conditions, strengths)
     else:
         predict = unguided(of_text, text)
     return unpatchify(denoise(predict, noise(model, request, rows, key), sigmas), request)
@@ -116,20 +115,6 @@ def _keep(p: Pass, clips: int, layers: int) -> Keep:
     masks[1] = p.exchange
     own, cross = jnp.asarray(masks[0]), jnp.asarray(masks[1])
     return Keep(video_self=own, audio_self=own, audio_to_video=cross, video_to_audio=cross)
-
-
-def _guided(strengths: Strengths, prompt: Latents, *others: Latents) -> Latents:
-    """The estimate under the prompt moved away from the others, in float32."""
-
-    def stream(index: int) -> Array:
-        x = prompt[index].astype(jnp.float32)
-        away = sum(
-            strength[index] * (x - other[index].astype(jnp.float32))
-            for strength, other in zip(strengths, others, strict=True)
-        )
-        return (x + away).astype(prompt[index].dtype)
-
-    return Latents(stream(0), stream(1))
 
 
 def noise(model: LTX2, request: Request, rows: Array, key: Array) -> Latents:

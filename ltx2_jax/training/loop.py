@@ -84,7 +84,8 @@ def take_steps(
     codec = load_codec(records.codec_path)
     train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
     null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
-    examples = batches(config, records, mesh, start)
+    taken = checkpoints.data_position(start) if start else 0
+    examples = batches(config, records, mesh, taken)
     timer, pending, step = step_timer(config, records), None, start
     lost = {"start": start, "checkpoints": checkpoints.folder}
     with (

@@ -115,9 +115,9 @@ def test_passes_are_combined_in_their_order_clip_by_clip():
     np.testing.assert_array_equal(first.video, seen[0].video)
 
 
-def test_the_first_scale_is_of_the_picture_and_the_second_of_the_sound():
+def test_the_first_strength_is_of_the_picture_and_the_second_of_the_sound():
     text, empty = ({"value": jnp.asarray([value])} for value in (2.0, 1.0))
-    got = guided(network, text, empty, (3.0, 7.0))(latents(1), jnp.float32(1.0))
+    got = guided(network, [text, empty], [(2.0, 6.0)])(latents(1), jnp.float32(1.0))
     np.testing.assert_allclose(got.video, np.full((1, 2, 1), 1 + 3 * (2 - 1)))
     np.testing.assert_allclose(got.audio, np.full((1, 3, 1), 10 + 7 * (20 - 10)))
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax.diffusion.sampler import denoise, guided
+from ltx2_jax.diffusion.sampler import Latents, denoise, in_passes
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling import programs
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Pass, Request, make_sampler, released_passes
@@ -46,7 +46,13 @@ def guided_by_scale(params, texts, video, audio):
     model = nnx.merge(ltx2.graph(CONFIG.networks), params)
     text, null_text = texts
     null_text = {name: jnp.broadcast_to(x, text[name].shape) for name, x in null_text.items()}
-    predict = guided(partial(programs.network, model, REQUEST), text, null_text, (video, audio))
+    network = partial(programs.network, model, REQUEST)
+
+    def combine(cond, uncond):  # spelt out: what the formula of guidance.py says
+        pairs = zip(cond, uncond, (video, audio), strict=True)
+        return Latents(*(u + scale * (c - u) for c, u, scale in pairs))
+
+    predict = in_passes(network, [text, null_text], combine)
     noise = programs.noise(model, REQUEST, ROWS, KEY)
     return programs.unpatchify(denoise(predict, noise, SIGMAS), REQUEST)
 

@@ -47,6 +47,9 @@ class Disk:
     def save(self, step, state, config):
         self.saved[step] = jax.device_get(state)
 
+    def data_position(self, step):
+        return step
+
 
 class Run:
     """`take_steps` of a model of one weight, which is the number of steps behind it."""

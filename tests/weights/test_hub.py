@@ -190,7 +190,8 @@ def test_the_only_file_of_a_repository_needs_no_name(server):
 
 def test_a_folder_inside_a_repository_comes_with_its_config(server):
     with open_release("someone/models/gemma") as release:
-        release.load("gemma")
+        assert release.config("gemma").width == 32
+        assert release.load("gemma")
 
 
 @pytest.mark.parametrize("name", ["someone/peft", "someone/peft/adapter_model.safetensors"])
