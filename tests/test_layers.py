@@ -27,7 +27,7 @@ FLOORS = {
 }
 # On the ground; they may import each other, as one room does.
 GROUND = {
-    "blobs", "chips", "command", "errors", "fields", "files", "rounding", "sharding",
+    "blobs", "chips", "command", "errors", "fields", "files", "hosts", "rounding", "sharding",
     "stop_signals", "units",
 }  # fmt: skip
 # Libraries that one module alone knows.

@@ -28,7 +28,7 @@ Batch = dict[str, Array]
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-    """A host's part of what the loader yields -> global arrays, rows over the data axis."""
+    """The rows of a host, `hosts.rows_of_host`, -> global arrays, rows over the data axis."""
     return {
         name: jax.make_array_from_process_local_data(
             sharding_of(mesh, "batch", *[None] * (value.ndim - 1)), value

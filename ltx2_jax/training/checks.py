@@ -16,7 +16,6 @@ from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
-from ltx2_jax.sharding import sharding_of
 from ltx2_jax.training import checkpoint, initial
 
 
@@ -29,7 +28,6 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
       UserError: the first thing that does not fit, and what it does not fit to.
     """
     check_batch(config, mesh)
-    part_of_batch(sharding_of(mesh, "batch"), config.data.batch_size)
     check_text(config)
     if config.data.path is None:
         check_synthetic(config, mesh)
@@ -66,27 +64,6 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
             f"optim.accumulate_steps={chunks}"
         )
-
-
-def part_of_batch(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, int]:
-    """Which part of a batch the devices of this process hold, of how many: (index, count).
-
-    Not its rank where several processes share one shard of the batch, as along a sequence axis that
-    spans hosts: replicas must hold the same rows. `sharding` is that of an array [batch].
-
-    Raises:
-      UserError: the rows are not one block, of which the batch is a whole number.
-    """
-    spans = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted({row for (span,) in spans for row in range(batch_size)[span]})
-    first, count = rows[0], len(rows)
-    if rows[-1] - first + 1 != count or first % count or batch_size % count:
-        some = ", ".join(map(str, rows[:8])) + (", ..." if count > 8 else "")
-        raise UserError(
-            f"mesh: the devices of this host hold rows {some} of the batch of {batch_size}, which "
-            "are not one block: a host cannot load rows that lie apart yet"
-        )
-    return first // count, batch_size // count
 
 
 def check_text(config: Config) -> None:

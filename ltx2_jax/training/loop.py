@@ -21,6 +21,7 @@ from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import only_run, replacing
+from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
@@ -179,14 +180,12 @@ def batches(
     config: Config, records: Records, mesh: jax.sharding.Mesh, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The rows of every global batch from step `start` on that the devices of this host hold."""
-    part, parts = checks.part_of_batch(sharding_of(mesh, "batch"), config.data.batch_size)
     examples = iter(
         make_dataset(
             records,
             batch_size=config.data.batch_size,
             seed=config.seed,
-            process_index=part,
-            process_count=parts,
+            rows=rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size),
             threads=config.data.read_threads,
         )
     )

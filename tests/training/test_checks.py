@@ -2,42 +2,13 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from resume_config import get_config
 
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
-from ltx2_jax.sharding import make_mesh, sharding_of
 from ltx2_jax.training import checks
-
-
-class Sharding:
-    """Of a batch over several hosts, as one of them sees it: the slices of its devices."""
-
-    def __init__(self, *spans):
-        self.spans = spans
-
-    def addressable_devices_indices_map(self, shape):
-        return {device: (slice(*span),) for device, span in enumerate(self.spans)}
-
-
-def test_replicas_of_a_shard_on_several_hosts_load_the_same_part():
-    assert checks.part_of_batch(Sharding((4, 6), (6, 8)), 8) == (1, 2)
-    assert checks.part_of_batch(Sharding((4, 8), (4, 8)), 8) == (1, 2)
-    assert checks.part_of_batch(Sharding((None,), (None,)), 8) == (0, 1)
-
-
-def test_one_host_loads_the_whole_batch_whatever_the_mesh():
-    for mesh in (make_mesh(), make_mesh(2, 2, 2), make_mesh(devices=jax.devices()[:1])):
-        assert checks.part_of_batch(sharding_of(mesh, "batch"), 8) == (0, 1)
-
-
-@pytest.mark.parametrize("spans", [[(0, 1), (2, 3)], [(1, 3)], [(0, 3)]])
-def test_rows_that_are_not_an_equal_block_of_the_batch_are_refused(spans):
-    with pytest.raises(UserError, match=r"hold rows .* of the batch of 8, .* not one block"):
-        checks.part_of_batch(Sharding(*spans), 8)
 
 
 def test_records_of_odd_size_are_refused_before_the_training_that_ends_in_an_mp4():
