@@ -33,6 +33,12 @@ def pytest_addoption(parser):
         default=Path(__file__).parent / "golden",
         help="folder of golden data: one sub-folder with a cases.json per model release",
     )
+    parser.addoption(
+        "--golden-training-dir",
+        type=Path,
+        default=Path(__file__).parent / "golden_training",
+        help="folder of golden training data: one set with a cases.json",
+    )
 
 
 # Longest first: workers take whole files, and what is begun last should be short.
@@ -59,6 +65,14 @@ def pytest_generate_tests(metafunc):
 
         cases = load_cases(metafunc.config.getoption("--golden-dir"))
         metafunc.parametrize("golden_case", cases, ids=[f"{c.folder.name}/{c.name}" for c in cases])
+    if "golden_training_case" in metafunc.fixturenames:
+        from golden_case import load_set
+
+        cases = load_set(
+            metafunc.config.getoption("--golden-training-dir"),
+            metafunc.config.getoption("--golden-dir"),
+        )
+        metafunc.parametrize("golden_training_case", cases, ids=[c.id for c in cases])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,10 +18,16 @@ from ltx2_jax.weights.sources import open_release
 class Case:
     folder: Path
     spec: dict
+    checkpoints: Path | None = None  # of training cases: the folder of the golden data they name
 
     @property
     def name(self) -> str:
         return self.spec["name"]
+
+    @property
+    def id(self) -> str:
+        """Its name, and the file that some groups have a case for."""
+        return "/".join(filter(None, (self.name, self.args.get("file"))))
 
     @property
     def group(self) -> str:
@@ -53,6 +59,14 @@ def load_cases(golden_dir: Path) -> list[Case]:
     return [
         Case(file.parent, spec) for file in files for spec in json.loads(file.read_text())["cases"]
     ]
+
+
+def load_set(folder: Path, checkpoints: Path) -> list[Case]:
+    """The cases of golden training data, which is one set."""
+    file = folder / "cases.json"
+    if not file.is_file():
+        raise pytest.UsageError(f"--golden-training-dir={folder}: no cases.json there")
+    return [Case(folder, spec, checkpoints) for spec in json.loads(file.read_text())["cases"]]
 
 
 @cache
