@@ -4,8 +4,8 @@ The data are outputs of the official trainer and its preprocessing scripts:
 
     pytest tests/test_golden_training.py --golden-training-dir=DIR --golden-dir=DIR
 
-runs any set of the same layout; `--golden-dir` holds the checkpoints that some cases name. A case kind
-that no runner knows fails. A runner takes a `Case` and checks it, or returns the outputs by name.
+runs any set of the same layout; `--golden-dir` holds the checkpoints that some cases name. A kind
+of case that no runner knows fails. A runner takes a `Case` and checks it, or returns the outputs.
 """
 
 import jax
