@@ -363,7 +363,7 @@ def keyframe_slots(
     more = append(conditions, clean, xp.concatenate(positions, 2), start=start, marked=True)
     strength = None  # they were appended as given
     if conditions.strength is not None:
-        strength = more.strength & (np.arange(more.clean.shape[1]) < first)
+        strength = more.strength * (np.arange(more.clean.shape[1]) < first)
     return replace(more, strength=strength, slots=(first, len(at_frames)))
 
 
