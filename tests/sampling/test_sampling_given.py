@@ -66,9 +66,10 @@ def on_mesh(sizes, together):
 # ------------------------------------------------------------------------------------ on every mesh
 
 
-def test_clips_spread_over_eight_devices_are_those_that_one_makes():
+def test_clips_spread_over_eight_devices_are_those_that_one_makes_bit_by_bit():
+    """A device has one clip in either case: larger products may be summed in another order."""
     for a, b in zip(on_mesh((8, 1, 1), 8)[1], on_mesh((1, 1, 1), 1)[1], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_clip_with_a_keyframe_beside_it_is_the_same_on_every_mesh():
