@@ -15,7 +15,7 @@ from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import gradients_reduced_in
 from ltx2_jax.training.batch import Batch
-from ltx2_jax.training.objective import draw, loss
+from ltx2_jax.training.objective import averages, draw, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
 
 
@@ -28,8 +28,8 @@ def make_train_step(
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
-    Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
-    fell), gradient norm, learning rate.
+    Metrics: loss, that of each stream that is learned, also by quarter of sigma ([4], nan where no
+    sample fell), gradient norm, learning rate.
     """
     graphdef, tx = ltx2.graph(config.networks), optimizer(config)
     chunks = config.optim.accumulate_steps
@@ -54,13 +54,9 @@ def make_train_step(
             new["ema"] = jax.tree.map(
                 lambda e, p: decay * e + (1 - decay) * p, state["ema"], new["params"]
             )
-        size = batch["video"].shape[0]
         metrics = {
             "loss": value,
-            "video_loss": sums["video_loss"] / size,
-            "audio_loss": sums["audio_loss"] / size,
-            "video_loss_quarters": sums["video_quarter"] / sums["video_count"],
-            "audio_loss_quarters": sums["audio_quarter"] / sums["audio_count"],
+            **averages(sums, drawn["drop_caption"].shape[0]),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state["step"]),
         }
@@ -82,7 +78,8 @@ def gradients(
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
-    parts = jax.tree.map(lambda x: _split(x, batch["video"].shape[0], chunks), (batch, drawn))
+    size = jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda x: _split(x, size, chunks), (batch, drawn))
     like = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
     ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
