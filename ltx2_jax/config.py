@@ -17,7 +17,7 @@ from pathlib import Path
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
-from ltx2_jax.fields import check_least, check_one_of, check_seed, replaced
+from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share, replaced
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -70,17 +70,125 @@ class MeshConfig:
     sequence: int = 1
 
 
+# Kinds of conditions, and the fields that each needs beside its probability.
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "first_frame": (),
+    "prefix": ("length",),
+    "suffix": ("length",),
+    "spatial_crop": ("region",),
+    "mask": (),
+    "reference": (),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something of a stream that a sample is given, clean; it is not learned.
+
+    `first_frame`, `prefix`, `suffix`: latents at an end; `spatial_crop`: a rectangle in all frames;
+    `mask`: where the sample's own mask says; `reference`: another clip beside the sample's own.
+    """
+
+    kind: str
+    probability: float = 1.0  # of every sample by itself; of a reference, of the whole batch
+    length: int | None = None  # of prefix and suffix: latent frames of video, latents of audio
+    region: tuple[int, int, int, int] | None = None  # of spatial_crop: top, left, bottom, right
+
+    def __post_init__(self):
+        if self.kind not in CONDITIONS:
+            raise UserError(f"kind={self.kind!r}: use {', '.join(CONDITIONS)}")
+        check_share(self, "probability")
+        for name in ("length", "region"):
+            given, needed = getattr(self, name) is not None, name in CONDITIONS[self.kind]
+            if given != needed:
+                raise UserError(f"{self.kind}: {'needs' if needed else 'takes no'} {name}")
+        if self.length is not None:
+            check_least(self, length=1)
+        if self.region is not None:
+            top, left, bottom, right = self.region
+            if not (0 <= top < bottom and 0 <= left < right):
+                raise UserError(f"region={self.region} is not (top, left, bottom, right)")
+
+
+ROLES = ("generated", "frozen", "absent")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What one stream is in a training."""
+
+    # Generated: noised and learned. Frozen: clean at noise level 0, only read by the other one.
+    # Absent: the model runs without it, the dataset need not have it.
+    role: str = "generated"
+    conditions: tuple[Condition, ...] = ()
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise UserError(f"role={self.role!r}: use {', '.join(ROLES)}")
+        if self.role == "absent" and self.conditions:
+            raise UserError("role='absent': a stream that is not there has no conditions")
+        kinds = [condition.kind for condition in self.conditions]
+        for kind in ("mask", "reference"):
+            if kinds.count(kind) > 1:
+                raise UserError(f"conditions: one {kind} at most; a sample has one")
+
+
+SIGMAS = ("shifted_logit_normal", "uniform")
+
+
 @dataclass(frozen=True)
 class FlowConfig:
-    """The training distribution: noise levels and conditions."""
+    """The training distribution: streams, noise levels and what is given."""
 
+    video: StreamConfig = StreamConfig()
+    audio: StreamConfig = StreamConfig()
+    sigma: str = "shifted_logit_normal"  # how noise levels are drawn, or "uniform"
     shared_sigma_prob: float = 0.0  # both streams take one sigma; released training draws two
-    sigma_std: float = 1.0
+    sigma_std: float = 1.0  # these three are read by shifted_logit_normal alone
     sigma_uniform_prob: float = 0.1
-    first_frame_prob: float = 0.0  # the first latent frame is given, clean (image to video)
+    sigma_eps: float = 1e-3
+    sigma_min: float = 0.0  # these two by uniform alone
+    sigma_max: float = 1.0
+    # The first latent frame of the video is given; as a first_frame condition before the others.
+    first_frame_prob: float = 0.0
+    # Latent frame 0 is marked as a keyframe to models that know such marks, as sampling does.
+    mark_first_frame: bool = True
     caption_dropout: float = 0.0  # the caption is emptied, for classifier-free guidance
     video_weight: float = 1.0  # of the video loss in the sum of both
     audio_weight: float = 1.0
+
+    def __post_init__(self):
+        if self.sigma not in SIGMAS:
+            raise UserError(f"sigma={self.sigma!r}: use {' or '.join(SIGMAS)}")
+        check_share(self, "shared_sigma_prob", "sigma_uniform_prob", "sigma_min", "sigma_max")
+        check_share(self, "first_frame_prob", "caption_dropout")
+        if self.sigma_min > self.sigma_max:
+            raise UserError(f"sigma_min={self.sigma_min} is above sigma_max={self.sigma_max}")
+        for condition in self.audio.conditions:
+            if condition.kind in ("first_frame", "spatial_crop"):
+                raise UserError(f"audio.conditions: {condition.kind} is of video alone")
+        if not self.generated:
+            raise UserError("video.role, audio.role: one of the two must be generated")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those that the model runs on, "video" before "audio"."""
+        return tuple(name for name in ("video", "audio") if getattr(self, name).role != "absent")
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Those that are learned."""
+        return tuple(x for x in self.streams if getattr(self, x).role == "generated")
+
+    def conditions(self, stream: str) -> tuple[Condition, ...]:
+        """Those of a stream that have an effect; references come last."""
+        given = getattr(self, stream).conditions
+        if stream == "video" and self.first_frame_prob > 0:
+            given = (Condition("first_frame", self.first_frame_prob), *given)
+        references = tuple(x for x in given if x.kind == "reference")
+        if stream not in self.generated:  # given as a whole, but for what stands beside it
+            return references
+        return tuple(x for x in given if x.kind != "reference") + references
 
 
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step")
