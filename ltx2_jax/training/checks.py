@@ -36,7 +36,7 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     stored = checkpoint.stored_config(config.workdir)
     if stored is not None:
         check_same_run(config, stored, Path(config.workdir))
-    if stored is None or stored.init_from is None:
+    if stored is None or stored.init_from is None or config.tune is not None:
         initial.check(config)
 
 
@@ -176,8 +176,9 @@ def check_same_makers(records: Records, assets: Path) -> None:
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
-    free = ("model.remat", "model.dtype", "model.attention")
+    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec", "tune")
+    bound += ("optim.optimizer", "optim.first_moment_dtype")
+    free = ("model.remat", "model.dtype", "model.attention", "tune.rates", "tune.resident")
     refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")

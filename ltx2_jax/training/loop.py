@@ -25,7 +25,7 @@ from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, initial
+from ltx2_jax.training import checks, initial, trainable
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
@@ -62,9 +62,11 @@ def train(config: Config, make_clips: MakeClips) -> None:
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
+        frozen = initial.load_frozen(config, mesh)
         state = first_state(config, checkpoints, start, abstract, mesh)
-        clips = partial(_clips, config, make_clips, records)
-        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips)
+        state = initial.tied(config, state, frozen)
+        clips = partial(_clips, config, make_clips, records, frozen)
+        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips, frozen)
         checkpoints.wait()
         if step < config.num_steps:
             print(f"stopped and saved at step {step}; the same command resumes", flush=True)
@@ -80,6 +82,7 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
+    frozen: Any = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
@@ -100,7 +103,7 @@ def take_steps(
     ):
         batch = place(next(examples), mesh)
         while step < config.num_steps:
-            state, metrics = train_step(state, batch, null_text)
+            state, metrics = train_step(state, batch, null_text, *([frozen] if frozen else []))
             step += 1
             # While the devices work: the next batch, then the log of the step before.
             batch = place(next(examples), mesh)
@@ -125,9 +128,11 @@ def take_steps(
 
 
 def _clips(
-    config: Config, make_clips: MakeClips, records: Records, state: State, step: int
+    config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
 ) -> None:
     weights = state["params"] if config.optim.ema_decay is None else state["ema"]
+    if config.tune is not None:
+        weights = trainable.merged(weights, frozen, config)
     make_clips(weights, records, step)
 
 

@@ -14,6 +14,7 @@ from ltx2_jax.config import Config
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import gradients_reduced_in
+from ltx2_jax.training import trainable
 from ltx2_jax.training.batch import Batch
 from ltx2_jax.training.objective import averages, draw, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
@@ -23,25 +24,35 @@ def make_train_step(
     config: Config,
     strides: tuple[int, int, int],
     clock: AudioClock = AUDIO_CLOCK,
-) -> Callable[[State, Batch, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated.
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """The jitted step: (state, batch, null_text, frozen) -> (state, metrics).
+
+    The state is donated. `frozen` are the weights that are not trained; left out, there are none.
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
     Metrics: loss, that of each stream that is learned, also by quarter of sigma ([4], nan where no
     sample fell), gradient norm, learning rate.
     """
-    graphdef, tx = ltx2.graph(config.networks), optimizer(config)
+    tx = optimizer(config)
+    graphdef = ltx2.graph(config.networks) if config.tune is None else trainable.graph(config)
     chunks = config.optim.accumulate_steps
     schedule = learning_rate(config)
 
-    def train_step(state: State, batch: Batch, null_text: Batch) -> tuple[State, dict[str, Array]]:
-        def loss_of(params, batch, drawn):
+    def train_step(
+        state: State, batch: Batch, null_text: Batch, frozen: Any = None
+    ) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+
+        def loss_of(trained, batch, drawn):
+            # Every micro-batch leaves out other features: its first row says which one it is.
+            dropout = jax.random.fold_in(jax.random.fold_in(key, 1), drawn["row"][0])
+            params = trainable.join(trained, frozen, trainable.constants(config, dropout))
             with gradients_reduced_in(config.optim.reduce_dtype):
                 return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         drawn = draw(key, batch, config, strides, clock)
+        drawn["row"] = jnp.arange(drawn["drop_caption"].shape[0])
         (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = {
@@ -49,6 +60,8 @@ def make_train_step(
             "opt": opt,
             "step": state["step"] + 1,
         }
+        if "base" in state:
+            new["base"] = state["base"]
         if config.optim.ema_decay is not None:
             decay = ema_decay(config.optim.ema_decay, state["step"])
             new["ema"] = jax.tree.map(
