@@ -1,4 +1,4 @@
-"""Golden training cases of what a step learns: `objective`, `sigma_sampler`."""
+"""Golden training cases of what a step learns: `objective`, `sigma_sampler`, `lr_schedule`."""
 
 import contextlib
 import dataclasses
@@ -10,11 +10,12 @@ import pytest
 import tiny
 from golden_case import Case
 
-from ltx2_jax.config import Condition, FlowConfig
+from ltx2_jax.config import Condition, FlowConfig, OptimConfig
 from ltx2_jax.diffusion import conditioning, flow
 from ltx2_jax.errors import UserError
 from ltx2_jax.training import objective
-from ltx2_jax.training.trainer_yaml import Keys, flow_of
+from ltx2_jax.training.state import learning_rate
+from ltx2_jax.training.trainer_yaml import Keys, flow_of, schedule_of
 
 # Where we differ on purpose, and what a case is asked then. docs/finetuning.md has the same list.
 ON_PURPOSE = {
@@ -43,6 +44,16 @@ def sigmas(params, uniform, normal, pick, tokens):
         return flow.between(uniform, params.get("min_value", 0.0), params.get("max_value", 1.0))
     params = {name: params[name] for name in ("std", "eps", "uniform_prob") if name in params}
     return flow.shifted_logit_normal(normal, uniform, pick, tokens, **params)
+
+
+def run_lr_schedule(case: Case):
+    args, want = case.args, case.data["learning_rate"]
+    kind, rate, steps = (args[name] for name in ("scheduler_type", "learning_rate", "steps"))
+    fields = schedule_of(kind, Keys(args["scheduler_params"]), rate, steps)
+    optim = OptimConfig(learning_rate=rate, schedule=kind, **fields)
+    schedule = learning_rate(tiny.config(optim=optim, num_steps=steps))
+    rates = jax.vmap(schedule)(jnp.arange(len(want)))
+    np.testing.assert_allclose(rates, want, **case.spec["tolerance"])
 
 
 # -------------------------------------------------------------------------------------- objective

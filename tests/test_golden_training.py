@@ -19,7 +19,6 @@ NOT_YET_BUILT = {
     "lora_targets": "LoRA training",
     "lora_export": "LoRA training",
     "train_step": "LoRA training",
-    "lr_schedule": "LoRA training",
     "precomputed": "the official dataset format",
     "preprocess": "the official dataset format",
 }
@@ -27,6 +26,7 @@ NOT_YET_BUILT = {
 RUNNERS = {
     "objective": golden_training_objective.run_objective,
     "sigma_sampler": golden_training_objective.run_sigma_sampler,
+    "lr_schedule": golden_training_objective.run_lr_schedule,
 }
 
 
