@@ -11,7 +11,7 @@ import tiny
 from golden_case import Case
 
 from ltx2_jax.config import Condition, FlowConfig, OptimConfig
-from ltx2_jax.diffusion import conditioning, flow
+from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.training import objective
 from ltx2_jax.training.state import learning_rate
@@ -247,7 +247,7 @@ def refused(batch) -> bool:
 def factors(grid, reference) -> list:
     """Our spatial and temporal factor, "error" for one that is refused."""
     found = []
-    for factor in (conditioning.spatial_factor, conditioning.temporal_factor):
+    for factor in (geometry.spatial_factor, geometry.temporal_factor):
         try:
             found.append(factor(tuple(grid), tuple(reference)))
         except UserError:
@@ -262,7 +262,7 @@ def with_factors(stream, batch, theirs, strides):
     if factors(grid, reference) == theirs:
         return stream
     conditions, rates = stream.conditions, (batch["fps"], batch["video_reference_fps"])
-    positions = conditioning.reference_positions(
+    positions = geometry.reference_positions(
         reference, *map(jnp.asarray, rates), strides, spatial=theirs[0], temporal=theirs[1]
     )
     own = conditions.positions[:, :, : conditions.clip_tokens]

@@ -176,11 +176,19 @@ def video_positions(
     result is float32, a numpy array unless `fps` is a jax array. Keep it float32 up to the rotary
     angles: bfloat16 cannot tell neighbouring frames of a long clip apart.
     """
+    return in_seconds(pixel_bounds(latent_shape, strides, causal), fps)
+
+
+def in_seconds(bounds: np.ndarray, fps: float | np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Bounds [1, 3, T, 2] in pixel frames, rows and columns -> in seconds, rows and columns.
+
+    [B, 3, T, 2] for one rate per clip; see `video_positions`.
+    """
     xp = jnp if isinstance(fps, jax.Array) else np
     rate = xp.asarray(fps, np.float32).reshape(-1)  # [1] or [B]
     one = xp.ones_like(rate)
     divisor = xp.stack([rate, one, one], axis=-1)[:, :, None, None]  # [1 or B, 3, 1, 1]
-    return pixel_bounds(latent_shape, strides, causal) / divisor
+    return bounds / divisor
 
 
 def audio_positions(
@@ -200,6 +208,83 @@ def audio_positions(
         mel = np.maximum(mel + 1 - clock.downsample, 0)
     seconds = mel * clock.hop / clock.sample_rate
     return np.stack([seconds[:-1], seconds[1:]], axis=-1).astype(np.float32)[None, None]
+
+
+def spatial_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many pixels of a clip lie behind one of its reference, both given as (F', H', W').
+
+    Raises:
+      UserError: the reference is larger, or the sides are not the same whole multiple of its own.
+    """
+    for factor in range(1, grid[1] + 1):
+        if grid[1:] == (reference[1] * factor, reference[2] * factor):
+            return factor
+    raise UserError(
+        f"a reference of {reference[1]}x{reference[2]} latents for a clip of {grid[1]}x{grid[2]}: "
+        "both sides must be the same whole multiple of the reference's"
+    )
+
+
+def temporal_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many frames of a clip pass in one of its reference; 1 for a reference of one frame.
+
+    Raises:
+      UserError: the frames behind the first are not a whole multiple of the reference's.
+    """
+    ours, theirs = grid[0] - 1, reference[0] - 1
+    if theirs == 0:
+        return 1
+    if ours < theirs or ours % theirs:
+        raise UserError(
+            f"a reference of {theirs + 1} latent frames for a clip of {ours + 1}: the frames "
+            "behind the first must be a whole multiple of the reference's"
+        )
+    return ours // theirs
+
+
+def reference_positions(
+    reference: tuple[int, int, int],  # F', H', W' of the reference
+    fps: float | jax.Array,  # of the clip: one for all, or [B]
+    reference_fps: float | jax.Array,  # of the reference: the clip's over `temporal`
+    strides: tuple[int, int, int],
+    *,
+    spatial: int,
+    temporal: int,
+) -> jax.Array:
+    """Where the tokens of a reference lie in its clip: float32 [B or 1, 3, R, 2].
+
+    Rows and columns are stretched over the clip's pixels. A latent frame of the reference stands
+    for `temporal` times as many frames, and ends where the last of them ends.
+    """
+    positions = jnp.asarray(video_positions(reference, reference_fps, strides))
+    late = jnp.reshape((temporal - 1) / jnp.asarray(fps, jnp.float32), (-1, 1, 1))
+    seconds = jnp.maximum(positions[:, 0] - late, 0)
+    return jnp.concatenate([seconds[:, None], positions[:, 1:] * spatial], axis=1)
+
+
+# ----------------------------------------------------------------------------------------- regions
+# Of the tokens of a clip, [T]; `grid` is (F', H', W') of video, (A,) of audio.
+
+
+def first_latents(grid: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the first `count` latent frames, or latents of audio."""
+    return np.indices(grid)[0].reshape(-1) < count
+
+
+def last_latents(grid: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the last `count` latent frames, or latents of audio."""
+    return np.indices(grid)[0].reshape(-1) >= grid[0] - count
+
+
+def rectangle(
+    grid: tuple[int, int, int],
+    region: tuple[int, int, int, int],  # top, left, bottom, right in pixels
+    strides: tuple[int, int, int],
+) -> np.ndarray:
+    """bool [T], True in the latents of a rectangle in all frames; its bounds are rounded down."""
+    _, row, column = np.indices(grid).reshape(3, -1)
+    top, left, bottom, right = (x // s for x, s in zip(region, strides[1:] * 2, strict=True))
+    return (top <= row) & (row < bottom) & (left <= column) & (column < right)
 
 
 def _either(below: int, above: int) -> str:

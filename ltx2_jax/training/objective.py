@@ -236,12 +236,12 @@ def region_of(
     """Tokens of a clip that a condition gives whatever the clip: bool [T]. None: it gives none."""
     if what.kind == "first_frame":
         # One latent frame is the whole clip: given, it would leave nothing to learn.
-        return conditioning.first_latents(grid, 1) if grid[0] > 1 else None
+        return geometry.first_latents(grid, 1) if grid[0] > 1 else None
     if what.kind == "prefix":
-        return conditioning.first_latents(grid, what.length)
+        return geometry.first_latents(grid, what.length)
     if what.kind == "suffix":
-        return conditioning.last_latents(grid, what.length)
-    return conditioning.rectangle(grid, what.region, strides)
+        return geometry.last_latents(grid, what.length)
+    return geometry.rectangle(grid, what.region, strides)
 
 
 def _with_reference(
@@ -258,10 +258,10 @@ def _with_reference(
         positions = jnp.asarray(geometry.audio_positions(latents.shape[1], clock))
     else:
         grid, reference = batch["video"].shape[1:4], latents.shape[1:4]
-        spatial = conditioning.spatial_factor(grid, reference)
-        temporal = conditioning.temporal_factor(grid, reference)
+        spatial = geometry.spatial_factor(grid, reference)
+        temporal = geometry.temporal_factor(grid, reference)
         fps = jnp.asarray(batch["fps"])
-        positions = conditioning.reference_positions(
+        positions = geometry.reference_positions(
             reference,
             fps,
             jnp.asarray(batch.get("video_reference_fps", fps / temporal)),
@@ -297,8 +297,8 @@ def check_fields(
                 if what.kind == "mask" and shapes[field] != grid:
                     raise UserError(f"{where}: {shapes[field]} is not the grid of a clip, {grid}")
                 if field == "video_reference":
-                    conditioning.spatial_factor(grid, shapes[field][:3])
-                    conditioning.temporal_factor(grid, shapes[field][:3])
+                    geometry.spatial_factor(grid, shapes[field][:3])
+                    geometry.temporal_factor(grid, shapes[field][:3])
             elif (region := region_of(what, grid, strides)) is not None:
                 if not region.any():
                     raise UserError(f"{where}: no latent of a clip of {grid} lies in {what.region}")
