@@ -90,7 +90,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE.py[:ARG]",
+        metavar="FILE[:ARG]",
         help="a file with get_config(arg), or one of the official trainer (.yaml)",
     )
     args, rest = parser.parse_known_args(argv)

@@ -24,7 +24,7 @@ from ltx2_jax.diffusion import conditioning, flow, geometry
 from ltx2_jax.diffusion.conditioning import Conditions, of_clip
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.ltx2 import LTX2, TEXT_FIELDS
-from ltx2_jax.models.transformer.streams import Modality
+from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.sharding import pin, spec
 from ltx2_jax.training.batch import Batch
 
@@ -50,7 +50,7 @@ class StreamDraws:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("conditions", "noise", "sigma", "applied"),
+    data_fields=("conditions", "noise", "sigma", "applied", "present", "weight"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Stream:
     noise: Array | None  # [B, T, C]; None: frozen
     sigma: Array  # [B]; not read if frozen
     applied: Array | None = None  # bool [1], whether appended tokens take part; None: they do
+    present: Array | None = None  # bool [B], samples that have this stream; None: all
+    weight: Array | None = None  # [B], of their losses: 0, or what makes the mean one of those
 
     @property
     def x0(self) -> Array:
@@ -184,8 +186,21 @@ def condition(
         sigma = of_stream.sigma
         if sigma is None:
             sigma = jnp.zeros_like(draws["caption"])
-        drawn[name] = Stream(conditions, of_stream.noise, pin(sigma, "batch"), applied)
+        present = _present(name, batch)
+        drawn[name] = Stream(conditions, of_stream.noise, pin(sigma, "batch"), applied, *present)
     return drawn
+
+
+def _present(name: str, batch: Batch) -> tuple[Array | None, Array | None]:
+    """`Stream.present` and `Stream.weight`, which averages over the whole batch, however it is cut.
+
+    A batch says in `has_video` and `has_audio` which of its samples have the stream.
+    """
+    if f"has_{name}" not in batch:
+        return None, None
+    present = pin(jnp.asarray(batch[f"has_{name}"]), "batch")
+    share = jnp.mean(present.astype(jnp.float32))
+    return present, present / jnp.maximum(share, 1 / present.size)
 
 
 def tokens_of(name: str, latents: Array) -> Array:
@@ -377,18 +392,30 @@ def _loss_of_streams(
         as_modality(streams[name], contexts[name], mask) if name in streams else None
         for name in STREAMS
     ]
+    if any(stream.present is not None for stream in streams.values()):
+        inputs.append(_kept(streams, model))
     velocities = dict(zip(STREAMS, model.transformer(*inputs), strict=True))
     weights = {"video": run.video_weight, "audio": run.audio_weight}
     total, sums = 0.0, {}
     for name in run.generated:
         stream = streams[name]
         of_samples = sample_losses(stream, velocities[name])
-        total += weights[name] * jnp.mean(of_samples)
-        sums[f"{name}_loss"] = jnp.sum(of_samples)
+        weighted = of_samples if stream.weight is None else of_samples * stream.weight
+        total += weights[name] * jnp.mean(weighted)
+        sums[f"{name}_loss"] = jnp.sum(weighted)
         sums[f"{name}_quarter"], sums[f"{name}_count"] = flow.sigma_quarters(
-            of_samples, stream.sigma
+            of_samples, stream.sigma, stream.present
         )
     return total, sums
+
+
+def _kept(streams: dict[str, Stream], model: LTX2) -> Keep:
+    """A stream that a sample does not have is not read by the other one."""
+    layers, kept = model.transformer.cfg.num_layers, {}
+    for name, other in (("video", "audio"), ("audio", "video")):
+        if name in streams and (present := streams[name].present) is not None:
+            kept[f"{name}_to_{other}"] = jnp.tile(present[:, None], (1, layers))
+    return Keep(**kept)
 
 
 def sample_losses(stream: Stream, velocity: Array) -> Array:
