@@ -384,8 +384,13 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
         raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
     if not isinstance(config, Config):
         raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
-    config = replaced(config, overrides or {})
-    _check_used(config, overrides or {})
+    return changed(config, overrides or {})
+
+
+def changed(config: Config, overrides: dict[str, str]) -> Config:
+    """`config` with the fields that flags name; UserError for one that would not be read."""
+    config = replaced(config, overrides)
+    _check_used(config, overrides)
     return config
 
 

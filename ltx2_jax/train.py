@@ -18,6 +18,7 @@ from ltx2_jax.evaluation.sync import sync_report
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.training import trainer_yaml
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import train
 
@@ -87,12 +88,15 @@ def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
     parser = command.parser("train", DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config(arg)"
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a file with get_config(arg), or one of the official trainer (.yaml)",
     )
     args, rest = parser.parse_known_args(argv)
     return command.run(
         "train",
-        lambda: main(config_lib.load(args.config, config_lib.overrides(rest))),
+        lambda: main(trainer_yaml.load(args.config, config_lib.overrides(rest))),
         interrupted="the same command continues",
     )
 

@@ -8,6 +8,7 @@ runs any set of the same layout; `--golden-dir` holds the checkpoints that some 
 of case that no runner knows fails. A runner takes a `Case` and checks it, or returns the outputs.
 """
 
+import golden_training_objective
 import jax
 import numpy as np
 import pytest
@@ -15,17 +16,18 @@ from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
 NOT_YET_BUILT = {
-    "objective": "training modes",
-    "sigma_sampler": "training modes",
     "lora_targets": "LoRA training",
     "lora_export": "LoRA training",
     "train_step": "LoRA training",
-    "lr_schedule": "LoRA training",
     "precomputed": "the official dataset format",
     "preprocess": "the official dataset format",
 }
 
-RUNNERS: dict = {}
+RUNNERS = {
+    "objective": golden_training_objective.run_objective,
+    "sigma_sampler": golden_training_objective.run_sigma_sampler,
+    "lr_schedule": golden_training_objective.run_lr_schedule,
+}
 
 
 def test_golden_training_case(golden_training_case: Case):

@@ -16,7 +16,7 @@ from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.training import checkpoint, initial, objective
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -116,28 +116,37 @@ def check_codec(config: Config) -> None:
 def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
     check_schema(config, records.schema, records.folder)
-    *grid, _ = records.schema.fields["video"].shape
-    check_mesh(config.model.num_heads, math.prod(grid), mesh)
+    fields = records.schema.fields
+    for name in ("video", "video_reference"):
+        if name in fields and "video" in config.flow.streams:
+            *grid, _ = fields[name].shape
+            check_mesh(config.model.num_heads, math.prod(grid), mesh)
 
 
 def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
-    model = config.model
-    schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
-    check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
+    model, streams = config.model, config.flow.streams
+    shapes = {name: field.shape for name, field in schema.fields.items()}
+    try:
+        objective.check_fields(config.flow, shapes, strides_of(schema))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    ranks = {"video": (None,) * 4, "audio": (None,) * 3}
+    schema.require(folder, **{name: ranks[name] for name in streams})
+    if "video" in streams:
+        check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
     if schema.release != config.data.release:
         raise UserError(
             f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
             f"data.release={config.data.release!r}"
         )
-    channels = schema.fields["video"].shape[-1]
-    _, bins, audio_channels = schema.fields["audio"].shape
-    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
-        raise UserError(
-            f"{folder}: latents have {channels} video and {bins * audio_channels} audio "
-            f"channels, but model.in_channels={model.in_channels} and "
-            f"model.audio_in_channels={model.audio_in_channels}"
-        )
+    for name, axes, wanted in (("video", 1, "in_channels"), ("audio", 2, "audio_in_channels")):
+        if name in streams:
+            channels, ours = math.prod(shapes[name][-axes:]), getattr(model, wanted)
+            if channels != ours:
+                raise UserError(
+                    f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
+                )
     text = config.text
     schema.require(
         folder,
@@ -148,6 +157,14 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     )
     audio = "audio_text" if "audio_text" in schema.fields else "video_text"
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
+
+
+def strides_of(schema: Schema) -> tuple[int, int, int]:
+    """Pixels behind one video latent of a dataset: frames (not known here: 1), rows, columns."""
+    if "video" not in schema.fields:
+        return 1, 1, 1
+    _, rows, columns, _ = schema.fields["video"].shape
+    return 1, schema.height // rows, schema.width // columns
 
 
 def check_same_makers(records: Records, assets: Path) -> None:

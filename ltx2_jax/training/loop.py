@@ -227,7 +227,9 @@ def first_state(
 def step_timer(config: Config, records: Records) -> StepTimer:
     """Tokens and FLOPs of one global batch, for throughput and MFU."""
     fields, rows = records.schema.fields, config.data.batch_size
-    video, audio = int(np.prod(fields["video"].shape[:3])), fields["audio"].shape[0]
+    tokens = {name: int(np.prod(fields[name].shape[:n])) for name, n in (("video", 3), ("audio", 1))
+              if name in config.flow.streams}  # fmt: skip
+    video, audio = tokens.get("video", 0), tokens.get("audio", 0)
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),
@@ -260,7 +262,7 @@ def describe(
     print(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
-        f"{list(schema.fields['video'].shape)} and {list(schema.fields['audio'].shape)}\n"
+        f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
         f"model    {parameters / 1e6:,.2f} M parameters, {config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "

@@ -8,6 +8,8 @@ the same step gives the same numbers on any mesh and however it is cut into micr
 Source: `ltx_trainer/training_strategies/flexible.py`.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -274,6 +276,38 @@ def _field(batch: Batch, name: str, why: str) -> Array:
     if name not in batch:
         raise UserError(f"{why} needs the field {name!r}; a batch has {', '.join(batch)}")
     return jnp.asarray(batch[name])
+
+
+def check_fields(
+    run: FlowConfig, shapes: Mapping[str, tuple[int, ...]], strides: tuple[int, int, int]
+) -> None:
+    """UserError unless records with fields of these shapes hold what the streams of a run read."""
+    for name in run.streams:
+        if name not in shapes:
+            role = getattr(run, name).role
+            raise UserError(f"flow.{name}.role={role}: there is no {name} in its records")
+        grid = shapes[name][:3] if name == "video" else shapes[name][:1]
+        left = np.ones(math.prod(grid), bool)  # tokens that may have to be generated
+        for what in run.conditions(name):
+            where = f"flow.{name}.conditions: {what.kind}"
+            if what.kind in ("mask", "reference"):
+                field = f"{name}_{what.kind}"
+                if field not in shapes:
+                    raise UserError(f"{where}: there is no field {field!r} in its records")
+                if what.kind == "mask" and shapes[field] != grid:
+                    raise UserError(f"{where}: {shapes[field]} is not the grid of a clip, {grid}")
+                if field == "video_reference":
+                    conditioning.spatial_factor(grid, shapes[field][:3])
+                    conditioning.temporal_factor(grid, shapes[field][:3])
+            elif (region := region_of(what, grid, strides)) is not None:
+                if not region.any():
+                    raise UserError(f"{where}: no latent of a clip of {grid} lies in {what.region}")
+                left &= ~region if what.probability == 1 else True
+        if not left.any():
+            raise UserError(
+                f"flow.{name}.conditions: all of a clip of {grid} latents is given, always: there "
+                "is nothing to learn"
+            )
 
 
 # ---------------------------------------------------------------------------------------- the loss
