@@ -12,13 +12,13 @@ import optax
 import tiny
 from flax import nnx
 from golden_case import Case, file_of, read_tensors, release_of
-from golden_training_objective import as_official, batch_of, draws_of
+from golden_training_objective import as_official, batch_of, draws_of, sigmas
 from safetensors import safe_open
 
 from ltx2_jax.config import Config, LoraConfig, OptimConfig, TextConfig, TuneConfig
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import initial, objective, trainable
-from ltx2_jax.training.state import learning_rate, optimizer, reached
+from ltx2_jax.training.state import learning_rate, optimizer
 from ltx2_jax.training.trainer_yaml import Keys, flow_of, schedule_of
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import lora_targets, mapping
@@ -194,64 +194,80 @@ def one_device():
 # ----------------------------------------------------------------------------------- train_step
 
 
+STRIDES = (8, 32, 32)
+
+
 def run_train_step(case: Case):
-    with jax.set_mesh(one_device()) as mesh:
-        train_steps(case, jax.sharding.get_mesh() if mesh is None else mesh)
-
-
-def train_steps(case: Case, mesh):
     """Every step with the official draws: what it predicts, its gradients, and the adapters."""
-    given, config = case.inputs(), run_of(case)
-    strides = (8, 32, 32)
-    features = {"v_context": given["v_features"], "a_context": given["a_features"],
-                "context_mask": given["features_mask"]}  # fmt: skip
-    batch, _ = batch_of(given | features, {}, legacy=False)
-    config = replace(config, flow=as_official(config.flow, batch, legacy=False))
-    graph, frozen = trainable.graph(config), initial.load_frozen(config, mesh)
-    start = {
-        module: Target(given[f"adapter.{module}.lora_A"], given[f"adapter.{module}.lora_B"])
-        for module in lora_targets.modules(trainable.adapted(config))
-    }
-    trained = jax.tree.map(jnp.asarray, as_trained(Lora(start), config))
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        given, config = case.inputs(), run_of(case)
+        features = {"v_context": given["v_features"], "a_context": given["a_features"],
+                    "context_mask": given["features_mask"]}  # fmt: skip
+        batch, _ = batch_of(given | features, {}, legacy=False)
+        config = replace(config, flow=as_official(config.flow, batch, legacy=False))
+        frozen, rate = initial.load_frozen(config, mesh), learning_rate(config)
+        start = {
+            module: Target(given[f"adapter.{module}.lora_A"], given[f"adapter.{module}.lora_B"])
+            for module in lora_targets.modules(trainable.adapted(config))
+        }
+        trained, steady = as_trained(Lora(start), config), []
+        like, one_step = jax.eval_shape(optimizer(config).init, trained), step_of(config)
+        opt, limits = (
+            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
+            case.data["tolerance"],
+        )
+        for step, want in enumerate(case.data["steps"]):
+            draws = draws_of_step(case, config, given, step)
+            trained, opt, seen = one_step(trained, opt, frozen, batch, draws)
+            seen = jax.device_get(seen)
+            for name in ("loss", "loss_per_sample", "grad_norm"):
+                atol = limits["grad_norm" if name == "grad_norm" else "loss"]
+                np.testing.assert_allclose(seen[name], want[name], rtol=1e-5, atol=atol)
+            np.testing.assert_allclose(rate(step), want["lr"], rtol=1e-6)
+            if step == 0:
+                compare_first(case, config, seen)
+            # Where a gradient is more than rounding, which Adam makes as large as all others.
+            steady.append(jax.tree.map(lambda g: abs(g) > 1e-4 * abs(g).max(), seen["grads"]))
+        steady = jax.tree.map(lambda *parts: np.all(parts, axis=0), *steady)
+        compare_after(case, config, jax.device_get(trained), start, steady)
 
-    @jax.jit
-    def gradients(trained, drawn):
+
+def step_of(config: Config):
+    """The jitted step: (adapters, moments, frozen, batch, draws) -> (both anew, what is seen)."""
+    graph, tx = trainable.graph(config), optimizer(config)
+
+    def one_step(trained, opt, frozen, batch, draws):
+        drawn = objective.condition(batch, draws, config, STRIDES)
+
         def loss_of(trained):
             params = trainable.join(trained, frozen, trainable.constants(config))
-            model = nnx.merge(graph, params)
+            model, names = nnx.merge(graph, params), config.flow.streams
             text = {name: batch[name] for name in ("video_text", "audio_text", "text_mask")}
             *contexts, mask = model.context(text)
             contexts = dict(zip(objective.STREAMS, contexts, strict=True))
             inputs = [
-                objective.as_modality(drawn[s], contexts[s], mask) if s in drawn else None
+                objective.as_modality(drawn[s], contexts[s], mask) if s in names else None
                 for s in objective.STREAMS
             ]
             velocities = dict(zip(objective.STREAMS, model.transformer(*inputs), strict=True))
-            losses = sum(
+            losses = [
                 objective.sample_losses(drawn[s], velocities[s]) for s in config.flow.generated
-            )
-            seen = {s: (velocities[s], contexts[s]) for s in config.flow.streams}
-            return jnp.mean(losses), (losses, seen, mask)
+            ]
+            seen = {"loss_per_sample": sum(losses), "mask": mask}
+            for s in names:
+                appended = velocities[s].shape[1] - drawn[s].conditions.clip_tokens
+                # The official trainer puts references in front.
+                velocity = jnp.roll(velocities[s], appended, 1)
+                seen[s] = {"prediction": velocity, "context": contexts[s], "sigma": drawn[s].sigma}
+            return jnp.mean(sum(losses)), seen
 
-        return jax.value_and_grad(loss_of, has_aux=True)(trained)
+        (loss, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        seen |= {"loss": loss, "grads": grads, "grad_norm": optax.tree.norm(grads)}
+        updates, opt = tx.update(grads, opt, trained)
+        return optax.apply_updates(trained, updates), opt, seen
 
-    tx = optimizer(config)
-    update, rate = jax.jit(tx.update), learning_rate(config)
-    opt, limits = jax.jit(tx.init)(trained), case.data["tolerance"]
-    for step, want in enumerate(case.data["steps"]):
-        drawn = drawn_of(case, config, batch, given, step, strides)
-        streams = {s: drawn[s] for s in config.flow.streams}
-        (loss, aux), grads = gradients(trained, streams)
-        np.testing.assert_allclose(loss, want["loss"], rtol=1e-5, atol=limits["loss"])
-        np.testing.assert_allclose(aux[0], want["loss_per_sample"], rtol=1e-5, atol=limits["loss"])
-        norm = optax.tree.norm(grads)
-        np.testing.assert_allclose(norm, want["grad_norm"], rtol=1e-5, atol=limits["grad_norm"])
-        np.testing.assert_allclose(rate(step), want["lr"], rtol=1e-6)
-        if step == 0:
-            compare_first(case, config, drawn, aux, grads)
-        updates, opt = update(grads, opt, trained)
-        trained = optax.apply_updates(trained, updates)
-    compare_after(case, config, trained, start)
+    return jax.jit(one_step)
 
 
 def run_of(case: Case) -> Config:
@@ -270,62 +286,59 @@ def run_of(case: Case) -> Config:
     return config_of(case, flow=flow, optim=optim, num_steps=args["scheduler_steps"])
 
 
-def drawn_of(case: Case, config: Config, batch, given, step, strides):
-    """The streams of a step, from the official numbers."""
+def draws_of_step(case: Case, config: Config, given, step):
+    """The official numbers of a step, as ours are."""
     prefix = f"step{step}_"
     now = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-    latents = {name: given[name] for name in ("v_latents", "a_latents") if name in given}
-    noises = {s: now.get(f"{p}_noise") for s, p in (("video", "v"), ("audio", "a"))}
+    now |= {name: given[name] for name in ("v_latents", "a_latents") if name in given}
     args = {"timestep_sampling_params": {}, "strategy": case.args["strategy"]}
     draws = {"caption": np.ones(len(given["features_mask"]), np.float32)}
     for name in config.flow.streams:
-        draws[name] = draws_of(name, now | latents, args, config.flow, noises[name])
-    return objective.condition(batch, draws, config, strides)
+        p = name[0]
+        if (noise := now.get(f"{p}_noise")) is not None:
+            numbers = (now[f"{p}_{kind}_draw"] for kind in ("uniform", "normal", "mixture"))
+            now[f"{p}_sigma"] = sigmas({}, *numbers, noise.shape[1])
+        draws[name] = draws_of(name, now, args, config.flow, noise)
+    return draws
 
 
-def compare_first(case: Case, config: Config, drawn, aux, grads):
+def compare_first(case: Case, config: Config, seen):
     """What the first step predicts, and the gradients of every adapter before clipping."""
-    _, seen, mask = aux
     limits, expected = case.data["tolerance"], case.expected()
-    got = {"loss_per_sample": aux[0]}
-    for name, p in (("video", "v"), ("audio", "a")):
-        if name not in seen:
-            continue
-        velocity, context = seen[name]
-        appended = velocity.shape[1] - drawn[name].conditions.clip_tokens
-        got[f"{p}_prediction"] = jnp.roll(velocity, appended, 1)
-        got[f"{p}_context"] = context
-        got[f"{p}_context_mask"] = np.ones(context.shape[:2]) if mask is None else mask
-        got[f"{p}_sigma"] = drawn[name].sigma
+    got = {"loss_per_sample": seen["loss_per_sample"]}
+    for name in config.flow.streams:
+        context = seen[name]["context"]
+        mask = np.ones(context.shape[:2]) if seen["mask"] is None else seen["mask"]
+        of_stream = seen[name] | {"context_mask": mask}
+        got |= {f"{name[0]}_{what}": value for what, value in of_stream.items()}
     for name, value in got.items():
         cut = case.spec.get("subsample", {}).get(name)
         if cut:
             value = value[tuple(slice(*s) if s else slice(None) for s in cut["slices"])]
         np.testing.assert_allclose(value, expected[name], err_msg=name, **case.spec["tolerance"])
-    of_module, seen = by_module(grads, config), set(got)
+    of_module, compared = by_module(seen["grads"], config), set(got)
     for name, want in expected.items():
         if name.startswith("grad."):
             value = of_module[name.removeprefix("grad.")]
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=limits["gradient"])
-            seen.add(name)
-    assert {name for name in expected if not name.startswith("after.")} == seen
-    on = {path: np.atleast_1d(x) for path, x in reached(grads).items()}
-    for one in trainable.adapted(config):
-        for layer, module in enumerate(one.modules):
-            norms = case.data["first_step_gradient_norms"][module]
-            here = on[("transformer", *one.path, trainable.ADAPTER)][layer]
-            assert here == (norms is not None), module
-            for letter, norm in zip("AB", norms or (), strict=False):
-                ours = np.linalg.norm(of_module[f"{module}.lora_{letter}"])
-                np.testing.assert_allclose(ours, norm, rtol=1e-4, atol=limits["grad_norm"])
+            compared.add(name)
+    assert {name for name in expected if not name.startswith("after.")} == compared
+    for module, norms in case.data["first_step_gradient_norms"].items():
+        pair = [of_module[f"{module}.lora_{letter}"] for letter in "AB"]
+        assert any(x.any() for x in pair) == (norms is not None), module
+        for value, norm in zip(pair, norms or (), strict=False):
+            ours = np.linalg.norm(value)
+            np.testing.assert_allclose(ours, norm, rtol=1e-4, atol=limits["grad_norm"])
 
 
-def compare_after(case: Case, config: Config, trained, start):
-    ours, expected = by_module(trained, config), case.expected()
+def compare_after(case: Case, config: Config, trained, start, steady):
+    ours, steady, expected = by_module(trained, config), by_module(steady, config), case.expected()
     for name, want in expected.items():
         if name.startswith("after."):
-            value, atol = ours[name.removeprefix("after.")], case.data["tolerance"]["after"]
-            np.testing.assert_allclose(value, want, rtol=1e-6, atol=atol, err_msg=name)
+            module, atol = name.removeprefix("after."), case.data["tolerance"]["after"]
+            assert steady[module].mean() > 0.9 or not steady[module].any()
+            far = atol + 1e-6 * abs(want) + ~steady[module] * case.args["learning_rate"]
+            assert (abs(ours[module] - want) <= far).all(), name
     for module, norms in case.data["first_step_gradient_norms"].items():
         if norms is None:  # bit for bit
             np.testing.assert_array_equal(ours[f"{module}.lora_A"], start[module].a)
