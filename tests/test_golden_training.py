@@ -8,6 +8,7 @@ runs any set of the same layout; `--golden-dir` holds the checkpoints that some 
 of case that no runner knows fails. A runner takes a `Case` and checks it, or returns the outputs.
 """
 
+import golden_training_lora
 import golden_training_objective
 import jax
 import numpy as np
@@ -16,9 +17,6 @@ from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
 NOT_YET_BUILT = {
-    "lora_targets": "LoRA training",
-    "lora_export": "LoRA training",
-    "train_step": "LoRA training",
     "precomputed": "the official dataset format",
     "preprocess": "the official dataset format",
 }
@@ -27,6 +25,9 @@ RUNNERS = {
     "objective": golden_training_objective.run_objective,
     "sigma_sampler": golden_training_objective.run_sigma_sampler,
     "lr_schedule": golden_training_objective.run_lr_schedule,
+    "lora_targets": golden_training_lora.run_lora_targets,
+    "lora_export": golden_training_lora.run_lora_export,
+    "train_step": golden_training_lora.run_train_step,
 }
 
 

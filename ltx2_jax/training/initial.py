@@ -26,6 +26,7 @@ from ltx2_jax.training import trainable
 from ltx2_jax.training.trainable import adapted
 from ltx2_jax.weights import export, mapping, versions
 from ltx2_jax.weights import lora as loras
+from ltx2_jax.weights.loading import automatic
 from ltx2_jax.weights.names import transformer
 from ltx2_jax.weights.release import Release
 from ltx2_jax.weights.sources import open_release
@@ -142,7 +143,10 @@ def _read(config: Config, homes: dict[str, Any]) -> dict[str, Any]:
                 if parameter.path in leaves
             ]
             dtype = lambda parameter: parameter.leaf.dtype  # noqa: E731
-            found[network] = mapping.tree(release.stream(network, wanted, dtype, progress=network))
+            # Its programs are those of a mesh of Auto axes, whatever the mesh around.
+            with jax.set_mesh(automatic(next(iter(leaves.values())).sharding).mesh):
+                stream = release.stream(network, wanted, dtype, progress=network)
+                found[network] = mapping.tree(stream)
     return found
 
 

@@ -66,7 +66,9 @@ def train(config: Config, make_clips: MakeClips) -> None:
         state = first_state(config, checkpoints, start, abstract, mesh)
         state = initial.tied(config, state, frozen)
         clips = partial(_clips, config, make_clips, records, frozen)
-        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips, frozen)
+        state, step = take_steps(
+            config, state, start, records, checkpoints, mesh, clips, frozen=frozen
+        )
         checkpoints.wait()
         if step < config.num_steps:
             print(f"stopped and saved at step {step}; the same command resumes", flush=True)
@@ -87,6 +89,7 @@ def take_steps(
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
     train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
+    train_step = partial(train_step, frozen=frozen) if frozen else train_step
     null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
     taken = checkpoints.data_position(start) if start else 0
     examples = batches(config, records, mesh, taken)
@@ -103,7 +106,7 @@ def take_steps(
     ):
         batch = place(next(examples), mesh)
         while step < config.num_steps:
-            state, metrics = train_step(state, batch, null_text, *([frozen] if frozen else []))
+            state, metrics = train_step(state, batch, null_text)
             step += 1
             # While the devices work: the next batch, then the log of the step before.
             batch = place(next(examples), mesh)
