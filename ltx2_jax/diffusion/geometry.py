@@ -250,41 +250,69 @@ def reference_positions(
     *,
     spatial: int,
     temporal: int,
-) -> jax.Array:
+) -> np.ndarray | jax.Array:
     """Where the tokens of a reference lie in its clip: float32 [B or 1, 3, R, 2].
 
     Rows and columns are stretched over the clip's pixels. A latent frame of the reference stands
-    for `temporal` times as many frames, and ends where the last of them ends.
+    for `temporal` times as many frames, and ends where the last of them ends. A numpy array unless
+    a rate is a jax array.
     """
-    positions = jnp.asarray(video_positions(reference, reference_fps, strides))
-    late = jnp.reshape((temporal - 1) / jnp.asarray(fps, jnp.float32), (-1, 1, 1))
-    seconds = jnp.maximum(positions[:, 0] - late, 0)
-    return jnp.concatenate([seconds[:, None], positions[:, 1:] * spatial], axis=1)
+    positions = video_positions(reference, reference_fps, strides)
+    xp = jnp if isinstance(positions, jax.Array) or isinstance(fps, jax.Array) else np
+    late = (temporal - 1) / xp.asarray(fps, np.float32).reshape(-1, 1, 1)
+    seconds = xp.maximum(positions[:, 0] - late, 0)  # [B or 1, R, 2]
+    pixels = xp.broadcast_to(positions[:, 1:] * spatial, (len(seconds), 2, *seconds.shape[1:]))
+    return xp.concatenate([seconds[:, None], pixels], axis=1)
 
 
-# ----------------------------------------------------------------------------------------- regions
-# Of the tokens of a clip, [T]; `grid` is (F', H', W') of video, (A,) of audio.
+# ------------------------------------------------------------------------------------------ masks
 
 
-def first_latents(grid: tuple[int, ...], count: int) -> np.ndarray:
-    """bool [T], True in the first `count` latent frames, or latents of audio."""
-    return np.indices(grid)[0].reshape(-1) < count
+def latent_mask(mask: np.ndarray, latent_shape: tuple[int, int, int]) -> np.ndarray:
+    """A mask of pixels [B, F, H, W] in [0, 1] -> of latents, the mean of what is behind each.
+
+    float32 [B, F', H', W']. The first frame stands alone, as in the codec.
+    """
+    batch, frames, height, width = mask.shape
+    F, H, W = latent_shape
+    if height % H or width % W or (frames - 1) % max(F - 1, 1):
+        raise UserError(
+            f"a mask of {frames} frames of {width}x{height} does not divide into {F} of {W}x{H}"
+        )
+    cells = np.asarray(mask, np.float32).reshape(batch, frames, H, height // H, W, width // W)
+    cells = cells.mean((3, 5))
+    if F == 1:
+        return cells[:, :1]
+    later = cells[:, 1:].reshape(batch, F - 1, (frames - 1) // (F - 1), H, W).mean(2)
+    return np.concatenate([cells[:, :1], later], 1)
 
 
-def last_latents(grid: tuple[int, ...], count: int) -> np.ndarray:
-    """bool [T], True in the last `count` latent frames, or latents of audio."""
-    return np.indices(grid)[0].reshape(-1) >= grid[0] - count
+def first_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the first latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) < count
+
+
+def last_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the last latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) >= latent_shape[0] - count
 
 
 def rectangle(
-    grid: tuple[int, int, int],
-    region: tuple[int, int, int, int],  # top, left, bottom, right in pixels
-    strides: tuple[int, int, int],
+    latent_shape: tuple[int, int, int],
+    region: tuple[int, int, int, int],
+    strides: tuple[int, int, int] = VIDEO_STRIDES,
 ) -> np.ndarray:
-    """bool [T], True in the latents of a rectangle in all frames; its bounds are rounded down."""
-    _, row, column = np.indices(grid).reshape(3, -1)
-    top, left, bottom, right = (x // s for x, s in zip(region, strides[1:] * 2, strict=True))
-    return (top <= row) & (row < bottom) & (left <= column) & (column < right)
+    """bool [1, F', H', W']: the latents of the pixels from (top, left) up to (bottom, right).
+
+    `region` is top, left, bottom, right; a latent counts by its first pixel. Raises UserError if
+    nothing of the clip lies in it.
+    """
+    top, left, bottom, right = (edge // strides[1 + i % 2] for i, edge in enumerate(region))
+    inside = np.zeros((1, *latent_shape), bool)
+    inside[:, :, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
+    if not inside.any():
+        raise UserError(f"no latents lie in the region {region} (top, left, bottom, right)")
+    return inside
 
 
 def _either(below: int, above: int) -> str:

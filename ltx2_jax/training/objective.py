@@ -256,7 +256,7 @@ def region_of(
         return geometry.first_latents(grid, what.length)
     if what.kind == "suffix":
         return geometry.last_latents(grid, what.length)
-    return geometry.rectangle(grid, what.region, strides)
+    return geometry.rectangle(grid, what.region, strides).reshape(-1)
 
 
 def _with_reference(
@@ -315,8 +315,6 @@ def check_fields(
                     geometry.spatial_factor(grid, shapes[field][:3])
                     geometry.temporal_factor(grid, shapes[field][:3])
             elif (region := region_of(what, grid, strides)) is not None:
-                if not region.any():
-                    raise UserError(f"{where}: no latent of a clip of {grid} lies in {what.region}")
                 left &= ~region if what.probability == 1 else True
         if not left.any():
             raise UserError(
