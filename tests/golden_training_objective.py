@@ -2,11 +2,11 @@
 
 Where we differ on purpose, a case is asked this; docs/finetuning.md has the same list.
 
-- One latent frame: a first frame that is all of a clip is not given here. The official trainer gives
-  it, which is our prefix of 1.
+- One latent frame: a first frame that is all of a clip is not given here. The official trainer
+  gives it, which is our prefix of 1.
 - Frame rates: each sample has its own here. The official trainer takes the first for all.
-- Reference factors: found here from the batch at hand. Where the official trainer finds none, or its
-  deprecated strategy reads none, its positions are those of a factor of 1.
+- Reference factors: found here from the batch at hand. Where the official trainer finds none, or
+  its deprecated strategy reads none, its positions are those of a factor of 1.
 - Uneven references: refused here. The official trainer rounds their factor down.
 - Marks: latent frame 0 is marked here, for models that know marks. The official trainer marks none.
 - Noise: drawn in float32 here. The cases with latents in bfloat16 feed noise in bfloat16, which
