@@ -16,7 +16,7 @@ from golden_training_objective import as_official, batch_of, draws_of, sigmas
 from safetensors import safe_open
 
 from ltx2_jax.config import Config, LoraConfig, OptimConfig, TextConfig, TuneConfig
-from ltx2_jax.sharding import make_mesh
+from ltx2_jax.sharding import make_mesh, sharding_of
 from ltx2_jax.training import initial, objective, trainable
 from ltx2_jax.training.state import learning_rate, optimizer
 from ltx2_jax.training.trainer_yaml import Keys, flow_of, schedule_of
@@ -213,10 +213,9 @@ def run_train_step(case: Case):
         }
         trained, steady = as_trained(Lora(start), config), []
         like, one_step = jax.eval_shape(optimizer(config).init, trained), step_of(config)
-        opt, limits = (
-            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
-            case.data["tolerance"],
-        )
+        opt = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        trained, opt = jax.device_put((trained, opt), sharding_of(mesh))  # as the step gives them
+        limits = case.data["tolerance"]
         for step, want in enumerate(case.data["steps"]):
             draws = draws_of_step(case, config, given, step)
             trained, opt, seen = one_step(trained, opt, frozen, batch, draws)

@@ -110,13 +110,9 @@ def load_frozen(
     """
     if config.tune is None:
         return {}
-    used = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
-    if not (resident or config.tune.resident):
-        spread = ltx2.abstract_params(config.networks, mesh)
-        used = jax.tree.map(
-            lambda a, b: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=b.sharding), used, spread
-        )
-    return _read(config, trainable.split(used, config)[1])
+    with resident_weights() if resident or config.tune.resident else contextlib.nullcontext():
+        homes = ltx2.as_used(config.networks, ltx2.abstract_params(config.networks, mesh))
+    return _read(config, trainable.split(homes, config)[1])
 
 
 def trained_homes(

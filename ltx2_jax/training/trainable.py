@@ -80,12 +80,13 @@ def check(config: Config) -> None:
     """UserError for a rule or a target that means nothing, and for ranks that are too high."""
     if config.tune is None:
         return
-    params = jax.eval_shape(lambda: ltx2.init_params(jax.random.key(0), config.networks))
-    paths = [tuple(map(str, path)) for path in mapping.leaves(params)]
     if config.tune.lora is not None:
         paths = [
             ("transformer", *one.path, ADAPTER, name) for one in adapted(config) for name in "ab"
         ]
+    else:
+        params = jax.eval_shape(lambda: ltx2.init_params(jax.random.key(0), config.networks))
+        paths = list(mapping.leaves(params))
     trained = [path for path in paths if is_trained(path, config)]
     for name, rules, among in (
         ("train", config.tune.train if config.tune.lora is None else (), paths),
