@@ -312,8 +312,7 @@ def check_fields(
                 if what.kind == "mask" and shapes[field] != grid:
                     raise UserError(f"{where}: {shapes[field]} is not the grid of a clip, {grid}")
                 if field == "video_reference":
-                    geometry.spatial_factor(grid, shapes[field][:3])
-                    geometry.temporal_factor(grid, shapes[field][:3])
+                    reference_factors(run, shapes)
             elif (region := region_of(what, grid, strides)) is not None:
                 left &= ~region if what.probability == 1 else True
         if not left.any():
@@ -321,6 +320,16 @@ def check_fields(
                 f"flow.{name}.conditions: all of a clip of {grid} latents is given, always: there "
                 "is nothing to learn"
             )
+
+
+def reference_factors(
+    run: FlowConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int] | tuple[None, None]:
+    """Spatial and temporal factor of the video references that a run is given; None without any."""
+    if all(what.kind != "reference" for what in run.conditions("video")):
+        return None, None
+    grid, reference = shapes["video"][:3], shapes["video_reference"][:3]
+    return geometry.spatial_factor(grid, reference), geometry.temporal_factor(grid, reference)
 
 
 # ---------------------------------------------------------------------------------------- the loss

@@ -218,6 +218,13 @@ def test_one_draw_decides_for_all_references_of_a_batch():
         assert model.video.latent.shape[1] == (20 if taken[seed] else 16)
 
 
+def test_a_run_knows_the_factors_of_its_references():
+    shapes = {name: value.shape[1:] for name, value in full().items()}
+    assert objective.reference_factors(FlowConfig(given(REFERENCE)), shapes) == (2, 1)
+    assert objective.reference_factors(FlowConfig(given(MASK)), shapes) == (None, None)
+    assert objective.reference_factors(FlowConfig(ABSENT, given(REFERENCE)), {}) == (None, None)
+
+
 # ---- noise levels --------------------------------------------------------------------------------
 
 
