@@ -29,6 +29,7 @@ example:
   python -m ltx2_jax.train --config=configs/quickstart.py
   python -m ltx2_jax.train --config=configs/quickstart.py --config.num_steps=100 \\
       --config.workdir=/tmp/short
+  python -m ltx2_jax.train --config=t2v_lora.yaml   # a file of the official trainer
 
 Every field of the config can be changed with --config.FIELD=VALUE. Running the same command again
 resumes from the newest checkpoint of the workdir.

@@ -103,8 +103,8 @@ def batch_of(given, dtypes, legacy):
         rows = len(batch["video"])
         # The first sample's rate for all. Where files do not say, loaders take 24.
         batch["fps"] = np.full(rows, given["fps"][0] if "fps" in given else 24.0, np.float32)
-        if "v_reference_fps" in given:
-            rate = batch["fps"][0] if legacy else given["v_reference_fps"][0]
+        if "v_reference_latents" in given:
+            rate = batch["fps"][0] if legacy else given.get("v_reference_fps", [24.0])[0]
             batch["video_reference_fps"] = np.full(rows, rate, np.float32)
     text = {"video_text": "v_context", "audio_text": "a_context", "text_mask": "context_mask"}
     if "prompt_embeds" in given:

@@ -210,7 +210,8 @@ def test_a_file_is_read_with_its_release_from_its_weights_and_changed_by_flags(t
     assert config.model.gated_attention
     assert config.model.num_layers < 48
     assert config.optim.learning_rate == 3e-4
-    assert f"{path}: wandb.tags has no meaning here: metrics go" in capsys.readouterr().out
+    names = "wandb.project, wandb.tags, wandb.log_validation_videos"
+    assert f"{path}: no meaning here have {names}: metrics go" in capsys.readouterr().out
     assert trainer_yaml.load(f"{path}:2.3") == trainer_yaml.load(str(path))
     with pytest.raises(UserError, match=r"is a file of 2.3, not of 2.0"):
         trainer_yaml.load(f"{path}:2.0")
