@@ -8,6 +8,7 @@ runs any set of the same layout; `--golden-dir` holds the checkpoints that some 
 of case that no runner knows fails. A runner takes a `Case` and checks it, or returns the outputs.
 """
 
+import golden_training_data
 import jax
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ NOT_YET_BUILT = {
     "lora_export": "LoRA training",
     "train_step": "LoRA training",
     "lr_schedule": "LoRA training",
-    "precomputed": "the official dataset format",
-    "preprocess": "the official dataset format",
 }
 
-RUNNERS: dict = {}
+RUNNERS = {
+    "precomputed": golden_training_data.run_precomputed,
+    "preprocess": golden_training_data.run_preprocess,
+}
 
 
 def test_golden_training_case(golden_training_case: Case):
