@@ -9,8 +9,9 @@ from ltx2_jax import command
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.command import count
+from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.encoding import PrepareConfig, clip_notes, prepare_dataset
-from ltx2_jax.data.records import Records
+from ltx2_jax.data.records import Records, open_records
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
@@ -35,11 +36,26 @@ example:
   python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 121 --height 512 \\
       --width 768 --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
+  python -m ltx2_jax.prepare --from-precomputed clips/.precomputed data/clips \
+      --codec ltx-2-19b-dev.safetensors \
+      --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
 """
 
 
 def main(args: argparse.Namespace) -> None:
     """Make or load the codec and the text encoder, prepare, report."""
+    if args.to_precomputed:
+        records = open_records(args.table)
+        if not isinstance(records, Records):
+            raise UserError(f"{args.table}: is a .precomputed already")
+        print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
+        return
+    if args.from_precomputed:
+        _convert(args)
+        return
+    for name in ("num_frames", "height", "width"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name.replace('_', '-')}: give the size of the clips")
     codec, text_encoder = _codec(args), _text_encoder(args)
     config = PrepareConfig(
         num_frames=args.num_frames,
@@ -54,6 +70,24 @@ def main(args: argparse.Namespace) -> None:
         config,
         codec=codec,
         text_encoder=text_encoder,
+        overwrite=args.overwrite,
+    )
+    _report(records)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Makes a dataset of a `.precomputed`."""
+    for name in ("codec", "text_encoder"):
+        if not getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: give it; a .precomputed does not say what made it"
+            )
+    records = from_precomputed(
+        args.table,
+        args.out,
+        codec=_codec(args),
+        text_encoder=_text_encoder(args),
+        sources=args.folders,
         overwrite=args.overwrite,
     )
     _report(records)
@@ -108,12 +142,12 @@ def _text_encoder(args: argparse.Namespace) -> FeatureEncoder | RandomEncoderCon
 def _parser() -> argparse.ArgumentParser:
     defaults = LinearCodecConfig()
     parser = command.parser("prepare", _DESCRIPTION, _EXAMPLE)
-    parser.add_argument("table", metavar="TABLE", help="clips and captions")
+    parser.add_argument("table", metavar="TABLE", help="clips and captions; or a folder to convert")
     parser.add_argument("out", metavar="OUT", help="folder of the dataset")
     size = parser.add_argument_group("clips")
-    size.add_argument("--num-frames", type=count, required=True, help="frames taken of each")
-    size.add_argument("--height", type=count, required=True, help="pixels, after resize and crop")
-    size.add_argument("--width", type=count, required=True, help="pixels, after resize and crop")
+    size.add_argument("--num-frames", type=count, help="frames taken of each")
+    size.add_argument("--height", type=count, help="pixels, after resize and crop")
+    size.add_argument("--width", type=count, help="pixels, after resize and crop")
     size.add_argument("--fps", type=float, help="resample to this rate (default: each file's own)")
     text = parser.add_argument_group("captions")
     text.add_argument(
@@ -162,6 +196,25 @@ def _parser() -> argparse.ArgumentParser:
         "--audio-channels",
         type=count,
         help=f"numbers per audio latent of it ({defaults.audio_channels})",
+    )
+    official = parser.add_argument_group("the official trainer's format")
+    way = official.add_mutually_exclusive_group()
+    way.add_argument(
+        "--from-precomputed",
+        action="store_true",
+        help="TABLE is a .precomputed folder: convert it (--codec, --text-encoder: what made it)",
+    )
+    way.add_argument(
+        "--to-precomputed",
+        action="store_true",
+        help="TABLE is a dataset, OUT gets a .precomputed folder that the official trainer reads",
+    )
+    official.add_argument(
+        "--folders",
+        nargs="+",
+        metavar="NAME",
+        help="of --from-precomputed: a clip needs a file in each (default: those there are of "
+        "latents, audio_latents and conditions)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a dataset made with other settings"

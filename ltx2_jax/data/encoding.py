@@ -346,8 +346,7 @@ def prepare_dataset(
             captions = [row.caption for row in rows]
             length = config.text_length
             text_encoder = RandomEncoder.make(encoder_path, text_encoder, captions, length)
-        empty = {name: value[0] for name, value in caption_features(text_encoder, [""]).items()}
-        (writer.staging / EMPTY_CAPTION_NAME).write_bytes(safetensors.numpy.save(empty))
+        write_empty_caption(writer.staging, text_encoder)
         if fits:
             bar = tqdm(clips, "fitting the codec", total=len(rows), unit="clip", disable=None)
             codec = LinearCodec.fit(codec, (clip for _, clip in bar))
@@ -355,6 +354,13 @@ def prepare_dataset(
         encode_clips(clips, codec=codec, encoder=text_encoder, config=config, writer=writer)
         _write_clips(writer.staging / CLIPS_NAME, files, clips)
     return Records(out)
+
+
+def write_empty_caption(folder: Path, encoder: FeatureEncoder) -> dict[str, np.ndarray]:
+    """The text fields of the empty caption, of which one file goes into a dataset's folder."""
+    empty = {name: value[0] for name, value in caption_features(encoder, [""]).items()}
+    (folder / EMPTY_CAPTION_NAME).write_bytes(safetensors.numpy.save(empty))
+    return empty
 
 
 def clip_notes(records: Records) -> dict[str, int]:

@@ -5,6 +5,7 @@
     codec.safetensors                 what made the latents
     text_encoder.safetensors          what made the text features, and its tokenizer
     empty_caption.safetensors         features of the empty caption, for captions that are dropped
+    table.safetensors                 of every record its size, where there are several
 
 A record is one safetensors blob: numeric fields as tensors, strings as JSON in its metadata. It
 describes itself, keeps bfloat16, and reading it can never run code.
@@ -38,12 +39,15 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ltx2_jax.blobs import deserialize, serialize, unpack
+from ltx2_jax.data.precomputed import Precomputed, precomputed_folder
 from ltx2_jax.data.schema import Schema, renamed
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason
 
-VERSION = 2
+VERSION = 3
+OLDER = (2,)  # versions that are read: of one size
 INDEX_NAME = "dataset.json"
+TABLE_NAME = "table.safetensors"
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 
 
@@ -93,6 +97,7 @@ class RecordWriter:
         self._schema: Schema | None = None
         self._shard: ArrayRecordWriter | None = None
         self._shards: list[dict[str, Any]] = []
+        self._buckets: list[int] = []
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
@@ -119,15 +124,15 @@ class RecordWriter:
         """Sets what every record must look like; once, before the first `write`."""
         self._schema = schema
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record.
+    def write(self, record: Mapping[str, Any], bucket: int = 0) -> None:
+        """Appends one record, of one of the schema's `buckets`.
 
         Raises:
           UserError: it does not fit the schema, or the disk does not take it.
         """
         if self._schema is None:
             raise RuntimeError("start() sets the schema and comes before write()")
-        self._schema.check(record, f"{self._folder}: record {self.num_records}")
+        self._schema.check(record, f"{self._folder}: record {self.num_records}", bucket)
         data = serialize(record)
         if self._shard is None:
             self._open_shard()
@@ -136,6 +141,7 @@ class RecordWriter:
         except RuntimeError as error:
             raise UserError(f"{self._folder}: cannot write a record: {error}") from None
         self.num_records += 1
+        self._buckets.append(bucket)
         self._shards[-1]["records"] += 1
         self._shards[-1]["bytes"] += len(data)
         if self._shards[-1]["bytes"] >= self._shard_bytes:
@@ -200,6 +206,9 @@ class RecordWriter:
             "skipped": self.skipped,
             "settings": self._settings,
         }
+        if len(self._schema.buckets) > 1:
+            table = {"bucket": np.array(self._buckets, np.int32)}
+            (self.staging / TABLE_NAME).write_bytes(serialize(table))
         text = json.dumps(contents, indent=1, ensure_ascii=False)
         (self.staging / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
         # Again: another process may have finished the same dataset in the meantime.
@@ -230,6 +239,7 @@ class Records(Sequence):
     Attributes:
       folder: pathlib.Path.
       schema: `Schema`.
+      buckets: int [n], of each record, its entry of `schema.buckets`.
       skipped: clips left out when it was made, list of {"source", "reason"}.
       settings: what it was made with.
     """
@@ -256,6 +266,7 @@ class Records(Sequence):
                     f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
                 )
         self._ends = np.cumsum([count for _, count, _ in self._shards])
+        self.buckets = self._read_buckets()
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -302,6 +313,21 @@ class Records(Sequence):
         """`Schema.require` of this dataset."""
         self.schema.require(self.folder, **expected)
 
+    def _read_buckets(self) -> np.ndarray:  # int [n]
+        if len(self.schema.buckets) == 1:
+            return np.zeros(len(self), np.int32)
+        path = self.folder / TABLE_NAME
+        try:
+            buckets = deserialize(path.read_bytes())["bucket"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        if (
+            buckets.shape != (len(self),)
+            or not np.isin(buckets, np.arange(len(self.schema.buckets))).all()
+        ):
+            raise UserError(f"{path}: damaged: not one of the dataset's sizes for every record")
+        return buckets
+
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
             if shard not in self._readers:
@@ -322,12 +348,18 @@ class Records(Sequence):
             return self._readers[shard]
 
 
-def open_records(folder: str | os.PathLike) -> Records:
-    """Opens the dataset in `folder`.
+def open_records(
+    folder: str | os.PathLike, *, release: str = "unknown", text_release: str = "unknown"
+) -> "Records | Precomputed":
+    """Opens the dataset in `folder`, which may be a `.precomputed` of the official trainer.
+
+    That does not say whose latents and text features it holds: `release` and `text_release` do.
 
     Raises:
       UserError: no dataset there, written by another version, or a shard is missing or truncated.
     """
+    if not (Path(folder) / INDEX_NAME).exists() and precomputed_folder(folder) is not None:
+        return Precomputed(folder, release=release, text_release=text_release)
     return Records(folder)
 
 
@@ -345,9 +377,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    if version != VERSION:
+    if version not in (VERSION, *OLDER):
+        read = ", ".join(map(str, (*OLDER, VERSION)))
         raise UserError(
-            f"{path}: dataset version is {version!r}, this program reads {VERSION}; prepare it anew"
+            f"{path}: dataset version is {version!r}, this program reads {read}; prepare it anew"
         )
     return contents
 
@@ -359,5 +392,5 @@ def read_schema(folder: str | os.PathLike) -> Schema:
     """
     try:
         return Schema.from_json(_read_index(Path(folder))["schema"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{Path(folder) / INDEX_NAME}: damaged: {error!r}") from None

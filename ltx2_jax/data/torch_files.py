@@ -305,11 +305,11 @@ class _Machine:
         return self._archive.storage(key, _STORAGES[kind.name], count)
 
     def _called(self, function: Any, arguments: Any) -> Any:
-        called = function.name if isinstance(function, _Global) else _kind(function)
+        called = function.name if isinstance(function, _Global) else ""
         if called == _ORDERED_DICT and arguments == ():
             return {}
         if called != _TENSOR:
-            raise Refused(f"its pickle calls {_shown(called)}")
+            raise Refused(f"its pickle calls {_kind(function)}")
         storage, offset, shape, strides, _, hooks, *metadata = arguments
         if hooks or any(metadata):
             raise Refused("a tensor with hooks or metadata")
