@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     if args.to_precomputed:
         records = open_records(args.table)
         if not isinstance(records, Records):
-            raise UserError(f"{args.table}: is a .precomputed already")
+            raise UserError(f"{args.table}: its records are those of a .precomputed already")
         print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
         return
     if args.from_precomputed:
@@ -88,6 +88,7 @@ def _convert(args: argparse.Namespace) -> None:
         codec=_codec(args),
         text_encoder=_text_encoder(args),
         sources=args.folders,
+        link=args.link,
         overwrite=args.overwrite,
     )
     _report(records)
@@ -208,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
         "--to-precomputed",
         action="store_true",
         help="TABLE is a dataset, OUT gets a .precomputed folder that the official trainer reads",
+    )
+    official.add_argument(
+        "--link",
+        action="store_true",
+        help="of --from-precomputed: copy nothing; the files are trained on where they are",
     )
     official.add_argument(
         "--folders",

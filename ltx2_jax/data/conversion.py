@@ -12,7 +12,7 @@ from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.encoding import CODEC_NAME, TEXT_ENCODER_NAME, write_empty_caption
 from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
-from ltx2_jax.data.records import Records, RecordWriter
+from ltx2_jax.data.records import Linked, Records, RecordWriter, open_records
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
@@ -27,8 +27,9 @@ def from_precomputed(
     codec: Codec,
     text_encoder: FeatureEncoder,
     sources: Sequence[str] | None = None,
+    link: bool = False,
     overwrite: bool = False,
-) -> Records:
+) -> Records | Linked:
     """Makes a dataset of what the official scripts prepared, all or nothing.
 
     Latents and features are taken as they are. The official format does not say what made them:
@@ -39,6 +40,7 @@ def from_precomputed(
       out: the folder to make.
       codec, text_encoder: those of the release that made it.
       sources: see `Precomputed`.
+      link: copy nothing; the records are the files, where they are.
       overwrite: replace a dataset that is there.
 
     Raises:
@@ -51,18 +53,21 @@ def from_precomputed(
         text_release=text_encoder.release,
         strides=codec.video.strides,
     )
-    settings = {"precomputed": str(samples.folder), "sources": list(samples.sources)}
+    settings = {"precomputed": str(samples.precomputed), "sources": list(samples.sources)}
     with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
         codec.save(writer.staging / CODEC_NAME)
         text_encoder.save(writer.staging / TEXT_ENCODER_NAME)
         empty = write_empty_caption(writer.staging, text_encoder)
         _check_makers(samples, codec, {name: value.shape for name, value in empty.items()})
         writer.start(_made_by(samples.schema, writer.staging))
-        for index in tqdm(range(len(samples)), desc="converting", unit="clip", disable=None):
-            writer.write(samples[index], int(samples.buckets[index]))
+        if link:
+            writer.link(samples)
+        else:
+            for index in tqdm(range(len(samples)), desc="converting", unit="clip", disable=None):
+                writer.write(samples[index], int(samples.buckets[index]))
         for clip in samples.skipped:
             writer.skip(clip["source"], clip["reason"])
-    return Records(out)
+    return open_records(out)
 
 
 def _made_by(schema: Schema, staging: Path) -> Schema:
@@ -90,7 +95,7 @@ def _check_makers(samples: Precomputed, codec: Codec, text: dict[str, tuple[int,
             if found.get(name) != shape:
                 flag = "--text-encoder" if name in TEXT_FIELDS else "--codec"
                 raise UserError(
-                    f"{samples.folder}: {name} is {_shape(found.get(name))}, but {flag} makes "
+                    f"{samples.precomputed}: {name} is {_shape(found.get(name))}, but {flag} makes "
                     f"{_shape(shape)}: give the release that made these files"
                 )
 

@@ -53,7 +53,7 @@ class Precomputed(Sequence):
     Safe to read from several threads. Arrays are read-only views.
 
     Attributes:
-      folder: the `.precomputed` (pathlib.Path).
+      precomputed: the `.precomputed` (pathlib.Path).
       sources: names of the folders that are read.
       names: of each sample, its path below `folder / LATENTS`, or below the first source.
       buckets: int [n], of each sample, its entry of `schema.buckets`.
@@ -86,25 +86,30 @@ class Precomputed(Sequence):
         found = precomputed_folder(folder)
         if found is None:
             raise UserError(f"{folder}: no {FOLDER} of the official trainer is here")
-        self.folder, self._strides = found, strides
+        self.folder = self.precomputed = found
         if sources is None:
             sources = [name for name in (LATENTS, SOUND, TEXT) if (found / name).is_dir()]
-        for name in sources:
-            if name not in FOLDERS:
-                raise UserError(f"{found}: no folder {name!r} is known; there are {FOLDERS}")
-            if not (found / name).is_dir():
-                raise UserError(f"{found / name}: no such folder of the dataset")
-        self.sources = tuple(sources)
-        self._primary = LATENTS if LATENTS in self.sources else self.sources[0]
+        self._choose(sources)
         self.names, self.skipped = _samples(found, self.sources, self._primary)
         if not self.names:
+            first = self.skipped[0] if self.skipped else {"source": "*.pt", "reason": "not there"}
             raise UserError(
-                f"{found}: no sample has a file in each of {', '.join(self.sources)}"
-                + (f"; {self.skipped[0]['source']}: {self.skipped[0]['reason']}"
-                   if self.skipped else "")
-            )  # fmt: skip
-        self._shared = False  # whether audio receives the text features of video
-        self.schema, self.buckets = self._survey(release, text_release)
+                f"{found}: no sample has a file in each of {', '.join(self.sources)}; the first: "
+                f"{first['source']} {first['reason']}"
+            )
+        self._shares_text = False  # whether audio receives the text features of video
+        self.schema, self.buckets = self._survey(release, text_release, strides)
+
+    def _choose(self, sources: Sequence[str]) -> None:
+        """Takes the names of the folders to read."""
+        for name in sources:
+            if name not in FOLDERS:
+                there = ", ".join(FOLDERS)
+                raise UserError(f"{self.precomputed}: no folder {name!r} is known, but {there}")
+            if not (self.precomputed / name).is_dir():
+                raise UserError(f"{self.precomputed / name}: no such folder of the dataset")
+        self.sources = tuple(sources)
+        self._primary = LATENTS if LATENTS in self.sources else self.sources[0]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,11 +122,11 @@ class Precomputed(Sequence):
         return record
 
     def __repr__(self) -> str:
-        return f"Precomputed({str(self.folder)!r}, {len(self)} samples)"
+        return f"{type(self).__name__}({str(self.folder)!r}, {len(self)} samples)"
 
     def file(self, source: str, index: int) -> Path:
         """The file of a sample in one of the folders."""
-        return _file_of(self.folder, source, self.names[index])
+        return _file_of(self.precomputed, source, self.names[index])
 
     def _record(
         self, index: int, sources: Sequence[str], sizes_only: bool = False
@@ -130,7 +135,7 @@ class Precomputed(Sequence):
         for source in sources:
             path = self.file(source, index)
             record |= _READERS[source](read_pt(path, sizes_only=sizes_only), path)
-        if self._shared and "audio_text" in record:
+        if self._shares_text and "audio_text" in record:
             if not _same(record["video_text"], record.pop("audio_text")):
                 raise UserError(
                     f"{self.file(TEXT, index)}: has features of its own for sound; "
@@ -139,7 +144,9 @@ class Precomputed(Sequence):
         record.setdefault("fps", np.float32(DEFAULT_FPS))  # of sound alone
         return record | {"caption": "", "source": self.names[index].as_posix()}
 
-    def _survey(self, release: str, text_release: str) -> tuple[Schema, np.ndarray]:
+    def _survey(
+        self, release: str, text_release: str, strides: tuple[int, int, int]
+    ) -> tuple[Schema, np.ndarray]:
         """The sizes of all samples, largest first, and which sample has which."""
         sized = [source for source in self.sources if source != TEXT]
         with ThreadPoolExecutor(8) as pool:
@@ -148,14 +155,16 @@ class Precomputed(Sequence):
         text = {}
         if TEXT in self.sources:
             read = _text(read_pt(self.file(TEXT, 0)), self.file(TEXT, 0))
-            self._shared = "audio_text" not in read or _same(read["video_text"], read["audio_text"])
-            if self._shared:
+            self._shares_text = "audio_text" not in read or _same(
+                read["video_text"], read["audio_text"]
+            )
+            if self._shares_text:
                 read.pop("audio_text", None)
             text = {name: Field.of(value) for name, value in read.items()}
         keys = [tuple(sorted(fields.items())) for fields in found]
         order = sorted(set(keys), key=_largest_first)
         firsts = [keys.index(key) for key in order]
-        buckets = [self._bucket(found[first] | text, first) for first in firsts]
+        buckets = [self._bucket(found[first] | text, first, strides) for first in firsts]
         places = {key: place for place, key in enumerate(order)}
         schema = Schema.of_buckets(
             buckets,
@@ -169,12 +178,14 @@ class Precomputed(Sequence):
         )
         return schema, np.array([places[key] for key in keys])
 
-    def _bucket(self, fields: Mapping[str, Field], first: int) -> BucketFields:
+    def _bucket(
+        self, fields: Mapping[str, Field], first: int, strides: tuple[int, int, int]
+    ) -> BucketFields:
         """The size in pixels of samples with these fields, of which one is at `first`."""
         frames, rows, columns = fields["video"].shape[:3] if "video" in fields else (0, 0, 0)
-        time, height, width = self._strides
+        time, height, width = strides
         record = self._record(first, [LATENTS], True) if frames else {"fps": DEFAULT_FPS}
-        pixels = max(0, (frames - 1) * time + 1) if frames else 0, rows * height, columns * width
+        pixels = (frames - 1) * time + 1 if frames else 0, rows * height, columns * width
         return BucketFields(*pixels, fps=float(record["fps"]), fields=fields)
 
 

@@ -48,6 +48,7 @@ VERSION = 3
 OLDER = (2,)  # versions that are read: of one size
 INDEX_NAME = "dataset.json"
 TABLE_NAME = "table.safetensors"
+NAMES_NAME = "names.json"  # of a dataset whose records are files of a .precomputed
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 
 
@@ -98,6 +99,7 @@ class RecordWriter:
         self._shard: ArrayRecordWriter | None = None
         self._shards: list[dict[str, Any]] = []
         self._buckets: list[int] = []
+        self._linked: Precomputed | None = None
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
@@ -146,6 +148,14 @@ class RecordWriter:
         self._shards[-1]["bytes"] += len(data)
         if self._shards[-1]["bytes"] >= self._shard_bytes:
             self._close_shard()
+
+    def link(self, samples: Precomputed) -> None:
+        """In place of `write`: the records are the files of a `.precomputed`, where they are."""
+        self._linked = samples
+        self.num_records = len(samples)
+        self._buckets = samples.buckets.tolist()
+        names = [name.as_posix() for name in samples.names]
+        (self.staging / NAMES_NAME).write_text(json.dumps(names, indent=0), encoding="utf-8")
 
     def skip(self, source: str, reason: str) -> None:
         """Notes that a clip was left out."""
@@ -206,6 +216,9 @@ class RecordWriter:
             "skipped": self.skipped,
             "settings": self._settings,
         }
+        if self._linked is not None:
+            where = {"folder": str(self._linked.folder.resolve())}
+            contents["linked"] = where | {"sources": list(self._linked.sources)}
         if len(self._schema.buckets) > 1:
             table = {"bucket": np.array(self._buckets, np.int32)}
             (self.staging / TABLE_NAME).write_bytes(serialize(table))
@@ -231,7 +244,40 @@ class RecordWriter:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-class Records(Sequence):
+class _Made:
+    """What made a dataset in a folder: files beside its records."""
+
+    folder: Path
+    schema: Schema
+
+    @property
+    def codec_path(self) -> Path:
+        """The codec that made the latents."""
+        return self.folder / self.schema.codec
+
+    @property
+    def text_encoder_path(self) -> Path:
+        """The text encoder that made the text features."""
+        return self.folder / self.schema.text_encoder
+
+    def empty_caption(self) -> dict[str, np.ndarray]:
+        """Text fields of a record whose caption is empty.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        path = self.folder / EMPTY_CAPTION_NAME
+        try:
+            return unpack(np.fromfile(path, np.uint8))[0]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)}); prepare it anew") from None
+
+    def require(self, **expected: Any) -> None:
+        """`Schema.require` of this dataset."""
+        self.schema.require(self.folder, **expected)
+
+
+class Records(_Made, Sequence):
     """A dataset folder, opened: `len`, and `[i]` -> dict of numpy arrays and strings.
 
     Safe to read from several threads. Arrays are read-only. Shards are opened when first read.
@@ -266,7 +312,7 @@ class Records(Sequence):
                     f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
                 )
         self._ends = np.cumsum([count for _, count, _ in self._shards])
-        self.buckets = self._read_buckets()
+        self.buckets = _read_buckets(self.folder, len(self), len(self.schema.buckets))
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -286,47 +332,6 @@ class Records(Sequence):
 
     def __repr__(self) -> str:
         return f"Records({str(self.folder)!r}, {len(self)} records)"
-
-    @property
-    def codec_path(self) -> Path:
-        """The codec that made the latents."""
-        return self.folder / self.schema.codec
-
-    @property
-    def text_encoder_path(self) -> Path:
-        """The text encoder that made the text features."""
-        return self.folder / self.schema.text_encoder
-
-    def empty_caption(self) -> dict[str, np.ndarray]:
-        """Text fields of a record whose caption is empty.
-
-        Raises:
-          UserError: the file is missing or damaged.
-        """
-        path = self.folder / EMPTY_CAPTION_NAME
-        try:
-            return unpack(np.fromfile(path, np.uint8))[0]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)}); prepare it anew") from None
-
-    def require(self, **expected: Any) -> None:
-        """`Schema.require` of this dataset."""
-        self.schema.require(self.folder, **expected)
-
-    def _read_buckets(self) -> np.ndarray:  # int [n]
-        if len(self.schema.buckets) == 1:
-            return np.zeros(len(self), np.int32)
-        path = self.folder / TABLE_NAME
-        try:
-            buckets = deserialize(path.read_bytes())["bucket"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-        if (
-            buckets.shape != (len(self),)
-            or not np.isin(buckets, np.arange(len(self.schema.buckets))).all()
-        ):
-            raise UserError(f"{path}: damaged: not one of the dataset's sizes for every record")
-        return buckets
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
@@ -348,19 +353,63 @@ class Records(Sequence):
             return self._readers[shard]
 
 
-def open_records(
-    folder: str | os.PathLike, *, release: str = "unknown", text_release: str = "unknown"
-) -> "Records | Precomputed":
-    """Opens the dataset in `folder`, which may be a `.precomputed` of the official trainer.
+class Linked(_Made, Precomputed):
+    """A dataset folder whose records are the files of a `.precomputed`, read where they are.
 
-    That does not say whose latents and text features it holds: `release` and `text_release` do.
+    Attributes:
+      folder: of the dataset; `precomputed` is that of the files.
+      settings: what it was made with.
+    """
+
+    def __init__(self, folder: Path, contents: Mapping[str, Any]):
+        """See `open_records`."""
+        self.folder = folder
+        try:
+            linked = contents["linked"]
+            self.precomputed = Path(linked["folder"])
+            self.schema = Schema.from_json(contents["schema"])
+            self.skipped, self.settings = contents["skipped"], contents["settings"]
+            self._shares_text = "audio_text" not in self.schema.fields
+            sources = [str(source) for source in linked["sources"]]
+            names = json.loads((folder / NAMES_NAME).read_text(encoding="utf-8"))
+            self.names = [Path(name) for name in names]
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX_NAME}: damaged: {error!r}") from None
+        self.buckets = _read_buckets(folder, len(self), len(self.schema.buckets))
+        if not self.precomputed.is_dir():
+            raise UserError(f"{folder}: names {self.precomputed}, which is not there; put it back")
+        self._choose(sources)
+
+
+def open_records(folder: str | os.PathLike) -> Records | Linked:
+    """Opens the dataset in `folder`.
 
     Raises:
       UserError: no dataset there, written by another version, or a shard is missing or truncated.
     """
-    if not (Path(folder) / INDEX_NAME).exists() and precomputed_folder(folder) is not None:
-        return Precomputed(folder, release=release, text_release=text_release)
-    return Records(folder)
+    folder = Path(folder)
+    if not (folder / INDEX_NAME).exists() and precomputed_folder(folder) is not None:
+        raise UserError(
+            f"{folder}: a .precomputed does not say what made it; a dataset that does, and copies "
+            f"nothing: python -m ltx2_jax.prepare --from-precomputed {folder} OUT --link "
+            "--codec FILE --text-encoder FILE GEMMA"
+        )
+    contents = _read_index(folder)
+    return Linked(folder, contents) if "linked" in contents else Records(folder)
+
+
+def _read_buckets(folder: Path, count: int, sizes: int) -> np.ndarray:  # int [count]
+    """Of each of `count` records, which of so many sizes it has."""
+    if sizes == 1:
+        return np.zeros(count, np.int32)
+    path = folder / TABLE_NAME
+    try:
+        buckets = deserialize(path.read_bytes())["bucket"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    if buckets.shape != (count,) or not np.isin(buckets, np.arange(sizes)).all():
+        raise UserError(f"{path}: damaged: not one of the dataset's sizes for every record")
+    return buckets
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

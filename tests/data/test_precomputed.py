@@ -98,7 +98,7 @@ def test_sizes_become_buckets_largest_first_and_samples_without_a_file_are_told(
     folder = folder_of(tmp_path, *samples)
     (folder / "audio_latents" / "2.pt").unlink()
     (folder / "latents" / "9.pt.tmp.71").write_bytes(b"left over")
-    opened = open_records(tmp_path, release="2.3", text_release="2.3")
+    opened = Precomputed(tmp_path, release="2.3", text_release="2.3")
     assert [str(b) for b in opened.schema.buckets] == ["96x64x17", "96x64x9"]
     assert opened.buckets.tolist() == [1, 0, 0]
     assert opened.skipped == [{"source": "2.pt", "reason": "has no file in audio_latents"}]
@@ -112,7 +112,7 @@ def test_sizes_become_buckets_largest_first_and_samples_without_a_file_are_told(
 
 def test_the_folder_is_trained_on_as_it_is(tmp_path):
     folder = folder_of(tmp_path, *(record(i) for i in range(6)))
-    batches = list(make_dataset(folder, batch_size=4, seed=0, num_steps=3, threads=0))
+    batches = list(make_dataset(Precomputed(folder), batch_size=4, seed=0, num_steps=3, threads=0))
     assert [b["video"].shape for b in batches] == [(4, 2, 2, 3, 4)] * 3
     assert sorted(i for b in batches for i in b["id"].tolist()) == sorted(list(range(6)) * 2)
     for batch in batches:
@@ -171,13 +171,17 @@ def test_a_folder_that_is_none_is_told(tmp_path):
     with pytest.raises(UserError, match="no dataset here"):
         open_records(tmp_path)
     folder = folder_of(tmp_path, record(0))
+    with pytest.raises(UserError, match="does not say what made it; a dataset that does"):
+        open_records(tmp_path)
     with pytest.raises(UserError, match="no folder 'latent' is known"):
         Precomputed(folder, ["latent"])
     with pytest.raises(UserError, match=r"video_masks: no such folder"):
         Precomputed(folder, ["latents", "video_masks"])
     shutil.rmtree(folder / "conditions")
     (folder / "conditions").mkdir()
-    with pytest.raises(UserError, match=r"no sample has a file in each .*; 0\.pt: has no file in"):
+    with pytest.raises(
+        UserError, match=r"no sample has a file in each .*; the first: 0\.pt has no"
+    ):
         Precomputed(folder)
 
 
@@ -204,6 +208,25 @@ def test_a_dataset_goes_from_the_official_format_and_back(tmp_path):
     assert len(list(out.glob("**/*.pt"))) == 8
     with pytest.raises(UserError, match="holds files"):
         to_precomputed(made, tmp_path / "back")
+
+
+def test_a_linked_dataset_copies_nothing_and_reads_the_same(tmp_path):
+    source = tmp_path / "official"
+    shutil.copytree(GOLDEN / "v2", source)
+    made = from_precomputed(
+        source, tmp_path / "set", **MAKERS, sources=["latents", "conditions"], link=True
+    )
+    assert sum(path.stat().st_size for path in (tmp_path / "set").iterdir()) < 200_000
+    again, direct = open_records(tmp_path / "set"), Precomputed(source, ["latents", "conditions"])
+    assert again.schema == made.schema
+    assert again.codec_path == tmp_path / "set" / "codec.safetensors"
+    assert again.empty_caption().keys() == {"video_text", "audio_text", "text_mask"}
+    assert again.buckets.tolist() == direct.buckets.tolist()
+    for index in range(4):
+        assert_same(again[index], direct[index])
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match="which is not there; put it back"):
+        open_records(tmp_path / "set")
 
 
 def test_makers_of_other_sizes_are_refused(tmp_path):
