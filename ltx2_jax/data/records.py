@@ -5,7 +5,8 @@
     codec.safetensors                 what made the latents
     text_encoder.safetensors          what made the text features, and its tokenizer
     empty_caption.safetensors         features of the empty caption, for captions that are dropped
-    table.safetensors                 of every record its size, where there are several
+    captions-00000-of-00001.arrayrecord  one record per caption, where they lie apart
+    table.safetensors                 of every record its size and its captions
 
 A record is one safetensors blob: numeric fields as tensors, strings as JSON in its metadata. It
 describes itself, keeps bfloat16, and reading it can never run code.
@@ -22,6 +23,11 @@ channels; S text tokens; Dv Da widths of the text features for video and audio):
     fps         float32 []             frames per second of the clip
     caption     str
     source      str                    the clip's path as its table gives it
+
+Text and caption lie apart where `prepare` wrote them: once for all clips that have the caption. A
+dataset may hold clips of several sizes, and clips that lack a stream; the schema has the fields of
+each kind. References and masks are `video_reference` [F", H", W", C] with `video_reference_fps` [],
+`audio_reference` [A', M, C], `video_mask` bool [F', H', W'] and `audio_mask` bool [A].
 """
 
 import contextlib
@@ -29,25 +35,24 @@ import glob
 import json
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from ltx2_jax.blobs import deserialize, serialize, unpack
+from ltx2_jax.blobs import serialize, unpack
 from ltx2_jax.data.precomputed import Precomputed, precomputed_folder
 from ltx2_jax.data.schema import Schema, renamed
+from ltx2_jax.data.shards import OPTIONS, TABLE_NAME, Shards, Table
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason
 
 VERSION = 3
 OLDER = (2,)  # versions that are read: of one size
 INDEX_NAME = "dataset.json"
-TABLE_NAME = "table.safetensors"
 NAMES_NAME = "names.json"  # of a dataset whose records are files of a .precomputed
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 
@@ -103,7 +108,7 @@ class RecordWriter:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
-        self._check_target()
+        check_target(self._folder, self._overwrite)
         self._remove_abandoned()
         try:
             self.staging.mkdir(parents=True)
@@ -169,27 +174,13 @@ class RecordWriter:
                 if abandoned:
                     shutil.rmtree(staging, ignore_errors=True)
 
-    def _check_target(self) -> None:
-        if not self._folder.exists():
-            return
-        if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: is a file; choose another folder")
-        if not any(self._folder.iterdir()):
-            return
-        if not (self._folder / INDEX_NAME).exists():
-            raise UserError(f"{self._folder}: holds files and no dataset; choose another folder")
-        if not self._overwrite:
-            raise UserError(f"{self._folder}: holds a dataset; choose another folder or overwrite")
-
     def _shard_path(self, index: int) -> Path:
         return self.staging / f"shard-{index}"
 
     def _open_shard(self) -> None:
-        # One record per chunk, so that random access never decompresses a neighbour. Latents hardly
-        # compress and pass through quickly; padded text features shrink several times.
         path = self._shard_path(len(self._shards))
         try:
-            self._shard = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+            self._shard = ArrayRecordWriter(str(path), OPTIONS)
         except RuntimeError as error:
             raise UserError(f"{path}: cannot write: {error}") from None
         self._shards.append({"records": 0, "bytes": 0})
@@ -225,23 +216,39 @@ class RecordWriter:
         text = json.dumps(contents, indent=1, ensure_ascii=False)
         (self.staging / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
         # Again: another process may have finished the same dataset in the meantime.
-        self._check_target()
-        self._move_into_place()
+        check_target(self._folder, self._overwrite)
+        put_in_place(self.staging, self._folder)
 
-    def _move_into_place(self) -> None:
-        # A folder with files in it cannot be replaced in one step: the old one steps aside, and
-        # back if the new one cannot take its place.
-        aside = self.staging.with_suffix(".old")
-        replaces = (self._folder / INDEX_NAME).exists()
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """UserError unless a dataset may be put at `folder`."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / INDEX_NAME).exists():
+        raise UserError(f"{folder}: holds files and no dataset; choose another folder")
+    if not overwrite:
+        raise UserError(f"{folder}: holds a dataset; choose another folder or overwrite")
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Gives a finished folder the name of the dataset, in place of one that is there."""
+    # A folder with files in it cannot be replaced in one step: the old one steps aside, and
+    # back if the new one cannot take its place.
+    aside = staging.with_suffix(".old")
+    replaces = (folder / INDEX_NAME).exists()
+    if replaces:
+        folder.rename(aside)
+    try:
+        staging.rename(folder)
+    except BaseException:
         if replaces:
-            self._folder.rename(aside)
-        try:
-            self.staging.rename(self._folder)
-        except BaseException:
-            if replaces:
-                aside.rename(self._folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 class _Made:
@@ -298,59 +305,47 @@ class Records(_Made, Sequence):
             self.schema = Schema.from_json(contents["schema"])
             self.skipped = contents["skipped"]
             self.settings = renamed(contents["settings"])
-            self._shards = [(s["file"], s["records"], s["bytes"]) for s in contents["shards"]]
-            if sum(count for _, count, _ in self._shards) != contents["num_records"]:
+            self._shards = Shards(self.folder, contents["shards"])
+            apart = contents.get("captions", [])
+            self._captions = Shards(self.folder, apart) if apart else None
+            if len(self._shards) != contents["num_records"]:
                 raise ValueError("num_records is not the sum over the shards")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
-        for name, _, size in self._shards:
-            path = self.folder / name
-            if not path.exists():
-                raise UserError(f"{path}: this shard of the dataset is missing")
-            if path.stat().st_size != size:
-                raise UserError(
-                    f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
-                )
-        self._ends = np.cumsum([count for _, count, _ in self._shards])
-        self.buckets = _read_buckets(self.folder, len(self), len(self.schema.buckets))
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
+        self._shards.check()
+        several = len(self.schema.buckets) > 1 or self._captions is not None
+        self._table = Table(self.folder, several, len(self), len(self.schema.buckets))
+        self.buckets = self._table.buckets
+        if self._captions is not None:
+            self._captions.check()
+            self._table.check_captions(len(self._captions))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._shards)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.with_caption(index, 0.0)
+
+    def with_caption(self, index: int, draw: float) -> dict[str, Any]:
+        """Record `index` with one of its captions: the one at `draw`, in [0, 1), of their weights.
+
+        0 is the first that has a weight; a record has one caption unless its table gave it several.
+        """
         index = range(len(self))[index]
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[shard]) - self._shards[shard][1]
-        reader = self._reader(shard)
-        try:
-            return deserialize(reader.read([index - first])[0])
-        except (RuntimeError, ValueError, KeyError) as error:
-            path = self.folder / self._shards[shard][0]
-            raise UserError(f"{path}: damaged shard: cannot read record {index}: {error}") from None
+        record = self._shards[index]
+        if self._captions is None:
+            return record
+        return record | self._captions[self._table.caption(index, draw)]
+
+    def captions(self, index: int) -> list[tuple[str, float]]:
+        """All captions of a record, with the share of draws that takes each."""
+        index = range(len(self))[index]
+        if self._captions is None:
+            return [(self._shards[index]["caption"], 1.0)]
+        return [(self._captions[i]["caption"], w) for i, w in self._table.shares(index)]
 
     def __repr__(self) -> str:
         return f"Records({str(self.folder)!r}, {len(self)} records)"
-
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                name, count, _ = self._shards[shard]
-                path = self.folder / name
-                # No read-ahead: the shuffled next record is somewhere else.
-                reader = ArrayRecordReader(
-                    str(path),
-                    "readahead_buffer_size:0,max_parallelism:0",
-                    file_reader_buffer_size=32768,
-                )
-                if reader.num_records() != count:
-                    raise UserError(
-                        f"{path}: damaged shard: {reader.num_records()} records, "
-                        f"{count} were written"
-                    )
-                self._readers[shard] = reader
-            return self._readers[shard]
 
 
 class Linked(_Made, Precomputed):
@@ -375,7 +370,8 @@ class Linked(_Made, Precomputed):
             self.names = [Path(name) for name in names]
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder / INDEX_NAME}: damaged: {error!r}") from None
-        self.buckets = _read_buckets(folder, len(self), len(self.schema.buckets))
+        several = len(self.schema.buckets) > 1
+        self.buckets = Table(folder, several, len(self), len(self.schema.buckets)).buckets
         if not self.precomputed.is_dir():
             raise UserError(f"{folder}: names {self.precomputed}, which is not there; put it back")
         self._choose(sources)
@@ -396,20 +392,6 @@ def open_records(folder: str | os.PathLike) -> Records | Linked:
         )
     contents = _read_index(folder)
     return Linked(folder, contents) if "linked" in contents else Records(folder)
-
-
-def _read_buckets(folder: Path, count: int, sizes: int) -> np.ndarray:  # int [count]
-    """Of each of `count` records, which of so many sizes it has."""
-    if sizes == 1:
-        return np.zeros(count, np.int32)
-    path = folder / TABLE_NAME
-    try:
-        buckets = deserialize(path.read_bytes())["bucket"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    if buckets.shape != (count,) or not np.isin(buckets, np.arange(sizes)).all():
-        raise UserError(f"{path}: damaged: not one of the dataset's sizes for every record")
-    return buckets
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

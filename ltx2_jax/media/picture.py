@@ -35,7 +35,7 @@ def to_rgb(
     is_rgb = frame.format.is_rgb
     matrix = None if is_rgb else matrix_of(int(frame.colorspace), *codes)
     transposed, flips = orientation(frame)
-    shown = frame.height, _shown_width(frame.width, pixel_shape)
+    shown = frame.height, shown_width(frame.width, pixel_shape)
     if size is None:
         full = shown
     else:
@@ -92,7 +92,7 @@ def orientation(frame: Any) -> tuple[bool, tuple[slice, slice]]:
     return transposed, tuple(slice(None, None, -1 if sign < 0 else 1) for sign in (down, right))
 
 
-def _shown_width(width: int, pixel_shape: Fraction | None) -> int:
+def shown_width(width: int, pixel_shape: Fraction | None) -> int:
     """Pixels; an even number where it is not the stored one, as mp4 wants it."""
     if not pixel_shape or pixel_shape == 1:
         return width

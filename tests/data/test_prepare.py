@@ -85,7 +85,7 @@ def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, c
 
 
 def test_clips_that_changed_since_are_not_passed_over(clips, tmp_path, capsys):
-    """Whether they were missing, unreadable or other films; those that are gone do not matter."""
+    """Those that were missing are added, other films refused; those that are gone do not matter."""
     (tmp_path / "c.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\n")
     command = [str(tmp_path / "c.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
     shutil.copy(clips / "0.mp4", tmp_path / "a.mp4")
@@ -93,9 +93,7 @@ def test_clips_that_changed_since_are_not_passed_over(clips, tmp_path, capsys):
     assert "skipped b.mp4: no such file" in capsys.readouterr().out
     assert prepare.cli(command) == 0
     shutil.copy(clips / "1.mp4", tmp_path / "b.mp4")
-    assert prepare.cli(command) == 2
-    assert "b.mp4 was not there when this dataset was made" in capsys.readouterr().err
-    assert prepare.cli([*command, "--overwrite"]) == 0
+    assert prepare.cli(command) == 0  # it is there by now
     assert "2 records" in capsys.readouterr().out
     os.utime(tmp_path / "b.mp4", (0, 0))
     assert prepare.cli(command) == 0
@@ -159,8 +157,9 @@ def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
     assert "audio_text" not in records.schema.fields
     # On the same devices, in the same batches: the order of bfloat16 sums depends on both.
     encoder = load_caption_encoder(records.text_encoder_path, make_mesh())
-    found = caption_features(encoder, [record["caption"] for record in records])["video_text"]
-    np.testing.assert_array_equal([record["video_text"] for record in records], found)
+    captions = [*(f"noise number {i}" for i in range(4)), *["nothing"] * 12]
+    found = caption_features(encoder, captions)["video_text"]
+    np.testing.assert_array_equal([record["video_text"] for record in records], found[:3])
 
 
 @pytest.mark.parametrize(
