@@ -205,10 +205,10 @@ def read_item(item: Item, row: Row, config: PrepareConfig, rates: Rates) -> Samp
             row.others["audio"], seconds=seconds, sample_rate=rates.sample_rate, start=item.start
         )
         clip = dataclasses.replace(clip, audio=sound, notes=(*clip.notes, *notes))
-    if (clip.audio is None or clip.audio.size == 0) and not config.incomplete:
-        raise UserError("an image; --incomplete takes it" if image else "no sound")
     if image:
         clip = dataclasses.replace(clip, fps=IMAGE_FPS, audio=None)
+    if (clip.audio is None or clip.audio.size == 0) and not config.incomplete:
+        raise UserError("an image; --incomplete takes it" if image else "no sound")
     audio, latents = None, 0
     if clip.audio is not None and clip.audio.size:
         latents = audio_latent_length(item.bucket.num_frames, clip.fps, rates.latents_per_second)

@@ -134,7 +134,7 @@ class _Work:
         self._codec, self._encoder = codec, text_encoder
         self._process, self._processes = process, processes
         fits = isinstance(codec, LinearCodecConfig)
-        self.rates = _rates(codec)
+        self.rates = rates_of(codec)
         self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
 
     def shards(self, kind: str) -> int:
@@ -193,8 +193,9 @@ class _Work:
 
     def _first_length(self) -> int | None:
         """Samples of sound of the first usable clip."""
-        if self.reader.audio_samples is None:
-            next(iter(self.reader), None)
+        for row in range(len(self.rows)):
+            if self.reader.audio_samples is None:
+                next(self.reader.read([row]), None)
         return self.reader.audio_samples
 
     def none_usable(self, failures: Sequence[Failure]) -> UserError:
@@ -483,12 +484,17 @@ def _resolved(
     text_encoder: FeatureEncoder | RandomEncoderConfig,
 ) -> PrepareConfig:
     """With what codec and text encoder decide, checked."""
-    fits = isinstance(codec, LinearCodecConfig)
-    config = dataclasses.replace(config, release="linear" if fits else codec.release)
     if not isinstance(text_encoder, RandomEncoderConfig):
         config = dataclasses.replace(
             config, text_length=text_encoder.length, text_release=text_encoder.release
         )
+    return checked(config, codec)
+
+
+def checked(config: PrepareConfig, codec: Codec | LinearCodecConfig) -> PrepareConfig:
+    """With the release of the codec; UserError for what it cannot encode."""
+    fits = isinstance(codec, LinearCodecConfig)
+    config = dataclasses.replace(config, release="linear" if fits else codec.release)
     strides = codec.video_strides if fits else codec.video.strides
     for bucket in config.sizes:
         video_latent_shape(*bucket, strides)
@@ -503,7 +509,8 @@ def _resolved(
     return config
 
 
-def _rates(codec: Codec | LinearCodecConfig) -> Rates:
+def rates_of(codec: Codec | LinearCodecConfig) -> Rates:
+    """What a codec asks of clips."""
     if isinstance(codec, LinearCodecConfig):
         mel = codec.mel
         per_second = mel.sample_rate / mel.hop / codec.mel_frames_per_latent
