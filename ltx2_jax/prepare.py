@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ltx2_jax import command, hosts
+from ltx2_jax.codecs.clips import decode_clip
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.command import count
@@ -23,6 +26,7 @@ from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.diffusion.geometry import VIDEO_STRIDES
 from ltx2_jax.errors import UserError
+from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.files import replacing
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, load_caption_encoder, released_encoder
@@ -30,6 +34,7 @@ from ltx2_jax.text.encoder import LENGTH
 
 REPORT_NAME = "report.txt"  # in the dataset's folder
 SHOWN = 50  # of the clips left out
+SHEET_CLIPS = 6
 
 _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
@@ -63,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
     """Make or load the codec and the text encoder, prepare, report."""
     if args.inspect or args.verify:
         return _look(args)
+    if args.sheet is not None:
+        raise UserError("--sheet: only with --inspect or --verify")
     if args.out is None:
         raise UserError("OUT: give the folder to make")
     if args.to_precomputed:
@@ -131,6 +138,8 @@ def _look(args: argparse.Namespace) -> int:
     records = open_records(args.table)
     for line in describe(records):
         print(line)
+    if args.sheet is not None:
+        print(f"wrote {_sheet(records, args.sheet)}")
     faults = 0
     for line in verify(records) if args.verify else ():
         print(f"fault: {line}")
@@ -138,6 +147,20 @@ def _look(args: argparse.Namespace) -> int:
     if args.verify:
         print(f"{len(records)} records read, {faults} faults")
     return 2 if faults else 0
+
+
+def _sheet(records: Records | Linked, path: str) -> Path:
+    """Decodes a few clips, spread over the dataset, as what is trained on looks and sounds."""
+    codec = load_codec(records.codec_path)
+    step = max(1, len(records) // SHEET_CLIPS)
+    chosen = [records[i] for i in range(0, len(records), step)][:SHEET_CLIPS]
+    chosen = [record for record in chosen if "video" in record]
+    clips = [
+        decode_clip(codec, record["video"], record.get("audio"), float(record["fps"]))
+        for record in chosen
+    ]
+    captions = [record["caption"] for record in chosen]
+    return contact_sheet(path, clips, captions, title=f"{len(clips)} clips of {records.folder}")
 
 
 def _foresee(args: argparse.Namespace, config: PrepareConfig, codec: Any) -> int:
@@ -200,12 +223,17 @@ def _text_encoder(args: argparse.Namespace) -> FeatureEncoder | RandomEncoderCon
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
     if len(paths) == 1:
-        return load_caption_encoder(paths[0], make_mesh(), args.text_cache)
+        return load_caption_encoder(paths[0], _mesh(), args.text_cache)
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
     return released_encoder(
-        *paths, cache=args.text_cache, mesh=make_mesh(), length=args.text_length or LENGTH
+        *paths, cache=args.text_cache, mesh=_mesh(), length=args.text_length or LENGTH
     )
+
+
+def _mesh() -> jax.sharding.Mesh:
+    """The devices of this process: others have captions of their own."""
+    return make_mesh(devices=jax.local_devices())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,6 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument(
         "--verify", action="store_true", help="TABLE is a dataset: read and check every record"
+    )
+    parser.add_argument(
+        "--sheet", metavar="FILE.png", help="of --inspect and --verify: a few clips, decoded"
     )
     size = parser.add_argument_group("clips")
     size.add_argument("--num-frames", type=count, help="frames taken of each")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -133,6 +134,7 @@ class _Work:
         self.captions = list(dict.fromkeys(text for row in rows for text, _ in row.captions))
         self._codec, self._encoder = codec, text_encoder
         self._process, self._processes = process, processes
+        self._waited = 0.0  # seconds, for decoded clips
         fits = isinstance(codec, LinearCodecConfig)
         self.rates = rates_of(codec)
         self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
@@ -235,11 +237,14 @@ class _Work:
         if isinstance(self._codec, LinearCodecConfig):
             self._codec = load_codec(staging.folder / CODEC_NAME)
         total = sum(len(self._rows_of(shard)) for shard in shards)
+        began = time.perf_counter()
         with tqdm(desc="encoding clips", total=total, unit="row", disable=None) as bar:
             for shard in shards:
                 rows = self._rows_of(shard)
                 self._make_shard(staging, shard, rows)
                 bar.update(len(rows))
+                seconds = time.perf_counter() - began
+                bar.set_postfix_str(f"{self._waited / seconds:.0%} of the time waits for decoding")
 
     def _rows_of(self, shard: int) -> range:
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self.rows)))
@@ -250,9 +255,12 @@ class _Work:
         notes: dict[tuple[int, int], tuple[str, ...]] = {}
 
         def noted() -> Iterator:
+            began = time.perf_counter()
             for sample in self.reader.read(rows):
                 notes[sample.item.row, sample.item.window] = sample.notes
+                self._waited += time.perf_counter() - began
                 yield sample
+                began = time.perf_counter()
 
         made, failures = {}, {}
         for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
