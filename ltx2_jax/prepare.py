@@ -54,7 +54,7 @@ example:
   python -m ltx2_jax.prepare clips/captions.csv data/clips --num-frames 121 --height 512 \\
       --width 768 --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
-  python -m ltx2_jax.prepare films.jsonl data/films --buckets "768x512x121;512x768x121" \\
+  python -m ltx2_jax.prepare films.jsonl data/films --buckets 768x512x121,512x768x121 \\
       --stride 121 --incomplete --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
   python -m ltx2_jax.prepare --inspect data/films
@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--width", type=count, help="pixels, after resize and crop")
     size.add_argument(
         "--buckets",
-        metavar="WxHxF;...",
+        metavar="WxHxF,...",
         help="sizes to choose from, width x height x frames: the nearest in aspect, then the "
         "longest that the clip fills",
     )

@@ -26,6 +26,8 @@ class Bucket(NamedTuple):
 def parse_buckets(text: str, strides: tuple[int, int, int] = VIDEO_STRIDES) -> tuple[Bucket, ...]:
     """ "768x512x49;512x512x81", each width x height x frames, in the order given.
 
+    Commas do as well, which a shell leaves alone.
+
     Args:
       text: the buckets.
       strides: of the codec: pixel frames, rows and columns behind a latent.
@@ -35,7 +37,7 @@ def parse_buckets(text: str, strides: tuple[int, int, int] = VIDEO_STRIDES) -> t
         there twice.
     """
     buckets = []
-    for part in text.split(";"):
+    for part in re.split("[;,]", text):
         match = re.fullmatch(r"\s*(\d{1,6})x(\d{1,6})x(\d{1,6})\s*", part, re.ASCII)
         if not match:
             raise UserError(f"bucket {part.strip()!r}: not width x height x frames as 768x512x121")
