@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         )
         _print("ltx2_jax", *timed(lambda: read_all(paths, args)))
         if args.peer is not None:
-            _print("PyAV in a DataLoader", *timed(lambda: peer(paths, args)))
+            _print("PyAV in a DataLoader", *peer(paths, args))
     if args.records is not None:
         for line in records_lines(args):
             print(line, flush=True)
@@ -84,7 +84,7 @@ def read_all(paths: list[Path], args: argparse.Namespace) -> int:
 
 
 PEER = """\
-import json, sys
+import json, resource, sys, time
 import av, numpy as np, torch
 
 size = json.loads(sys.argv[1])
@@ -122,20 +122,28 @@ class Films(torch.utils.data.Dataset):
         torch.from_numpy(np.stack(images)), sound and torch.from_numpy(np.concatenate(sound, 1))
         return 1
 
+def busy():
+    usages = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+before, began = busy(), time.perf_counter()
 loader = torch.utils.data.DataLoader(Films(), batch_size=None, num_workers=size["workers"])
-print(sum(int(used) for used in loader))
+used = sum(int(used) for used in loader)
+del loader
+print(json.dumps([used, time.perf_counter() - began, busy() - before]))
 """
 
 
-def peer(paths: list[Path], args: argparse.Namespace) -> int:
-    """The same by PyAV and torch, in another Python: how many clips it gave."""
+def peer(paths: list[Path], args: argparse.Namespace) -> tuple[int, float, float]:
+    """The same by PyAV and torch, in another Python: as `timed`, without its imports."""
     size = {name: getattr(args, name) for name in ("frames", "height", "width")}
     size |= {"paths": [str(path) for path in paths], "sample_rate": SAMPLE_RATE}
     size |= {"workers": os.cpu_count()}
     command = [args.peer, "-c", PEER, json.dumps(size)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(done.stdout)
+        used, seconds, busy = json.loads(done.stdout)
+        return used, seconds, busy
     except OSError as error:
         raise UserError(f"--peer={args.peer}: {error.strerror}") from None
     except (subprocess.CalledProcessError, ValueError) as error:
