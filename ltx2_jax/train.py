@@ -18,6 +18,7 @@ from ltx2_jax.evaluation.sync import sync_report
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.training import trainer_yaml
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import train
 
@@ -28,6 +29,7 @@ example:
   python -m ltx2_jax.train --config=configs/quickstart.py
   python -m ltx2_jax.train --config=configs/quickstart.py --config.num_steps=100 \\
       --config.workdir=/tmp/short
+  python -m ltx2_jax.train --config=t2v_lora.yaml   # a file of the official trainer
 
 Every field of the config can be changed with --config.FIELD=VALUE. Running the same command again
 resumes from the newest checkpoint of the workdir.
@@ -87,12 +89,15 @@ def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
     parser = command.parser("train", DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config(arg)"
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="a file with get_config(arg), or one of the official trainer (.yaml)",
     )
     args, rest = parser.parse_known_args(argv)
     return command.run(
         "train",
-        lambda: main(config_lib.load(args.config, config_lib.overrides(rest))),
+        lambda: main(trainer_yaml.load(args.config, config_lib.overrides(rest))),
         interrupted="the same command continues",
     )
 

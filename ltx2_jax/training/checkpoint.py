@@ -19,6 +19,8 @@ from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.models import ltx2
+from ltx2_jax.sharding import sharding_of
+from ltx2_jax.training import initial
 
 # In a workdir: train states, and codec, text encoder and schema of the dataset.
 FOLDER, ASSETS = "checkpoints", "assets"
@@ -196,8 +198,11 @@ def weights_of_run(
     step: int | None = None,
     average: bool = True,
     for_sampling: bool = False,
+    adapters: bool = False,
 ) -> tuple[Config, dict[str, Any], int]:
     """Config, weights on `mesh` and step of a training run: averaged weights if it averaged.
+
+    Of a run that tuned a part of its weights they are all, its adapters merged.
 
     Args:
       workdir: of the run.
@@ -205,9 +210,11 @@ def weights_of_run(
       step: of the checkpoint; the newest when None.
       average: False takes the last weights even if there are averaged ones.
       for_sampling: on the mesh and in the dtypes in which a sampler keeps them, not a train state.
+      adapters: of a run that trains adapters, only these.
 
     Raises:
-      UserError: no workdir, no checkpoint there, or none of `step`.
+      UserError: no workdir, no checkpoint there, or none of `step`; of a run that tuned, the
+        weights that it began from are not there, or are others.
     """
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step if step is None else step
@@ -215,8 +222,17 @@ def weights_of_run(
             raise UserError(f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there")
         config = checkpoints.config(step)
         name = "ema" if average and config.optim.ema_decay is not None else "params"
-        abstract = ltx2.abstract_params(config.networks, mesh, for_sampling=for_sampling)
-        return config, checkpoints.restore_part(step, {name: abstract})[name], step
+        if config.tune is None:
+            abstract = ltx2.abstract_params(config.networks, mesh, for_sampling=for_sampling)
+            return config, checkpoints.restore_part(step, {name: abstract})[name], step
+        homes = initial.trained_homes(config, mesh, for_sampling=for_sampling)
+        base = jax.ShapeDtypeStruct((2,), "uint32", sharding=sharding_of(mesh))
+        found = checkpoints.restore_part(step, {name: homes, "base": base})
+    trained, base = found[name], found["base"]
+    if adapters:
+        return config, trained, step
+    whole = initial.whole(config, trained, base, mesh, for_sampling=for_sampling)
+    return config, whole, step
 
 
 def _reason(error: BaseException) -> str:

@@ -11,12 +11,12 @@ import jax
 
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import Records, open_records, read_schema
-from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.training import checkpoint, initial, objective
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -36,7 +36,7 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     stored = checkpoint.stored_config(config.workdir)
     if stored is not None:
         check_same_run(config, stored, Path(config.workdir))
-    if stored is None or stored.init_from is None:
+    if stored is None or stored.init_from is None or config.tune is not None:
         initial.check(config)
 
 
@@ -116,28 +116,46 @@ def check_codec(config: Config) -> None:
 def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
     check_schema(config, records.schema, records.folder)
-    *grid, _ = records.schema.fields["video"].shape
-    check_mesh(config.model.num_heads, math.prod(grid), mesh)
+    for bucket in records.schema.buckets:
+        for name in ("video", "video_reference"):
+            if name in bucket.fields and "video" in config.flow.streams:
+                *grid, _ = bucket.fields[name].shape
+                check_mesh(config.model.num_heads, math.prod(grid), mesh)
 
 
 def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
-    model = config.model
-    schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
-    check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
+    model, streams = config.model, config.flow.streams
+    factors = set()
+    for bucket in schema.buckets:
+        shapes = {name: field.shape for name, field in bucket.fields.items()}
+        try:
+            objective.check_fields(config.flow, shapes, strides_of(bucket))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        factors.add(objective.reference_factors(config.flow, shapes))
+        if "video" in streams:  # what is learned is written as mp4
+            check_even(bucket.height, bucket.width, str(folder))
+    if len(factors) > 1:
+        raise UserError(
+            f"{folder}: references of several factors (space, time), {sorted(factors)}: a model "
+            "learns one"
+        )
+    ranks = {"video": (None,) * 4, "audio": (None,) * 3}
+    schema.require(folder, **{name: ranks[name] for name in streams})
     if schema.release != config.data.release:
         raise UserError(
             f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
             f"data.release={config.data.release!r}"
         )
-    channels = schema.fields["video"].shape[-1]
-    _, bins, audio_channels = schema.fields["audio"].shape
-    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
-        raise UserError(
-            f"{folder}: latents have {channels} video and {bins * audio_channels} audio "
-            f"channels, but model.in_channels={model.in_channels} and "
-            f"model.audio_in_channels={model.audio_in_channels}"
-        )
+    for name, axes, wanted in (("video", 1, "in_channels"), ("audio", 2, "audio_in_channels")):
+        if name in streams:
+            shape, ours = schema.fields[name].shape, getattr(model, wanted)
+            channels = math.prod(shape[-axes:])
+            if channels != ours:
+                raise UserError(
+                    f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
+                )
     text = config.text
     schema.require(
         folder,
@@ -150,6 +168,14 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
 
 
+def strides_of(bucket: BucketFields) -> tuple[int, int, int]:
+    """Pixels behind one video latent of a clip: frames (not known here: 1), rows, columns."""
+    if "video" not in bucket.fields:
+        return 1, 1, 1
+    _, rows, columns, _ = bucket.fields["video"].shape
+    return 1, bucket.height // rows, bucket.width // columns
+
+
 def check_same_makers(records: Records, assets: Path) -> None:
     """UserError unless the records' latents and features are of the kind trained on so far."""
     schema = read_schema(assets)
@@ -159,8 +185,9 @@ def check_same_makers(records: Records, assets: Path) -> None:
 def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
-    free = ("model.remat", "model.dtype", "model.attention")
+    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec", "tune")
+    bound += ("optim.optimizer", "optim.first_moment_dtype")
+    free = ("model.remat", "model.dtype", "model.attention", "tune.rates", "tune.resident")
     refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")

@@ -25,7 +25,7 @@ from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, initial
+from ltx2_jax.training import checks, initial, trainable
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
@@ -62,9 +62,13 @@ def train(config: Config, make_clips: MakeClips) -> None:
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
+        frozen = initial.load_frozen(config, mesh)
         state = first_state(config, checkpoints, start, abstract, mesh)
-        clips = partial(_clips, config, make_clips, records)
-        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips)
+        state = initial.tied(config, state, frozen)
+        clips = partial(_clips, config, make_clips, records, frozen)
+        state, step = take_steps(
+            config, state, start, records, checkpoints, mesh, clips, frozen=frozen
+        )
         checkpoints.wait()
         if step < config.num_steps:
             print(f"stopped and saved at step {step}; the same command resumes", flush=True)
@@ -80,10 +84,12 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
+    frozen: Any = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
     train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
+    train_step = partial(train_step, frozen=frozen) if frozen else train_step
     null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
     taken = checkpoints.data_position(start) if start else 0
     examples = batches(config, records, mesh, taken)
@@ -125,9 +131,11 @@ def take_steps(
 
 
 def _clips(
-    config: Config, make_clips: MakeClips, records: Records, state: State, step: int
+    config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
 ) -> None:
     weights = state["params"] if config.optim.ema_decay is None else state["ema"]
+    if config.tune is not None:
+        weights = trainable.merged(weights, frozen, config)
     make_clips(weights, records, step)
 
 
@@ -218,8 +226,13 @@ def first_state(
 
 def step_timer(config: Config, records: Records) -> StepTimer:
     """Tokens and FLOPs of one global batch, for throughput and MFU."""
-    fields, rows = records.schema.fields, config.data.batch_size
-    video, audio = int(np.prod(fields["video"].shape[:3])), fields["audio"].shape[0]
+    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
+    for name in config.flow.streams:
+        read = [f"{name}_reference" for x in config.flow.conditions(name) if x.kind == "reference"]
+        for field in (name, *read):
+            shape = records.schema.fields[field].shape
+            count[name] += int(np.prod(shape[:3] if name == "video" else shape[:1]))
+    video, audio = count.values()
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),
@@ -252,7 +265,7 @@ def describe(
     print(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
-        f"{list(schema.fields['video'].shape)} and {list(schema.fields['audio'].shape)}\n"
+        f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
         f"model    {parameters / 1e6:,.2f} M parameters, {config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "

@@ -14,8 +14,9 @@ from ltx2_jax.config import Config
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import gradients_reduced_in
+from ltx2_jax.training import trainable
 from ltx2_jax.training.batch import Batch
-from ltx2_jax.training.objective import draw, loss
+from ltx2_jax.training.objective import averages, draw, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
 
 
@@ -23,25 +24,35 @@ def make_train_step(
     config: Config,
     strides: tuple[int, int, int],
     clock: AudioClock = AUDIO_CLOCK,
-) -> Callable[[State, Batch, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated.
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """The jitted step: (state, batch, null_text, frozen) -> (state, metrics).
+
+    The state is donated. `frozen` are the weights that are not trained; left out, there are none.
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
-    Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
-    fell), gradient norm, learning rate.
+    Metrics: loss, that of each stream that is learned, also by quarter of sigma ([4], nan where no
+    sample fell), gradient norm, learning rate.
     """
-    graphdef, tx = ltx2.graph(config.networks), optimizer(config)
+    tx = optimizer(config)
+    graphdef = ltx2.graph(config.networks) if config.tune is None else trainable.graph(config)
     chunks = config.optim.accumulate_steps
     schedule = learning_rate(config)
 
-    def train_step(state: State, batch: Batch, null_text: Batch) -> tuple[State, dict[str, Array]]:
-        def loss_of(params, batch, drawn):
+    def train_step(
+        state: State, batch: Batch, null_text: Batch, frozen: Any = None
+    ) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+
+        def loss_of(trained, batch, drawn):
+            # Every micro-batch leaves out other features: its first row says which one it is.
+            dropout = jax.random.fold_in(jax.random.fold_in(key, 1), drawn["row"][0])
+            params = trainable.join(trained, frozen, trainable.constants(config, dropout))
             with gradients_reduced_in(config.optim.reduce_dtype):
                 return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         drawn = draw(key, batch, config, strides, clock)
+        drawn["row"] = jnp.arange(drawn["drop_caption"].shape[0])
         (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = {
@@ -49,18 +60,16 @@ def make_train_step(
             "opt": opt,
             "step": state["step"] + 1,
         }
+        if "base" in state:
+            new["base"] = state["base"]
         if config.optim.ema_decay is not None:
             decay = ema_decay(config.optim.ema_decay, state["step"])
             new["ema"] = jax.tree.map(
                 lambda e, p: decay * e + (1 - decay) * p, state["ema"], new["params"]
             )
-        size = batch["video"].shape[0]
         metrics = {
             "loss": value,
-            "video_loss": sums["video_loss"] / size,
-            "audio_loss": sums["audio_loss"] / size,
-            "video_loss_quarters": sums["video_quarter"] / sums["video_count"],
-            "audio_loss_quarters": sums["audio_quarter"] / sums["audio_count"],
+            **averages(sums, drawn["drop_caption"].shape[0]),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state["step"]),
         }
@@ -82,7 +91,8 @@ def gradients(
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
-    parts = jax.tree.map(lambda x: _split(x, batch["video"].shape[0], chunks), (batch, drawn))
+    size = jax.tree.leaves(batch)[0].shape[0]
+    parts = jax.tree.map(lambda x: _split(x, size, chunks), (batch, drawn))
     like = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
     ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
