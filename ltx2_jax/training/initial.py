@@ -217,11 +217,11 @@ def identity(params: dict[str, Any]) -> np.ndarray:
 
 
 def _sums(named: dict[str, Array]) -> dict[str, Array]:
-    """Two sums of every array, of its bits times numbers made of their places."""
+    """Two sums of every array, of its bits times odd numbers made of their places."""
 
     def of(leaf: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
-        mixed = (bits.astype(jnp.uint32) + 1) * (_places(leaf) | np.uint32(1))
+        mixed = (bits.astype(jnp.uint32) + 1) * (2 * _places(leaf) + 1)
         return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in (mixed, mixed ^ (mixed >> 16))])
 
     return {name: of(leaf) for name, leaf in named.items()}
@@ -237,7 +237,7 @@ def _places(leaf: Array) -> Array:
             along = jax.sharding.reshard(along, PartitionSpec(home))
         along = jnp.expand_dims(along, [i for i in range(leaf.ndim) if i != axis])
         places = places * np.uint32(0x9E3779B1) + along
-    return places ^ (places >> 15)
+    return (places ^ (places >> 15)) * np.uint32(0x85EBCA6B)
 
 
 def whole(

@@ -121,6 +121,8 @@ def _of_name(optim: OptimConfig, config: Config) -> optax.GradientTransformation
     if optim.optimizer == "adafactor":
         return optax.adafactor(
             rate,
+            # Or the rate would be one of 1e-3 times a weight of zero, as those of adapters are.
+            multiply_by_parameter_scale=False,
             weight_decay_rate=lambda step: optim.weight_decay * rate(step),
             weight_decay_mask=decays,
         )
