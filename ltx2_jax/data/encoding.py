@@ -24,10 +24,10 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates
 from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
-from ltx2_jax.data.records import EMPTY_CAPTION_NAME, INDEX_NAME, VERSION, Records
+from ltx2_jax.data.records import EMPTY_CAPTION_NAME, INDEX_NAME, VERSION, Records, open_records
 from ltx2_jax.data.schema import BucketFields, Field, Schema
 from ltx2_jax.data.shards import TABLE_NAME
-from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, Staging
+from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, Staging, link_or_copy
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
@@ -95,7 +95,9 @@ def prepare_dataset(
     settings = _settings(rows, config, codec, text_encoder)
     made = None
     if (Path(out) / INDEX_NAME).exists() and not overwrite:
-        made = Records(out)
+        made = open_records(out)
+        if not isinstance(made, Records):
+            raise OtherDataset(f"{out}: holds a dataset of a .precomputed; choose another folder")
         _check_settings(made, settings)
         if not _check_clips(made, rows):
             if process == 0:
@@ -149,6 +151,8 @@ class _Work:
         if self._process == 0:
             self._make_makers(staging)
         staging.wait(lambda: staging.read_json(READY) is not None, "makes codec and text encoder")
+        if staging.published:
+            return
         self.reader.audio_samples = staging.read_json(READY)["audio_samples"]
         self._make_captions(staging)
         self._make_clips(staging)
@@ -161,7 +165,8 @@ class _Work:
 
     def _mine(self, staging: Staging, kind: str) -> list[int]:
         shards = range(self._process, self.shards(kind), self._processes)
-        return [shard for shard in shards if staging.done(kind, shard) is None]
+        todo = [shard for shard in shards if staging.done(kind, shard) is None]
+        return [] if staging.published else todo
 
     # ---- codec and text encoder
 
@@ -264,6 +269,7 @@ class _Work:
 
         made, failures = {}, {}
         for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
+            staging.alive()
             place = item.row, item.window
             if isinstance(record, Failure):
                 failures[place] = record
@@ -371,8 +377,7 @@ def _named(staging: Staging, name: str, kind: str, abouts: list[dict]) -> list[d
         about["file"] = f"{name}-{number:05d}-of-{len(there):05d}.arrayrecord"
         # Under both names, until the folder is published: a crash here costs nothing.
         target = staging.folder / about["file"]
-        target.unlink(missing_ok=True)
-        os.link(staging.path(kind, shard), target)
+        link_or_copy(staging.path(kind, shard), target)
         shards.append({"file": about["file"], "records": about["count"], "bytes": about["bytes"]})
     return shards
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ltx2_jax.data import clips, encoding
+from ltx2_jax.data import clips, encoding, staging
 from ltx2_jax.data.buckets import Bucket
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.encoding import prepare_dataset
@@ -225,6 +225,38 @@ def test_two_processes_share_the_work_and_give_the_same_dataset(tmp_path, disk):
     assert contents(made) == whole
     names = sorted(name for name, _ in disk.reads)
     assert sum(names.count(f"f{i}.mp4") > 1 for i in range(23)) <= 1  # the first gives the length
+
+
+def test_a_process_that_comes_when_all_is_done_has_nothing_to_do(tmp_path, disk, monkeypatch):
+    """Whether the dataset appears before it looks, while it waits, or before it looks for work."""
+    rows, options = films(disk, 4), {"process": 1, "processes": 2}
+    waits, there = encoding.Staging.wait, []
+
+    def finished_meanwhile(self, *given):
+        there.append(self)
+        if len(there) == 1:
+            prepare(tmp_path, rows)
+        waits(self, *given)
+
+    monkeypatch.setattr(encoding.Staging, "wait", finished_meanwhile)
+    assert prepare(tmp_path, rows, **options) is None
+    assert len(prepare(tmp_path, rows, **options)) == 4
+
+
+def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, monkeypatch):
+    rows = films(disk, 6)
+
+    def named(folder, target):
+        folder.rename(target)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "put_in_place", named)
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 6
+    assert not disk.reads
 
 
 def test_a_second_run_into_one_folder_is_refused(tmp_path, disk, monkeypatch):
