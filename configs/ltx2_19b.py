@@ -40,6 +40,7 @@ from ltx2_jax.models.transformer.config import LTX2_19B
 VARIANTS = {
     None: (64, MeshConfig(), "projections"),
     "v5p256": (128, MeshConfig(), "projections"),
+    "v5p512": (256, MeshConfig(), "projections"),
     "v6e256": (256, MeshConfig(), "attention"),
     "v7x128": (128, MeshConfig(), "projections"),
     "20s": (128, MeshConfig(sequence=4), "projections"),

@@ -107,8 +107,8 @@ def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:
         size = count // slices
         groups = [list(devices[i : i + size]) for i in range(0, count, size)]
     if slices not in (-1, len(groups)):
-        are = "slice" if len(groups) == 1 else f"{len(groups)} slices"
-        raise UserError(f"mesh: slices={slices}, but the {count} devices are of {are}")
+        there = f"{len(groups)} slice{'s'[: len(groups) > 1]}"
+        raise UserError(f"mesh: slices={slices}, but the {count} devices are of {there}")
     if len(sizes := {len(group) for group in groups}) > 1:
         listed = " and ".join(map(str, sorted(sizes)))
         raise UserError(f"mesh: the {len(groups)} slices are not alike: of {listed} devices")

@@ -72,16 +72,24 @@ def program_facts(
 
 
 def between_slices(moved: Sequence[Collective], network: Network) -> dict[str, Any]:
-    """What a device sends over the data-center network in one execution, by the table of chips."""
+    """What a device sends over the data-center network in one execution, by the table of chips.
+
+    "forward" and "backward" are the bytes in the loops over the layers, by the pass that a loop is
+    of: in the forward pass, what crosses would hold up every layer.
+    """
     crossing = [c for c in moved if c.axes == BETWEEN]
+    sent = {"bytes": 0.0, "forward": 0.0, "backward": 0.0}
+    for c in crossing:
+        backward = any("transpose(" in loop for loop in c.loops)
+        sent["bytes"] += c.times * network_bytes(c)
+        if in_layer_loop(c.loops):
+            sent["backward" if backward else "forward"] += c.times * network_bytes(c)
     return {
         "times": sum(c.times for c in crossing),
-        "bytes": sum(c.times * network_bytes(c) for c in crossing),
-        "bytes_in_layers": sum(c.times * network_bytes(c) for c in crossing
-                               if in_layer_loop(c.loops)),
+        **sent,
         "seconds": sum(c.times * seconds(c, network, ideal=False) for c in crossing),
         "assumed_bytes_per_second": network.chip.device_network * EFFICIENCY,
-    }  # fmt: skip
+    }
 
 
 def module_facts(module: Module) -> dict[str, Any]:
@@ -228,11 +236,12 @@ def _between_lines(facts: dict[str, Any]) -> list[str]:
     if "between_slices" not in facts:
         return []
     sent = facts["between_slices"]
+    forward, backward = (sent[name] / GIB for name in ("forward", "backward"))
     return [
         f"  between slices {sent['bytes'] / GIB:.3f} GiB sent per device in {sent['times']:,} "
-        f"parts, {sent['bytes_in_layers'] / GIB:.3f} of them in the layers; "
-        f"{_seconds(sent['seconds'])} at an assumed "
-        f"{sent['assumed_bytes_per_second'] / 1e9:.3g} GB/s"
+        f"parts; {forward:.3f} in the layers' forward pass, {backward:.3f} in their backward pass",
+        f"                 {_seconds(sent['seconds'])} at an assumed "
+        f"{sent['assumed_bytes_per_second'] / 1e9:.3g} GB/s",
     ]
 
 
