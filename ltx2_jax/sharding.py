@@ -303,22 +303,48 @@ def on_shards(
 def summed_over_slices(f: Callable[..., Any], shared: Any, batch: Any, rows: int) -> Any:
     """The sum over slices of `f(shared, batch)`, a tree of arrays, of the rows of each slice.
 
-    What slices find crosses the data-center network once, when all of it is found; `f` computes
+    What slices find crosses the data-center network once, when all of it is found: `f` computes
     on one slice as if there were no other. Of `batch`, arrays with `rows` rows are split over the
     slices. `f` closes over no arrays. With one slice, or without a mesh, it is `f(shared, batch)`.
     """
     if axis_size("slices") == 1:
         return f(shared, batch)
-    specs = jax.tree.map(lambda x: PartitionSpec(SLICE if x.shape[0] == rows else None), batch)
-    return jax.shard_map(
-        lambda *given: jax.lax.psum(f(*given), SLICE),
-        in_specs=(PartitionSpec(), specs),
-        out_specs=PartitionSpec(),
-        axis_names={SLICE},
-        # What is computed of a slice's rows is no sum yet: gradients of weights, which are the same
-        # on all slices, would be summed at once if that were followed.
-        check_vma=False,
-    )(shared, batch)
+    whole = PartitionSpec()
+    over = jax.tree.map(lambda x: PartitionSpec(SLICE) if x.shape[0] == rows else whole, batch)
+    within = jax.tree.map(lambda x: _within_slice(jax.typeof(x)), (shared, batch))
+    found_at = []
+
+    def explicit(*given: Any) -> Any:
+        found = f(*given)
+        found_at.append(jax.tree.map(lambda x: spec_of(jax.typeof(x)), found))
+        return found
+
+    def of_one_slice(*given: Any) -> Any:
+        found = jax.sharding.explicit_axes(explicit, axes=IN_SLICE, in_sharding=within)(*given)
+        return jax.lax.psum(found, SLICE)
+
+    # On the way in and out the other axes are left to XLA: jax 0.10 would gather over explicit ones
+    # what a function takes that is mapped over some axes only.
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(
+        mesh.update_axis_types(dict.fromkeys(IN_SLICE, AxisType.Auto))
+    ):
+        given = jax.sharding.reshard((shared, batch), (jax.tree.map(lambda _: whole, shared), over))
+        total = jax.shard_map(
+            of_one_slice,
+            in_specs=(whole, over),
+            out_specs=whole,
+            axis_names={SLICE},
+            # What is found on a slice differs from what is found on another, until it is summed.
+            check_vma=False,
+        )(*given)
+    return jax.sharding.reshard(total, found_at[0])
+
+
+def _within_slice(x: Any) -> PartitionSpec:
+    """The sharding of an array's type, but for the axis of slices."""
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec_of(x)]
+    return _partition([tuple(axis for axis in entry if axis != SLICE) for entry in entries])
 
 
 def _is_names(tree: Any) -> bool:

@@ -81,15 +81,15 @@ def gradients(
 ) -> tuple[tuple[Array, dict[str, Array]], Any]:
     """((mean loss, summed log values), mean gradients) over `chunks` micro-batches, one by one.
 
-    `loss_of(params, batch, drawn, *shared)` closes over no arrays. Gradients of micro-batches are
-    summed over the chips of a slice as they are made, and over slices at the end.
+    `loss_of(params, batch, drawn, *shared)` closes over no arrays. Gradients are summed over the
+    chips of a slice as they are made, and over slices when those of all micro-batches are there.
     """
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    if chunks == 1:
-        return value_and_grad(params, batch, drawn, *shared)
 
     def total(same, rows):
         params, *shared = same
+        if chunks == 1:
+            return value_and_grad(params, *rows, *shared)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, value_and_grad(params, *part, *shared)), None
@@ -100,9 +100,10 @@ def gradients(
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
         return jax.lax.scan(add, zeros, parts)[0]
 
-    size = batch["video"].shape[0]
+    size, count = batch["video"].shape[0], chunks * axis_size("slices")
     (value, sums), grads = summed_over_slices(total, (params, *shared), (batch, drawn), size)
-    count = chunks * axis_size("slices")
+    if count == 1:
+        return (value, sums), grads
     return (value / count, sums), jax.tree.map(lambda g: g / count, grads)
 
 

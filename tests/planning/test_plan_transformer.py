@@ -169,6 +169,7 @@ def test_stricter_policies_need_less_memory():
     [
         ("", "v5p:4x4x4", 121),
         (":v5p256", "v5p:4x4x8", 121),
+        (":v5p512", "v5p:4x8x8", 121),
         (":v6e256", "v6e:16x16", 121),
         (":v7x128", "tpu7x:4x4x4", 121),
         (":20s", "v5p:8x8x8", 481),
