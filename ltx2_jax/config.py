@@ -63,11 +63,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; data = -1 takes the devices that the others leave."""
+    """Sizes of the device mesh of one slice; data = -1 takes the devices that the others leave."""
 
     data: int = -1
     model: int = 1
     sequence: int = 1
+    slices: int = -1  # -1: those that the devices lie in
 
 
 # Kinds of conditions, and the fields that each needs beside its probability.

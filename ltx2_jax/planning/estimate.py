@@ -22,7 +22,7 @@ from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
 from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sampling.programs import Request
-from ltx2_jax.sharding import bytes_per_chip
+from ltx2_jax.sharding import SLICE, batch_shards, bytes_per_chip
 
 WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
 MOVED_ROWS = 400  # that the elementwise rest of a block reads and writes, in both passes
@@ -44,6 +44,7 @@ class Estimate:
     compute: float
     hbm: float
     links: float
+    between_slices: float  # all of it holds up the step, as far as we know
     step: float
     mfu: float
 
@@ -65,8 +66,8 @@ def estimate(
       UserError: weights cannot be split so.
     """
     cfg, shape = config.model, dict(mesh.shape)
-    data, model, sequence = (shape[axis] for axis in ("data", "model", "sequence"))
-    clips = config.data.batch_size / data / config.optim.accumulate_steps  # of a micro-batch
+    model, sequence = shape["model"], shape["sequence"]
+    clips = config.data.batch_size / batch_shards(mesh) / config.optim.accumulate_steps
     video, audio = math.prod(request.video_shape), request.audio_length
     tokens = clips * video / sequence  # of a device
     network = dataclasses.replace(cfg, remat="none")
@@ -79,14 +80,15 @@ def estimate(
     on_host = kept if cfg.remat == "attention_offload" else 0.0
     width = cfg.width / model**0.5  # about half of what a block works on is split over model
     working = 2 * WORKING_ROWS * tokens * width
-    compute = _compute(config, request, chip, data, model, sequence)
+    compute = _compute(config, request, chip, mesh.size)
     moved = 2 * MOVED_ROWS * cfg.num_layers * tokens * width * config.optim.accumulate_steps
     hbm = moved / chip.device_hbm_bandwidth / HBM_EFFICIENCY
     links = _links(config, chip, shape, block, tokens)
     host = 2 * on_host * config.optim.accumulate_steps / chip.host_bandwidth  # there and back
     hidden = links["gathered"] + (links["reduced"] if chip.name in SCATTERS else 0.0)
     seen = sum(links.values()) - hidden + SEEN * hidden
-    step = max(compute + hbm + seen, hidden, host)
+    between = _between_slices(config, chip, mesh, params)
+    step = max(compute + hbm + seen + between, hidden, host)
     work = flops.train_flops(cfg, video, audio, config.text.length) * config.data.batch_size
     return Estimate(
         state=state,
@@ -97,8 +99,9 @@ def estimate(
         compute=compute,
         hbm=hbm,
         links=sum(links.values()),
+        between_slices=between,
         step=step,
-        mfu=work / step / chip.device_flops / math.prod(shape.values()),
+        mfu=work / step / chip.device_flops / mesh.size,
     )
 
 
@@ -133,9 +136,7 @@ def recomputed(cfg: TransformerConfig) -> float:
     return {"projections": given_back / everything, "none": 0.0, "dots": 0.0}.get(cfg.remat, 1.0)
 
 
-def _compute(
-    config: Config, request: Request, chip: Chip, data: int, model: int, sequence: int
-) -> float:
+def _compute(config: Config, request: Request, chip: Chip, devices: int) -> float:
     cfg, video = config.model, math.prod(request.video_shape)
     terms = flops.forward_flops(cfg, video, request.audio_length, config.text.length)
     core = {name: value for name, value in terms.items() if "core" in name}
@@ -145,7 +146,23 @@ def _compute(
     for name, value in core.items():
         head = cfg.head_dim if name.startswith("video") else cfg.audio_head_dim
         seconds += passes * value / chip.attention(head)
-    return config.data.batch_size * seconds / chip.device_flops / (data * model * sequence)
+    return config.data.batch_size * seconds / chip.device_flops / devices
+
+
+def _between_slices(
+    config: Config, chip: Chip, mesh: jax.sharding.AbstractMesh, params: float
+) -> float:
+    """Seconds of a step in which gradients of `params` bytes of weights cross between slices.
+
+    They are shards of float32, or half of that if they are summed in bfloat16.
+    """
+    slices = mesh.shape.get(SLICE, 1)
+    if slices == 1:
+        return 0.0
+    # Micro-batches are added up in float32 before.
+    short = config.optim.reduce_dtype == "bfloat16" and config.optim.accumulate_steps == 1
+    sent = 2 * (1 - 1 / slices) * params / (2 if short else 1)
+    return sent / chip.device_network / EFFICIENCY
 
 
 def _links(

@@ -17,7 +17,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.pipeline import ClipSize
 from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
-from ltx2_jax.sharding import abstract_state, sharding_of
+from ltx2_jax.sharding import abstract_state, batch_shards, sharding_of
 from ltx2_jax.training import checks
 from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.state import State, init_state
@@ -175,12 +175,13 @@ def sample_program(
 
 
 def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the passes of all clips fill the shards of data."""
-    data, rows = mesh.shape["data"], batch * passes
-    if rows % data:
+    """UserError unless the passes of all clips fill the shards of the batch."""
+    data, shards, rows = mesh.shape["data"], batch_shards(mesh), batch * passes
+    if rows % shards:
+        slices = f"{shards // data} slices x " if shards > data else ""
         sizes = ", ".join(str(n) for n in range(1, mesh.size + 1) if rows % n == mesh.size % n == 0)
         raise UserError(
-            f"mesh: data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
+            f"mesh: {slices}data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
             f"pass{'es'[: 2 * (passes > 1)]}; sizes that do: {sizes}"
         )
 

@@ -27,7 +27,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
-from ltx2_jax.sharding import make_mesh
+from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
@@ -149,7 +149,8 @@ class Pipeline:
             self.text_encoder.free()
         # Batches of one size, the last padded, so that one compiled program serves all. Guidance
         # passes of a clip fill shards of the data axis as well as clips do.
-        shards = self.mesh.shape["data"] // math.gcd(self.mesh.shape["data"], _passes(sample))
+        shards = batch_shards(self.mesh)
+        shards //= math.gcd(shards, _passes(sample))
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
         for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
             rows = np.arange(start, start + batch)

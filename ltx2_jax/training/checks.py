@@ -16,6 +16,7 @@ from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
+from ltx2_jax.sharding import batch_shards
 from ltx2_jax.training import checkpoint, initial, objective
 
 
@@ -59,10 +60,12 @@ def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the mesh and the micro-batches divide the batch."""
     data, chunks = mesh.shape["data"], config.optim.accumulate_steps
-    if config.data.batch_size % (data * chunks):
+    shards = batch_shards(mesh)
+    if config.data.batch_size % (shards * chunks):
+        slices = f"{shards // data} slices x " if shards > data else ""
         raise UserError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
-            f"optim.accumulate_steps={chunks}"
+            f"data.batch_size={config.data.batch_size} is not a multiple of {slices}"
+            f"mesh.data={data} x optim.accumulate_steps={chunks}"
         )
 
 

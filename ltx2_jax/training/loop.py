@@ -47,7 +47,8 @@ def train(config: Config, make_clips: MakeClips) -> None:
         full, or a loss is not finite.
     """
     workdir = Path(config.workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     checks.before_work(config, mesh)
     with (
         only_run(workdir, jax.process_index()),

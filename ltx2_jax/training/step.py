@@ -13,7 +13,7 @@ from ltx2_jax.chips import compiler_options
 from ltx2_jax.config import Config
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.models import ltx2
-from ltx2_jax.sharding import gradients_reduced_in
+from ltx2_jax.sharding import axis_size, gradients_reduced_in, summed_over_slices
 from ltx2_jax.training import trainable
 from ltx2_jax.training.batch import Batch
 from ltx2_jax.training.objective import averages, draw, loss
@@ -42,18 +42,19 @@ def make_train_step(
     def train_step(
         state: State, batch: Batch, null_text: Batch, frozen: Any = None
     ) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-
-        def loss_of(trained, batch, drawn):
+        def loss_of(trained, batch, drawn, null_text, frozen, key):
             # Every micro-batch leaves out other features: its first row says which one it is.
             dropout = jax.random.fold_in(jax.random.fold_in(key, 1), drawn["row"][0])
             params = trainable.join(trained, frozen, trainable.constants(config, dropout))
             with gradients_reduced_in(config.optim.reduce_dtype):
                 return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
 
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         drawn = draw(key, batch, config, strides, clock)
         drawn["row"] = jnp.arange(drawn["drop_caption"].shape[0])
-        (value, sums), grads = gradients(loss_of, state["params"], batch, drawn, chunks)
+        (value, sums), grads = gradients(
+            loss_of, state["params"], batch, drawn, chunks, null_text, frozen, key
+        )
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = {
             "params": optax.apply_updates(state["params"], updates),
@@ -81,22 +82,41 @@ def make_train_step(
 
 
 def gradients(
-    loss_of: Callable[..., Any], params: Any, batch: Batch, drawn: dict[str, Any], chunks: int
+    loss_of: Callable[..., Any],
+    params: Any,
+    batch: Batch,
+    drawn: dict[str, Any],
+    chunks: int,
+    *shared: Any,
 ) -> tuple[tuple[Array, dict[str, Array]], Any]:
-    """((mean loss, summed log values), mean gradients) over `chunks` micro-batches, one by one."""
+    """((mean loss, summed log values), mean gradients) over `chunks` micro-batches, one by one.
+
+    `loss_of(params, batch, drawn, *shared)` closes over no arrays. Gradients are summed over the
+    chips of a slice as they are made, and over slices when those of all micro-batches are there.
+    """
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    if chunks == 1:
-        return value_and_grad(params, batch, drawn)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+    def total(same, rows):
+        params, *shared = same
+        if chunks == 1:
+            return value_and_grad(params, *rows, *shared)
 
-    size = jax.tree.leaves(batch)[0].shape[0]
-    parts = jax.tree.map(lambda x: _split(x, size, chunks), (batch, drawn))
-    like = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
-    ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
-    return (value / chunks, sums), jax.tree.map(lambda g: g / chunks, grads)
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *part, *shared)), None
+
+        parts = jax.tree.map(
+            lambda x: _split(x, jax.tree.leaves(rows[0])[0].shape[0], chunks), rows
+        )
+        first = jax.tree.map(lambda x: x[0], parts)
+        like = jax.eval_shape(value_and_grad, params, *first, *shared)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    size, count = jax.tree.leaves(batch)[0].shape[0], chunks * axis_size("slices")
+    (value, sums), grads = summed_over_slices(total, (params, *shared), (batch, drawn), size)
+    if count == 1:
+        return (value, sums), grads
+    return (value / count, sums), jax.tree.map(lambda g: g / count, grads)
 
 
 def ema_decay(decay: float, step: Array) -> Array:
