@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
+from ltx2_jax.files import Mirror, location, replacing
 
 FILE_NAME = "metrics.jsonl"
 # What the progress bar has room for; the files get everything.
@@ -30,9 +30,10 @@ class MetricsLogger:
     `metrics.jsonl` in `folder` gets one line `{"step": n, name: value, ...}` per call, on disk when
     `log` returns. A resumed run starts at `start_step`: rows beyond it, which the killed run logged
     and this one will log again, are dropped, and so is a last line cut off half-way. A value that
-    is not finite is written as null, under its name. Raises UserError when an existing file has a
-    line in its middle that is not JSON. Use as a context manager, so that the files are closed
-    however the run ends.
+    is not finite is written as null, under its name. What belongs into a bucket is written on a
+    disk and sent as a whole, every minute and at the end. Raises UserError when an existing file
+    has a line in its middle that is not JSON. Use as a context manager, so that the files are
+    closed, and sent, however the run ends.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class MetricsLogger:
         start_step: int = 0,
         process_index: int = 0,
     ):
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = self._tensorboard = self._mirror = None
         if process_index != 0:
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._mirror = Mirror(folder, [FILE_NAME])
+        folder = self._mirror.folder
         path = folder / FILE_NAME
         _truncate(path, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -85,10 +86,10 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the files and the bar; calling it again does nothing."""
-        for part in (self._bar, self._tensorboard, self._file):
+        for part in (self._bar, self._tensorboard, self._file, self._mirror):
             if part is not None:
                 part.close()
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = self._tensorboard = self._mirror = None
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -108,10 +109,10 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
     that was cut off is left out; any other line that is not a row raises UserError.
     """
-    path = Path(folder) / FILE_NAME
+    path = location(folder) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
