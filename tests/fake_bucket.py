@@ -108,7 +108,7 @@ def file_system(bucket):
 
         def cp_file(self, source, target, **_):
             if source in bucket.objects:  # and no folder
-                bucket.put(target, bucket.objects[source][0])
+                bucket.put(self._strip_protocol(target), bucket.objects[source][0])
 
         def _rm(self, path):
             bucket.touch()
