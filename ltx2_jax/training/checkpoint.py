@@ -179,11 +179,12 @@ class Checkpoints:
         if self._failures > self._max_failures:
             self._last = None
             raise self._unwritten(step, found)
-        left = self._max_failures - self._failures
         good = f"step {self.steps[-1]} is the last that is there" if self.steps else "there is none"
+        left = self._max_failures - self._failures + 1
         hosts.say(
             f"{self.folder}: checkpoint {step} cannot be written ({found}): {good}; the run "
-            f" goes on, and ends if more than {left} more cannot be written"
+            f"goes on, and ends with {'the next' if left == 1 else f'{left} more'} that cannot be "
+            "written"
         )
         return False
 
@@ -446,5 +447,6 @@ def _reason(error: BaseException) -> str:
     """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    line = line or type(error).__name__
     return re.sub(r" \[\w+='.*", "", line)[:400]  # TensorStore ends with all its settings

@@ -5,6 +5,7 @@ import math
 import sys
 from types import ModuleType
 
+import fake_bucket
 import pytest
 
 from ltx2_jax.errors import UserError
@@ -168,3 +169,33 @@ def test_other_work_between_steps_is_not_step_time():
     step.restart()
     assert step.tick() == {}
     assert step.tick()["step_time"] == 1.0
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield from fake_bucket.serve(monkeypatch)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_in_a_bucket_rows_are_there_at_the_end_and_a_resumed_run_goes_on(bucket, tmp_path):
+    run("gs://bucket/killed", 1, 6)
+    run("gs://bucket/killed", 5, 8)
+    run(tmp_path / "unbroken", 1, 8)
+    rows = bucket.objects["bucket/killed/metrics.jsonl"][0]
+    assert rows == (tmp_path / "unbroken" / "metrics.jsonl").read_bytes()
+    assert read_metrics("gs://bucket/killed") == read_metrics(tmp_path / "unbroken")
+    assert read_metrics("gs://bucket/none") == []
+
+
+def test_in_a_bucket_rows_of_a_run_that_failed_are_there_too(bucket):
+    def fail():
+        with MetricsLogger("gs://bucket/run", total_steps=2) as logger:
+            logger.log(1, {"loss": 1.0})
+            assert not bucket.objects
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        fail()
+    assert read_metrics("gs://bucket/run") == [{"step": 1, "loss": 1.0}]
