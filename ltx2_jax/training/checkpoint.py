@@ -436,11 +436,15 @@ def weights_of_run(
 
 
 def _first(found: list[str]) -> str:
-    """What the first host says that says something, with its number if there are several."""
-    for host, text in enumerate(found):
-        if text:
-            return text if len(found) == 1 else f"host {host}: {text}"
-    return ""
+    """What the first host says that says something, with its number if there are several.
+
+    Where one fails the others may wait for it in vain: that they did comes last.
+    """
+    said = [(host, text) for host, text in enumerate(found) if text]
+    if not said:
+        return ""
+    host, text = min(said, key=lambda pair: "timed out" in pair[1].lower())
+    return text if len(found) == 1 else f"host {host}: {text}"
 
 
 def _reason(error: BaseException) -> str:
