@@ -118,7 +118,7 @@ class CheckpointConfig:
     every_minutes: float | None = None  # saves after so many minutes too, by the clock of process 0
     keep: int = 2  # newest checkpoints that stay
     keep_every: int | None = None  # checkpoints of multiples of so many steps are never deleted
-    max_failures: int = 3  # saves that may fail (a full disk) before the run ends
+    max_failures: int = 3  # saves in a row that may fail (a full disk) before the run ends
 
     def __post_init__(self):
         check_least(self, every_steps=1, keep=1, max_failures=0)

@@ -16,6 +16,7 @@ from ltx2_jax import command
 from ltx2_jax.command import count
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.files import location
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, initial
 from ltx2_jax.weights import export, report
@@ -189,6 +190,8 @@ def _strength(given: Sequence[str]) -> float:
 
 
 def _is_lora(source: str) -> bool:
+    if source.startswith("gs://"):  # a run alone may lie there
+        return False
     path = loras.lora_file(source)
     if not path.is_file():
         return False
@@ -203,7 +206,8 @@ def _alone(sources: Sequence[str], what: str) -> str:
 
 
 def _is_workdir(path: str) -> bool:
-    return (Path(path) / checkpoint.FOLDER).is_dir()
+    place = location(path) if path.startswith("gs://") else Path(path)
+    return (place / checkpoint.FOLDER).is_dir()
 
 
 def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:

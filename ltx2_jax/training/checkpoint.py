@@ -64,7 +64,7 @@ class Checkpoints:
           workdir: a folder, or gs://bucket/folder.
           keep: of a writer: how many of the newest stay. None: reads alone.
           keep_every: checkpoints of multiples of so many steps stay as well.
-          max_failures: saves that may fail before the run ends.
+          max_failures: saves that may fail one after the other before the run ends.
           check: raises UserError where this run may write no more.
 
         Raises:
@@ -130,7 +130,7 @@ class Checkpoints:
         One is written at a time: this waits for the save before, and says if that has failed.
 
         Raises:
-          UserError: more saves have failed than may fail, or another run took the workdir over.
+          UserError: more saves in a row have failed than may, or another run took the workdir over.
         """
         self._settle()
         hosts.agree(self._check)
@@ -171,7 +171,7 @@ class Checkpoints:
         self._pending, self._failed = None, ""
         found = _first(hosts.gather(failed, _LONG))
         if not found:
-            self._last = None
+            self._last, self._failures = None, 0
             return True
         step, *_ = self._last
         self._reopen()
@@ -181,10 +181,10 @@ class Checkpoints:
             raise self._unwritten(step, found)
         good = f"step {self.steps[-1]} is the last that is there" if self.steps else "there is none"
         left = self._max_failures - self._failures + 1
+        end = "if the next one cannot either" if left == 1 else f"with {left} more in a row"
         hosts.say(
             f"{self.folder}: checkpoint {step} cannot be written ({found}): {good}; the run "
-            f"goes on, and ends with {'the next' if left == 1 else f'{left} more'} that cannot be "
-            "written"
+            f"goes on, and ends {end}"
         )
         return False
 

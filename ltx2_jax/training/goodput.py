@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import jax
 
 from ltx2_jax import hosts
+from ltx2_jax.errors import UserError
 from ltx2_jax.files import Mirror, location, replacing
 
 FILE_NAME = "goodput.jsonl"
@@ -64,7 +66,8 @@ class Goodput:
             "seconds": dict.fromkeys(PARTS, 0.0),
             "end": None,
         }
-        self._parts, self._written, self._mirror = ["init"], -OFTEN, None
+        self._parts, self._written, self._told = ["init"], -OFTEN, False
+        self._mirror, self._before = None, []
         if hosts.index() == 0:
             self._mirror = Mirror(workdir, [FILE_NAME])
             self._before = read_starts(self._mirror.folder)
@@ -93,8 +96,7 @@ class Goodput:
         else:
             why = " ".join(str(error).split()) or kind.__name__
             self._line["end"] = f"failed: {why}"[:300]
-        with contextlib.suppress(Exception):  # what ended the run says more than that
-            self.write()
+        self.write()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -137,7 +139,7 @@ class Goodput:
         self._pass()
         self._parts[0] = "step"
         self._line["first"] = self._line["step"] = step
-        if self._mirror is not None and self._before:
+        if self._before:
             self._line["lost_steps"] = max(0, self._before[-1]["step"] - step)
         self.write()
 
@@ -153,13 +155,19 @@ class Goodput:
         self._line["seconds"][self._parts[-1]] += now - last
 
     def write(self) -> None:
-        """The file, with this start as it is now."""
+        """The file, with this start as it is now; a disk that is full is told once."""
         self._pass()
         self._line["now"] = self._written = self._last
-        if self._mirror is not None:
-            lines = "".join(json.dumps(line) + "\n" for line in (*self._before, self._line))
+        if self._mirror is None:
+            return
+        lines = "".join(json.dumps(line) + "\n" for line in (*self._before, self._line))
+        try:
             with replacing(self._mirror.folder / FILE_NAME) as temporary:
                 temporary.write_text(lines)
+        except UserError as error:  # no reason to end a run
+            if not self._told:
+                print(error, file=sys.stderr)
+            self._told = True
 
     def __str__(self) -> str:
         """What process 0 knows of all starts up to now, in one line."""

@@ -43,7 +43,9 @@ def status(workdir: str | Path, clock: Callable[[], float] = time.time) -> str:
     if speed := _speed(row):
         lines.append(f"  speed       {speed}")
     if row.get("slowest_host") is not None:
-        lines.append(f"  slowest     host {row['slowest_host']:.0f}")
+        wait = row.get("slowest_data_wait")
+        waits = f", waits {duration(wait)} a step for data" if wait else ""
+        lines.append(f"  slowest     host {row['slowest_host']:.0f}{waits}")
     lines.append(f"  checkpoint  {_checkpoint(checkpoint, now)}")
     if start and running and (left := _left(start, row, step)) is not None:
         lines.append(f"  time left   {duration(left)}")

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from resume_config import get_config
 
-from ltx2_jax import files, train
+from ltx2_jax import convert, files, sample, train
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import Clip
+from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import loop, saved, workdir
+from ltx2_jax.training import checkpoint, loop, saved, workdir
 from ltx2_jax.training.checkpoint import Checkpoints, stored_config, weights_of_run
 from ltx2_jax.training.metrics import read_metrics
 
@@ -150,9 +152,7 @@ def test_a_network_that_does_not_answer_is_refused_in_time(bucket, monkeypatch):
         workdir.opened(RUN, seconds=0.1)
 
 
-def test_weights_are_read_from_there(bucket, monkeypatch):
-    from ltx2_jax.training import checkpoint
-
+def test_weights_are_read_from_there_and_clips_go_beside_them(bucket, monkeypatch):
     with Checkpoints(RUN, keep=1) as checkpoints:
         checkpoints.save(4, state_at(4), get_config())
     shape = like(state_at(0))["params"]
@@ -160,3 +160,14 @@ def test_weights_are_read_from_there(bucket, monkeypatch):
     _, weights, step = weights_of_run(RUN, None)
     assert step == 4
     np.testing.assert_array_equal(weights["a"], [40, 40, 40])
+    assert "training run, step 4" in convert.inspect(RUN)
+    assert str(sample.output_folder(RUN, None)) == f"{RUN}/out-001"
+    bucket.put("bucket/my/run/out-001/samples.png", b"")
+    out = sample.output_folder(RUN, None)
+    assert str(out) == f"{RUN}/out-002"
+    clip = Clip(np.zeros((2, 16, 16, 3), np.uint8), np.zeros((4000, 2), np.float32), 8.0, 16000)
+    write_clips([clip], ["a light"], out)
+    assert bucket.names("bucket/my/run/out-002") == [
+        "sample.mp4", "samples.png", "samples/000.mp4", "samples/captions.csv",
+    ]  # fmt: skip
+    assert bucket.objects["bucket/my/run/out-002/sample.mp4"][0][4:8] == b"ftyp"

@@ -41,7 +41,7 @@ def written(folder, *, end=None, rows=(), run=None, saved=None):
 
 ROWS = [
     {"step": 40, "loss": 0.5, "step_time": 5.0, "tokens_per_second": 12345.6, "mfu": 0.634},
-    {"step": 41, "loss": 0.25, "slowest_host": 7.0},
+    {"step": 41, "loss": 0.25, "slowest_host": 7.0, "slowest_data_wait": 0.5},
 ]
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_goes_on(tmp_path):
         "  step        41 of 100",
         "  loss        0.25",
         "  speed       5 s a step, 12,346 tokens/s, 63.4 % MFU",
-        "  slowest     host 7",
+        "  slowest     host 7, waits 0.5 s a step for data",
         "  checkpoint  step 30, 12 min ago",
         "  time left   88.3 min",  # 59 steps at the pace of all 40, 3590 s
     ]
