@@ -165,7 +165,8 @@ def test_weights_are_read_from_there_and_clips_go_beside_them(bucket, monkeypatc
     bucket.put("bucket/my/run/out-001/samples.png", b"")
     out = sample.output_folder(RUN, None)
     assert str(out) == f"{RUN}/out-002"
-    clip = Clip(np.zeros((2, 16, 16, 3), np.uint8), np.zeros((4000, 2), np.float32), 8.0, 16000)
+    pixels, sound = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((4000, 2), np.float32)
+    clip = Clip(video=pixels, audio=sound, fps=8.0, sample_rate=16000)
     write_clips([clip], ["a light"], out)
     assert bucket.names("bucket/my/run/out-002") == [
         "sample.mp4", "samples.png", "samples/000.mp4", "samples/captions.csv",
