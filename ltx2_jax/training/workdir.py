@@ -48,7 +48,7 @@ def opened(workdir: str | Path, seconds: float = 30.0) -> epath.Path:
     first = hosts.index() == 0
     hosts.agree(lambda: _in_time(write, workdir, seconds) if first else None)
     try:
-        hosts.agree(lambda: _in_time(read, workdir, 2 * seconds))
+        hosts.agree(lambda: _in_time(read, workdir, seconds + 30))
     finally:
         if first:
             with contextlib.suppress(UserError):
