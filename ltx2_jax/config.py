@@ -295,10 +295,17 @@ class TuneConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 500
-    keep: int = 2  # newest checkpoints that stay on disk
+    every_minutes: float | None = None  # saves after so many minutes too, by the clock of process 0
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # checkpoints of multiples of so many steps are never deleted
+    max_failures: int = 3  # saves in a row that may fail (a full disk) before the run ends
 
     def __post_init__(self):
-        check_least(self, every_steps=1, keep=1)
+        check_least(self, every_steps=1, keep=1, max_failures=0)
+        for name in ("every_minutes", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be above 0")
 
 
 @dataclass(frozen=True)

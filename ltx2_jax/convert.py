@@ -18,6 +18,7 @@ from ltx2_jax.config import Config
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.files import location
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, initial, objective
 from ltx2_jax.weights import export, report
@@ -223,6 +224,8 @@ def _strength(given: Sequence[str]) -> float:
 
 
 def _is_lora(source: str) -> bool:
+    if source.startswith("gs://"):  # a run alone may lie there
+        return False
     path = loras.lora_file(source)
     if not path.is_file():
         return False
@@ -237,7 +240,8 @@ def _alone(sources: Sequence[str], what: str) -> str:
 
 
 def _is_workdir(path: str) -> bool:
-    return (Path(path) / checkpoint.FOLDER).is_dir()
+    place = location(path) if path.startswith("gs://") else Path(path)
+    return (place / checkpoint.FOLDER).is_dir()
 
 
 def _config_of_run(workdir: str) -> Config:

@@ -5,7 +5,8 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from ltx2_jax import command
 from ltx2_jax.command import finite, seed_flag
@@ -14,6 +15,7 @@ from ltx2_jax.demo import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.files import location
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
@@ -75,16 +77,16 @@ def cli(argv: Sequence[str] | None = None) -> int:
     return command.run("sample", lambda: main(args))
 
 
-def output_folder(workdir: str, out: str | None) -> Path:
+def output_folder(workdir: str, out: str | None) -> epath.Path:
     """`out`, or the first of out-001, out-002, ... that the workdir does not have.
 
     Raises:
       UserError: `out` is a file, or holds clips.
     """
     if out is None:
-        names = (Path(workdir) / f"out-{number:03d}" for number in itertools.count(1))
+        names = (location(workdir) / f"out-{number:03d}" for number in itertools.count(1))
         return next(name for name in names if not name.exists())
-    folder = Path(out)
+    folder = location(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file")
     if (folder / "sample.mp4").exists() or (folder / "samples").exists():

@@ -24,6 +24,7 @@ from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
@@ -83,7 +84,8 @@ class Pipeline:
         """
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
         config, params, _ = weights_of_run(workdir, mesh, step=step, for_sampling=True)
-        return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh, text_cache)
+        assets = local_folder(location(workdir) / ASSETS)
+        return cls.from_assets(config, params, assets, mesh, text_cache)
 
     @classmethod
     def from_assets(

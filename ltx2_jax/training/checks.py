@@ -33,10 +33,12 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     if config.data.path is None:
         check_synthetic(config, mesh)
     else:
+        if "://" in config.data.path:
+            raise UserError(f"data.path={config.data.path}: a dataset is read from a folder alone")
         check_records(config, open_records(config.data.path), mesh)
     stored = checkpoint.stored_config(config.workdir)
     if stored is not None:
-        check_same_run(config, stored, Path(config.workdir))
+        check_same_run(config, stored, config.workdir)
     if stored is None or stored.init_from is None or config.tune is not None:
         initial.check(config)
 
@@ -185,7 +187,7 @@ def check_same_makers(records: Records, assets: Path) -> None:
     records.require(codec_hash=schema.codec_hash, text_encoder_hash=schema.text_encoder_hash)
 
 
-def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
+def check_same_run(config: Config, stored: Config, workdir: str | Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
     bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec", "tune")

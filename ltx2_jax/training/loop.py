@@ -4,6 +4,8 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from ltx2_jax import chips
+from ltx2_jax import chips, hosts
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
@@ -20,17 +23,19 @@ from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import only_run, replacing
+from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacing
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, initial, trainable
+from ltx2_jax.training import checks, goodput, initial, trainable
 from ltx2_jax.training.batch import place
+from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
 from ltx2_jax.training.state import State, all_finite, init_state, state_of
 from ltx2_jax.training.step import make_train_step
+from ltx2_jax.training.workdir import opened
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]
@@ -46,35 +51,46 @@ def train(config: Config, make_clips: MakeClips) -> None:
       UserError: parts of the config, the data or a checkpoint do not fit each other, the disk is
         full, or a loss is not finite.
     """
-    workdir = Path(config.workdir)
-    sizes = config.mesh
+    began = time.time()
+    workdir, sizes = opened(config.workdir), config.mesh
     mesh = make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     checks.before_work(config, mesh)
     with (
-        only_run(workdir, jax.process_index()),
-        Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+        only_run(workdir, jax.process_index()) as check,
+        goodput.Goodput(workdir, config.num_steps, began=began) as spent,
+        Checkpoints(
+            workdir,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            max_failures=config.checkpoint.max_failures,
+            check=check,
+        ) as checkpoints,
         jax.set_mesh(mesh),
     ):
         start = checkpoints.latest_step or 0
         records = dataset(config, anew=not start)
         if start:
-            checks.check_same_makers(records, workdir / ASSETS)
+            checks.check_same_makers(records, local_folder(workdir / ASSETS))
         keep_assets(records, workdir / ASSETS)
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
-        frozen = initial.load_frozen(config, mesh)
-        state = first_state(config, checkpoints, start, abstract, mesh)
-        state = initial.tied(config, state, frozen)
+        with goodput.part("restore" if start else "init"):
+            frozen = initial.load_frozen(config, mesh)
+            state = first_state(config, checkpoints, start, abstract, mesh)
+            state = initial.tied(config, state, frozen)
+        start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
         clips = partial(_clips, config, make_clips, records, frozen)
         state, step = take_steps(
             config, state, start, records, checkpoints, mesh, clips, frozen=frozen
         )
-        checkpoints.wait()
+        with goodput.part("checkpoint"):
+            checkpoints.wait()
         if step < config.num_steps:
-            print(f"stopped and saved at step {step}; the same command resumes", flush=True)
-            return
-        clips(state, step)
+            hosts.say(f"stopped and saved at step {step}; the same command resumes")
+        else:
+            clips(state, step)
+        hosts.say(str(spent))
 
 
 def take_steps(
@@ -96,32 +112,39 @@ def take_steps(
     examples = batches(config, records, mesh, taken)
     timer, pending, step = step_timer(config, records), None, start
     lost = {"start": start, "checkpoints": checkpoints.folder}
+    cadence = Cadence(config.checkpoint, start)
     with (
         MetricsLogger(
-            Path(config.workdir),
+            config.workdir,
             total_steps=config.num_steps,
             start_step=start,
             process_index=jax.process_index(),
         ) as logger,
         StopSignals() as stop,
     ):
-        batch = place(next(examples), mesh)
+        goodput.goes_on(start)
+        with goodput.waiting_for_data():
+            batch = place(next(examples), mesh)
         while step < config.num_steps:
-            state, metrics = train_step(state, batch, null_text)
+            with goodput.part("compile" if step == start else "step"):
+                state, metrics = train_step(state, batch, null_text)
             step += 1
             # While the devices work: the next batch, then the log of the step before.
-            batch = place(next(examples), mesh)
+            with goodput.waiting_for_data(metrics):
+                batch = place(next(examples), mesh)
             if pending is not None:
                 checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
             pending = (step, metrics)
+            goodput.reached(step)
             last = step == config.num_steps or stop.requested
-            if last or step % config.checkpoint.every_steps == 0:
+            if cadence.due(step) or last:
                 # Looked at first: a state that is not finite is not worth keeping.
                 checks.check_finite(log(logger, timer, *pending), step, **lost)
                 pending = None
-                if not all_finite(state):
-                    raise checks.diverged("a weight is not finite", step, **lost)
-                checkpoints.save(step, state, config)
+                with goodput.part("checkpoint"):
+                    if not all_finite(state):
+                        raise checks.diverged("a weight is not finite", step, **lost)
+                    checkpoints.save(step, state, config)
                 timer.restart()
             if last:
                 break
@@ -137,7 +160,8 @@ def _clips(
     weights = state["params"] if config.optim.ema_decay is None else state["ema"]
     if config.tune is not None:
         weights = trainable.merged(weights, frozen, config)
-    make_clips(weights, records, step)
+    with goodput.part("sampling"):
+        make_clips(weights, records, step)
 
 
 # ------------------------------------------------------------------------------------ data, state
@@ -150,10 +174,10 @@ def dataset(config: Config, anew: bool = False) -> Records:
     """
     if config.data.path is not None:
         return open_records(config.data.path)
-    folder = Path(config.workdir) / "data"
+    folder, shared = data_folder(config.workdir)
     clips = config.data.synthetic
     table = folder / "clips" / "captions.csv"
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or not shared:
         synthetic.write_dataset(table.parent, clips)
         sizes = PrepareConfig(
             num_frames=clips.num_frames,
@@ -176,7 +200,19 @@ def dataset(config: Config, anew: bool = False) -> Records:
     return open_records(folder / "records")
 
 
-def keep_assets(records: Records, assets: Path) -> None:
+def data_folder(workdir: str) -> tuple[Path, bool]:
+    """Where synthetic clips are rendered and prepared, and whether all hosts see it.
+
+    In the workdir; if that is in a bucket, where no dataset can be made, on a disk of every host.
+    """
+    place = location(workdir)
+    if not in_bucket(place):
+        return Path(place) / "data", True
+    name = "-".join(part for part in str(place).split("/")[2:] if part)
+    return Path(tempfile.gettempdir()) / f"ltx2-jax-{name}" / "data", False
+
+
+def keep_assets(records: Records, assets: epath.Path) -> None:
     """Copies what sampling needs of the dataset into the workdir."""
     if jax.process_index() == 0:
         sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME

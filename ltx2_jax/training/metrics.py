@@ -4,6 +4,7 @@ Everything here takes floats. Reading a loss off the device waits for its step t
 training loop logs each step one step late; waiting inside the logger would undo that.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
+from ltx2_jax.files import Mirror, location, reason, replacing
 
 FILE_NAME = "metrics.jsonl"
 # What the progress bar has room for; the files get everything.
@@ -30,9 +31,10 @@ class MetricsLogger:
     `metrics.jsonl` in `folder` gets one line `{"step": n, name: value, ...}` per call, on disk when
     `log` returns. A resumed run starts at `start_step`: rows beyond it, which the killed run logged
     and this one will log again, are dropped, and so is a last line cut off half-way. A value that
-    is not finite is written as null, under its name. Raises UserError when an existing file has a
-    line in its middle that is not JSON. Use as a context manager, so that the files are closed
-    however the run ends.
+    is not finite is written as null, under its name. What belongs into a bucket is written on a
+    disk and sent as a whole, every minute and at the end. Raises UserError when an existing file
+    has a line in its middle that is not JSON. Use as a context manager, so that the files are
+    closed, and sent, however the run ends.
     """
 
     def __init__(
@@ -43,13 +45,18 @@ class MetricsLogger:
         start_step: int = 0,
         process_index: int = 0,
     ):
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = self._tensorboard = self._mirror = None
         if process_index != 0:
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._told = False
+        self._mirror = Mirror(folder, [FILE_NAME])
+        folder = self._mirror.folder
         path = folder / FILE_NAME
-        _truncate(path, start_step)
+        try:
+            _truncate(path, start_step)
+        except UserError:
+            self._mirror.close()
+            raise
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", start_step)
         self._bar = tqdm(
@@ -68,8 +75,9 @@ class MetricsLogger:
         values = {name: float(value) for name, value in metrics.items()}
         safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
         # One write of one line: a kill between two writes would leave a line without its end.
-        self._file.write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
+        if self._tensorboard is not None and not _writes(self._tensorboard):
+            self._tensorboard = None
         if self._tensorboard is not None:
             for name, value in values.items():
                 if math.isfinite(value):  # tensorboardX prints a warning for the others
@@ -78,6 +86,16 @@ class MetricsLogger:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def _write(self, line: str) -> None:
+        """A full disk is told once; a run goes on without its rows rather than end."""
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            if not self._told:
+                self.note(f"{self._file.name}: a row cannot be written ({reason(error)})")
+            self._told = True
+
     def note(self, text: str) -> None:
         """Print a line above the progress bar, on process 0."""
         if self._bar is not None:
@@ -85,10 +103,13 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the files and the bar; calling it again does nothing."""
-        for part in (self._bar, self._tensorboard, self._file):
+        if self._tensorboard is not None and not _writes(self._tensorboard):
+            self._tensorboard = None
+        for part in (self._bar, self._tensorboard, self._file, self._mirror):
             if part is not None:
-                part.close()
-        self._file = self._bar = self._tensorboard = None
+                with contextlib.suppress(OSError):  # a full disk was told
+                    part.close()
+        self._file = self._bar = self._tensorboard = self._mirror = None
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -108,10 +129,10 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
     that was cut off is left out; any other line that is not a row raises UserError.
     """
-    path = Path(folder) / FILE_NAME
+    path = location(folder) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -179,6 +200,16 @@ def _truncate(path: Path, start_step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in kept)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _writes(tensorboard: Any) -> bool:
+    """Whether the thread that writes for it is alive: one that met a full disk is not.
+
+    Its queue takes ten more values, and then waits for ever.
+    """
+    events = getattr(getattr(tensorboard, "file_writer", None), "event_writer", None)
+    thread = getattr(events, "_worker", None)
+    return thread is None or thread.is_alive()
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:
