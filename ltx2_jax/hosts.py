@@ -619,7 +619,8 @@ def _leave(code: int, line: str, stacks: bool = False, patience: float = 10) -> 
         threading.Event().wait()  # another thread is on its way out
     _ending.code = code
     if line and index() == 0:
-        print(line, file=sys.stderr)
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        print("\n" * bool(getattr(bars, "_instances", ())) + line, file=sys.stderr)
     if stacks:
         faulthandler.dump_traceback(all_threads=True)
     for stream in (sys.stdout, sys.stderr):
