@@ -35,8 +35,9 @@ def run(
             stream.reconfigure(errors="backslashreplace")
     # Of scientific users' environments: it would make every draw another one.
     jax.config.update("jax_enable_x64", False)
+    ended = f"{name}: interrupted{'; ' if interrupted else ''}{interrupted}"
     try:
-        with stop_signals.termination_interrupts(stopped), hosts.together(name):
+        with stop_signals.termination_interrupts(stopped, ended), hosts.together(name):
             code, line = work() or 0, ""
             if hosts.count() > 1:  # signals are heard until the last host is here
                 hosts.end(code)
@@ -45,8 +46,7 @@ def run(
     except hosts.LostError as error:
         code, line = hosts.LOST, f"{name}: error: {error}"
     except KeyboardInterrupt:
-        code = stop_signals.exit_code()
-        line = f"{name}: interrupted{'; ' if interrupted else ''}{interrupted}"
+        code, line = stop_signals.exit_code(), ended
     except BrokenPipeError:  # of `| head`: nobody reads on, and the exit would print about it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

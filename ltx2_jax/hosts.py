@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -44,6 +45,7 @@ BEAT = 2.0  # seconds between two signs of life of a host
 _ROOM = "ltx2_jax"  # of our keys
 _calls = itertools.count()
 _names: list[str] = []
+_command = ""
 
 
 class AgreedError(UserError):
@@ -483,16 +485,20 @@ class _Watch:
         _Watch.running = self
 
     def _tell(self) -> None:
-        for beat in itertools.count():
-            now = _progress
-            row = dataclasses.asdict(now) | {"beat": beat, "age": time.monotonic() - now.since}
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                key = f"{_ROOM}/progress/{index()}"
-                _client().key_value_set(key, json.dumps(row), allow_overwrite=True)
-                if index() == 0:
-                    self._read()
-                self._told = time.monotonic()
-            time.sleep(BEAT)
+        beat, told = 0, None
+        while True:
+            now, silent = _progress, time.monotonic() - self._told
+            # Sooner than it must if there is news, so that a host that is lost has told them.
+            if silent > BEAT or told is None or (now is not told and silent > BEAT / 4):
+                beat, told = beat + 1, now
+                row = dataclasses.asdict(now) | {"beat": beat, "age": time.monotonic() - now.since}
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    key = f"{_ROOM}/progress/{index()}"
+                    _client().key_value_set(key, json.dumps(row), allow_overwrite=True)
+                    if index() == 0:
+                        self._read()
+                    self._told = time.monotonic()
+            time.sleep(BEAT / 8)
 
     def _read(self) -> None:
         for key, value in _client().key_value_dir_get(f"{_ROOM}/progress/"):
@@ -505,10 +511,8 @@ class _Watch:
         while True:
             time.sleep(min(BEAT, self._heartbeat / 4))
             if lost := self.lost(self._heartbeat):
-                if index() != 0:  # nobody else can be told
-                    print(lost, file=sys.stderr, flush=True)
-                    faulthandler.dump_traceback(all_threads=True)
-                    os._exit(LOST)
+                if index() != 0:  # nobody can be told
+                    _leave(LOST, lost, stacks=True, patience=0)
                 fail(LOST, lost, stacks=True)
 
     def lost(self, seconds: float) -> str:
@@ -587,8 +591,9 @@ def _end_with_others() -> None:
     """A thread: what one host says that ends all, ends this one too."""
     try:
         told = json.loads(hear("failed"))
-    except LostError as error:
-        told = {"code": LOST, "line": str(error), "stacks": False}
+    except LostError:
+        here = f"here in {_progress.text()}"
+        _leave(LOST, f"{name(0)}: lost; {here}; {AGAIN}", patience=0)
     _leave(**told)
 
 
@@ -610,17 +615,20 @@ def end(code: int, line: str = "") -> NoReturn:
     _leave(code, line, patience=float("inf") if code == 0 else 10)
 
 
-def _leave(code: int, line: str, stacks: bool = False, patience: float = 10) -> NoReturn:
-    """Waits a while until all leave, because they are cut off when process 0 does."""
-    work_is_done = patience > 10
+def _leave(code: int, line: str = "", stacks: bool = False, patience: float = 5) -> NoReturn:
+    """Waits a while until all leave, because they are cut off when process 0 does.
+
+    No `patience` means that process 0 is gone, and that nobody else prints.
+    """
+    work_is_done = patience == float("inf")
     if work_is_done:  # until the last host comes, another end is possible
         _wait_for_leavers(patience)
     if not _ending.once.acquire(blocking=False):
         threading.Event().wait()  # another thread is on its way out
-    _ending.code = code
-    if line and index() == 0:
+    if line and (index() == 0 or not patience):
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        print("\n" * bool(getattr(bars, "_instances", ())) + line, file=sys.stderr)
+        print("\n" * bool(getattr(bars, "_instances", ())) + line, file=sys.stderr, flush=True)
+    _ending.code = code
     if stacks:
         faulthandler.dump_traceback(all_threads=True)
     for stream in (sys.stdout, sys.stderr):
@@ -634,7 +642,7 @@ def _leave(code: int, line: str, stacks: bool = False, patience: float = 10) -> 
 
 
 def _wait_for_leavers(patience: float) -> None:
-    if count() == 1:
+    if count() == 1 or not patience:
         return
     tell(f"left/{index()}", "")
     deadline = time.monotonic() + patience
@@ -650,7 +658,10 @@ def together(command: str = "") -> Iterator[None]:
     """What goes wrong within on one of several hosts ends all, before anything is waited for.
 
     Errors that all hosts meet at the same place pass, and whatever a single process raises.
+    `command` begins the line that is printed, here and in a `together` within this one.
     """
+    global _command
+    _command = command or _command
     try:
         yield
     except (AgreedError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -658,17 +669,18 @@ def together(command: str = "") -> Iterator[None]:
     except Exception as error:
         if count() == 1 or getattr(error, "everywhere", False):
             raise
-        fail_of(error, command)
+        fail_of(error)
 
 
-def fail_of(error: Exception, command: str = "") -> NoReturn:
+def fail_of(error: Exception) -> NoReturn:
     """Ends all hosts because of what was raised on this one."""
-    prefix = f"{command}: error: " if command else "error: "
+    prefix = f"{_command}: error: " if _command else "error: "
     if isinstance(error, LostError):
         fail(LOST, f"{prefix}{error}")
     if isinstance(error, UserError):
         fail(error.exit_code, f"{prefix}{name(index())}: {error}")
-    if isinstance(error, jax.errors.JaxRuntimeError) and hasattr(_Watch, "running"):
+    of_a_program = re.match(r"[A-Z_]{5,}: ", str(error))  # a status of XLA, of whichever type
+    if of_a_program and hasattr(_Watch, "running"):
         # Of a host that is gone the devices of the others hear first: is there one?
         time.sleep(3 * BEAT)
         if lost := _Watch.running.lost(2 * BEAT):

@@ -4,7 +4,6 @@ Of several hosts all stop when one is told to, at the same step. Threads do the 
 one may be inside of a program or the compiler for minutes, where Python hears no signal.
 """
 
-import _thread
 import contextlib
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 from ltx2_jax import hosts
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Of `_thread.interrupt_main`: no signal of a user's, whose second Ctrl-C must be told apart.
+# What threads send to the main one: no signal of a user's, whose second Ctrl-C is another thing.
 _WAKE = signal.SIGUSR2
 # Seconds that the main thread has to put away what is half-written.
 GRACE = 5.0
@@ -24,8 +23,9 @@ GRACE = 5.0
 class _State:
     """What is known of signals in this process."""
 
-    def __init__(self, stopped: int = hosts.INTERRUPTED) -> None:
+    def __init__(self, stopped: int = hosts.INTERRUPTED, line: str = "") -> None:
         self.stopped = stopped  # exit code after another signal than Ctrl-C
+        self.line = line  # to be printed at the end
         self.shared = False  # threads tell the other hosts
         self.number: int | None = None  # of the signal that stops the run, once all know of it
         self.heard = 0  # signals that this process got
@@ -44,13 +44,14 @@ def exit_code() -> int:
 
 
 @contextlib.contextmanager
-def termination_interrupts(stopped: int = hosts.INTERRUPTED) -> Iterator[None]:
+def termination_interrupts(stopped: int = hosts.INTERRUPTED, line: str = "") -> Iterator[None]:
     """While in context, any of these signals is what Ctrl-C is: half-written files go.
 
-    Within a loop under `StopSignals` it is finished first. `stopped` is for `exit_code`.
+    Within a loop under `StopSignals` it is finished first. `stopped` is for `exit_code`; `line`
+    is what a host says that does not get to its end in time.
     """
     global _state
-    _state, before = _State(stopped), {}
+    _state, before = _State(stopped, line), {}
     for number in (*SIGNALS, _WAKE):
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         if signal.getsignal(number) == usual:  # else someone (nohup) wants it otherwise
@@ -62,19 +63,27 @@ def termination_interrupts(stopped: int = hosts.INTERRUPTED) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _handle(number: int, _frame: Any) -> None:
+def _handle(number: int, frame: Any) -> None:
     """In the main thread, between two of Python's instructions."""
     state = _state
     if hosts.leaving():
         return
-    if number == _WAKE:
-        raise KeyboardInterrupt
-    if state.shared:
-        return  # a thread has told the others
-    state.heard += 1
-    state.number = state.number or number
-    if not state.finishing or (state.heard > 1 and number == signal.SIGINT):
-        raise KeyboardInterrupt
+    if number != _WAKE:
+        if state.shared:
+            return  # a thread has told the others
+        state.heard += 1
+        state.number = state.number or number
+        if state.finishing and not (state.heard > 1 and number == signal.SIGINT):
+            return
+    if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
+        threading.Timer(0.02, _wake).start()  # Python drops what is raised in there
+        return
+    raise KeyboardInterrupt
+
+
+def _wake() -> None:
+    """Interrupts the main thread, even where it waits for the system."""
+    signal.pthread_kill(threading.main_thread().ident, _WAKE)
 
 
 def of_all_hosts() -> None:
@@ -114,9 +123,9 @@ def _vote() -> None:
         if min(asks) >= 0:
             state.at = max(asks) + 1
             return
-    _thread.interrupt_main(_WAKE)
+    _wake()
     threading.Event().wait(GRACE)
-    hosts.end(exit_code())
+    hosts.end(exit_code(), state.line)
 
 
 class StopSignals:

@@ -11,12 +11,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import resume_config
 
 from ltx2_jax import hosts
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
-from ltx2_jax.sharding import pin
+from ltx2_jax.sharding import make_mesh, pin
 from ltx2_jax.training import loop
 from ltx2_jax.training.metrics import MetricsLogger
 
@@ -40,6 +41,12 @@ def make_train_step(config, strides, clock, *, donate=True):
 
 
 NAN_AT = -1
+
+
+def interleaved(*sizes):
+    """A mesh in which the devices of two hosts take turns."""
+    devices = np.array(jax.devices()).reshape(2, -1).T.flatten()
+    return make_mesh(*sizes, devices=list(devices))
 
 
 def nan_from(step):
@@ -73,6 +80,25 @@ def event_after(process, step, name):
     MetricsLogger.log = logged
 
 
+def event_in(process, phase, name):
+    """The same when it enters a phase; it goes on, for a while as if it were in a compiler."""
+    progress = hosts.progress
+
+    def noted(now, *given, **numbers):
+        progress(now, *given, **numbers)
+        if (now, hosts.index()) == (phase, process):
+            hosts.progress = progress
+            os.kill(os.getpid(), signal.Signals[name])
+            time.sleep(2)
+
+    hosts.progress = noted
+
+
+def clips(config, make_clips, weights, records, step):
+    hosts.progress("sample", step)
+    time.sleep(30 if hosts.index() == 0 else 0)
+
+
 def slowly():
     """Steps of a tenth of a second."""
     log = MetricsLogger.log
@@ -85,12 +111,17 @@ def get_config(arg: str | None = None) -> Config:
         if word == "drill":
             loop.init_state, loop.make_train_step = init_state, make_train_step
             loop.last_clips = lambda *_: None
+        elif word == "clips":
+            loop.last_clips = clips
+        elif word == "interleaved":
+            loop.make_mesh = interleaved
         elif word == "slow":
             slowly()
         elif word.startswith("nan"):
             nan_from(int(word[3:]))
         elif word:
-            process, step, name = word.split(",")
-            event_after(int(process), int(step), name)
+            process, when, name = word.split(",")
+            event = event_after if when.isdecimal() else event_in
+            event(int(process), int(when) if when.isdecimal() else when, name)
     optim = dataclasses.replace(config.optim, ema_decay=None, max_bad_steps=2)
     return dataclasses.replace(config, optim=optim)
