@@ -512,8 +512,8 @@ class _Watch:
             time.sleep(min(BEAT, self._heartbeat / 4))
             if lost := self.lost(self._heartbeat):
                 if index() != 0:  # nobody can be told
-                    _leave(LOST, lost, stacks=True, patience=0)
-                fail(LOST, lost, stacks=True)
+                    _leave(LOST, _error(lost), stacks=True, patience=0)
+                fail(LOST, _error(lost), stacks=True)
 
     def lost(self, seconds: float) -> str:
         """Who gave no sign of life for so long, in words; "" if nobody."""
@@ -543,7 +543,7 @@ def watched() -> Iterator[None]:
         while not done.wait(1.0):
             now = _progress
             if now.seconds is not None and time.monotonic() - now.since > now.seconds:
-                fail(LOST, stuck(now), stacks=True)
+                fail(LOST, _error(stuck(now)), stacks=True)
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
     try:
@@ -593,7 +593,7 @@ def _end_with_others() -> None:
         told = json.loads(hear("failed"))
     except LostError:
         here = f"here in {_progress.text()}"
-        _leave(LOST, f"{name(0)}: lost; {here}; {AGAIN}", patience=0)
+        _leave(LOST, _error(f"{name(0)}: lost; {here}; {AGAIN}"), patience=0)
     _leave(**told)
 
 
@@ -674,17 +674,21 @@ def together(command: str = "") -> Iterator[None]:
 
 def fail_of(error: Exception) -> NoReturn:
     """Ends all hosts because of what was raised on this one."""
-    prefix = f"{_command}: error: " if _command else "error: "
     if isinstance(error, LostError):
-        fail(LOST, f"{prefix}{error}")
+        fail(LOST, _error(str(error)))
     if isinstance(error, UserError):
-        fail(error.exit_code, f"{prefix}{name(index())}: {error}")
+        fail(error.exit_code, _error(f"{name(index())}: {error}"))
     of_a_program = re.match(r"[A-Z_]{5,}: ", str(error))  # a status of XLA, of whichever type
     if of_a_program and hasattr(_Watch, "running"):
         # Of a host that is gone the devices of the others hear first: is there one?
         time.sleep(3 * BEAT)
         if lost := _Watch.running.lost(2 * BEAT):
-            fail(LOST, prefix + lost)
+            fail(LOST, _error(lost))
     traceback.print_exception(error)
     text = " ".join(str(error).split())[:300]
-    fail(LOST, f"{prefix}{name(index())}: {type(error).__name__} in {_progress.text()}: {text}")
+    kind = type(error).__name__
+    fail(LOST, _error(f"{name(index())}: {kind} in {_progress.text()}: {text}"))
+
+
+def _error(text: str) -> str:
+    return f"{_command}: error: {text}" if _command else f"error: {text}"

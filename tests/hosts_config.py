@@ -100,9 +100,9 @@ def clips(config, make_clips, weights, records, step):
 
 
 def slowly():
-    """Steps of a tenth of a second."""
+    """Steps of a twentieth of a second."""
     log = MetricsLogger.log
-    MetricsLogger.log = lambda self, *given: time.sleep(0.1) or log(self, *given)
+    MetricsLogger.log = lambda self, *given: time.sleep(0.05) or log(self, *given)
 
 
 def get_config(arg: str | None = None) -> Config:
