@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import faulthandler
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -78,6 +80,8 @@ def on_hosts(argv: Sequence[str] | None, work: Callable[[], int | None]) -> int 
             heartbeat=given.heartbeat,
         )
         stop_signals.of_all_hosts()
+        # What a host does that seems to hang, for who looks from outside.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     return work()
 
 

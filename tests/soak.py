@@ -71,12 +71,14 @@ def first_step(log: Path) -> int | None:
 def attempt(
     folder: Path, data: Path, layout: tuple[int, int], log: Path, steps: int, kill: tuple | None
 ) -> list[int]:
-    """Runs to the end, or until `kill`: signal, process, seconds after the first step is near."""
+    """To the end, or until `kill`: signal, process, seconds after its start or first commit."""
     before, running = committed(folder), start(folder, data, layout, log, steps)
     if kill is not None:
-        name, victim, after = kill
-        while first_step(log) is None and running[0].poll() is None:
-            time.sleep(0.05)
+        name, victim, after, progress = kill
+        while running[0].poll() is None and (
+            committed(folder) <= before if progress else first_step(log) is None
+        ):
+            time.sleep(0.02)
         time.sleep(after)
         running[victim].send_signal(signal.Signals[name])
     deadline = time.monotonic() + (60 if kill else 600)
@@ -98,10 +100,16 @@ def attempt(
 
 def weights(folder: Path, step: int) -> np.ndarray:
     """Those of the checkpoint of a step."""
-    from orbax.checkpoint import v1 as ocp
+    import jax
 
-    with ocp.training.Checkpointer(folder / "checkpoints") as checkpoints:
-        return np.asarray(checkpoints.load(step)["params"]["a"]["weight"])
+    from ltx2_jax.sharding import replicated_on
+    from ltx2_jax.training.checkpoint import Checkpoints
+
+    home = replicated_on(jax.devices()[:1])
+    abstract = jax.ShapeDtypeStruct((16, 8), np.float32, sharding=home)
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_part(step, {"params": {"a": {"weight": abstract}}})
+    return np.asarray(found["params"]["a"]["weight"])
 
 
 def main() -> None:
@@ -122,7 +130,9 @@ def main() -> None:
     assert set(attempt(root / "calm", data, LAYOUTS[0], root / "calm-log", steps, None)) == {0}
     for kill in range(args.kills):
         layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]
-        what = chance.choice(SIGNALS), chance.randrange(layout[0]), round(chance.uniform(0, 4), 2)
+        early = chance.random() < 0.3
+        after = round(chance.uniform(0, 4 if early else 1), 2)
+        what = chance.choice(SIGNALS), chance.randrange(layout[0]), after, not early
         attempt(run, data, layout, root / f"log-{kill:02d}", steps, what)
         if committed(run) == steps:
             shutil.rmtree(run / "checkpoints" / str(steps))  # there are kills left
