@@ -44,6 +44,10 @@ def opened(workdir: str | Path, seconds: float = 30.0) -> epath.Path:
                     "gs://bucket/folder, or a file system that all hosts mount"
                 )
             time.sleep(0.2)
+        # What this host writes there itself: parts of checkpoints, logs.
+        own = place / f"{probe.name}-{hosts.index()}"
+        own.write_text("")
+        own.unlink()
 
     first = hosts.index() == 0
     hosts.agree(lambda: _in_time(write, workdir, seconds) if first else None)
