@@ -5,24 +5,33 @@ references. Each has a clean value, a strength with which that value is given (1
 0: it is generated), a position and a mark. A condition is a function that gives some tokens or
 appends some; several are applied one after another.
 
-Sources: `ltx_core/conditioning/types/*.py`, `ltx_trainer/training_strategies/flexible.py`.
+Tokens are given in place (`at`, `masked`, `outside_time`: images, prefixes, retakes), or appended
+(`keyframe`, `reference_video`, `reference_audio`, `keyframe_slots`), where attention alone connects
+them to the clip. A strength of 1 may be a Python number: it then costs what no strength costs.
+
+Sources: `ltx_core/conditioning/types/*.py`, `ltx_core/conditioning/mask_utils.py`,
+`ltx_core/tools.py`, `ltx_trainer/training_strategies/flexible.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from ltx2_jax.diffusion import flow
+from ltx2_jax.diffusion import flow, geometry
+from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import pin
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("clean", "strength", "positions", "marks", "attention"),
-    meta_fields=("clip_tokens", "frozen"),
+    data_fields=("clean", "strength", "positions", "marks", "attention", "start"),
+    meta_fields=("clip_tokens", "frozen", "grid", "slots"),
 )
 @dataclass(frozen=True)
 class Conditions:
@@ -37,6 +46,48 @@ class Conditions:
     attention: Array | None  # [B, T, T] strengths in [0, 1]; None: every token sees all
     clip_tokens: int  # the clip's own tokens, which come first
     frozen: bool = False  # the whole stream is given: its noise level is 0
+    start: Array | None = None  # [B, T, C] what noise is mixed with; None: `clean`
+    grid: tuple[int, int, int] | None = None  # F', H', W' of a video's own tokens
+    slots: tuple[int, int] | None = None  # first token and number of keyframes to be generated
+
+
+Strength = Array | float | None  # [] or [B]; None: 1
+
+
+def of_video(
+    latents: Array,  # [B, F', H', W', C], what noise is mixed with: zeros for nothing
+    fps: float | Array,  # one for all, or [B]
+    strides: tuple[int, int, int] = geometry.VIDEO_STRIDES,
+    *,
+    marked: bool,  # whether the model has the keyframe embedding
+) -> Conditions:
+    """A video of which nothing is given."""
+    grid = latents.shape[1:4]
+    tokens = geometry.patchify_video(latents)
+    marks = np.arange(tokens.shape[1]) < grid[1] * grid[2]
+    return Conditions(
+        clean=tokens,
+        strength=None,
+        positions=geometry.video_positions(grid, fps, strides),
+        marks=np.tile(marks.astype(np.float32), (tokens.shape[0], 1)) if marked else None,
+        attention=None,
+        clip_tokens=tokens.shape[1],
+        start=tokens,
+        grid=grid,
+    )
+
+
+def of_audio(
+    latents: Array,  # [B, A, M, C], what noise is mixed with: zeros for nothing
+    clock: geometry.AudioClock = geometry.AUDIO_CLOCK,
+) -> Conditions:
+    """A sound of which nothing is given."""
+    tokens = geometry.patchify_audio(latents)
+    positions = geometry.audio_positions(tokens.shape[1], clock)
+    return Conditions(tokens, None, positions, None, None, tokens.shape[1], start=tokens)
+
+
+# -------------------------------------------------------------------------- conditions in the loop
 
 
 def levels(conditions: Conditions, sigma: Array) -> dict[str, Array | None]:
@@ -51,15 +102,29 @@ def levels(conditions: Conditions, sigma: Array) -> dict[str, Array | None]:
     return {"sigma": sigma, "timesteps": timesteps, "clean": None}
 
 
+def token_levels(conditions: Conditions, sigma: Array) -> Array:
+    """The noise level of every token at sigma [B]: [B, 1] where all have the same, else [B, T]."""
+    if conditions.frozen or conditions.strength is None:
+        return levels(conditions, sigma)["timesteps"]
+    return (1.0 - conditions.strength.astype(jnp.float32)) * sigma[:, None]
+
+
 def noised(
     conditions: Conditions,
     noise: Array,  # [B, T, C]
     sigma: Array | float,  # [] or [B]
-    start: Array | None = None,  # [B, T, C] what is noised where nothing is given; None: `clean`
+    start: Array | None = None,  # [B, T, C] in the place of `conditions.start`
 ) -> Array:
     """Tokens [B, T, C] at noise level sigma; given ones are clean as far as they are given."""
-    clean = conditions.clean
-    return keep_given(conditions, flow.noised(clean if start is None else start, noise, sigma))
+    start = conditions.start if start is None else start
+    start = conditions.clean if start is None else start
+    return keep_given(conditions, flow.noised(start, noise, sigma))
+
+
+def started(conditions: Conditions, tokens: Array) -> Conditions:
+    """With tokens [B, n, C] of the clip, those of an earlier stage, to be mixed with noise."""
+    begun = conditions.clean if conditions.start is None else conditions.start
+    return replace(conditions, start=_end_with(tokens, begun))
 
 
 def keep_given(conditions: Conditions, x: Array) -> Array:
@@ -72,6 +137,9 @@ def keep_given(conditions: Conditions, x: Array) -> Array:
     if strength.dtype == bool:
         return jnp.where(strength[..., None], conditions.clean.astype(x.dtype), x)
     return flow.noised(conditions.clean.astype(x.dtype), x, 1.0 - strength)
+
+
+# ------------------------------------------------------------------------------ in place of tokens
 
 
 def give(
@@ -95,6 +163,216 @@ def give(
     return replace(conditions, clean=values, strength=given)
 
 
+def at(
+    conditions: Conditions,
+    tokens: Array,  # [B, n, C]
+    first: int,  # which token of the clip they begin at; negative: counted from its end
+    strength: Strength = None,
+) -> Conditions:
+    """Some tokens of the clip given: an image, a prefix (`first` 0), a suffix (`first` -n)."""
+    length, count = conditions.clip_tokens, tokens.shape[1]
+    start = first if first >= 0 else length + first
+    if not 0 <= start <= length - count:
+        raise UserError(f"{count} given tokens at {first} do not fit into {length} of the clip")
+    where = np.zeros(conditions.clean.shape[1], bool)
+    where[start : start + count] = True
+    clean = jnp.asarray(conditions.clean)
+    clean = clean.at[:, start : start + count].set(tokens.astype(clean.dtype))
+    return give(conditions, where, _partial(strength), clean)
+
+
+def frames(
+    conditions: Conditions,
+    latents: Array,  # [B, f, H', W', C]
+    index: int = 0,  # the latent frame they begin at; negative: counted from the end
+    strength: Strength = None,
+) -> Conditions:
+    """Latent frames of a video given in place: an image at 0, a clip at any."""
+    count = _tokens_per_frame(conditions, latents)
+    return at(conditions, geometry.patchify_video(latents), index * count, strength)
+
+
+def masked(
+    conditions: Conditions,
+    where: Array,  # [B, F', H', W'] of a video or [B, A] of a sound, True where it is given
+    latents: Array
+    | None = None,  # as `of_video` or `of_audio` takes them; None: those it began with
+    strength: Strength = None,
+) -> Conditions:
+    """Inpainting and outpainting: the clip given where the mask says."""
+    where = np.reshape(np.asarray(where) > 0.5, (np.shape(where)[0], -1))
+    if where.shape[1] != conditions.clip_tokens:
+        raise UserError(
+            f"a mask of {where.shape[1]} tokens does not fit {conditions.clip_tokens} of the clip"
+        )
+    where = np.pad(where, ((0, 0), (0, conditions.clean.shape[1] - where.shape[1])))
+    clean = None
+    if latents is not None:
+        of_stream = geometry.patchify_video if latents.ndim == 5 else geometry.patchify_audio
+        clean = _end_with(of_stream(latents), conditions.clean)
+    return give(conditions, where, _partial(strength), clean)
+
+
+def outside_time(
+    conditions: Conditions, start: float, end: float, strength: Strength = None
+) -> Conditions:
+    """A retake: the clip given as it is but for the tokens that touch [start, end) seconds."""
+    seconds = jnp.asarray(conditions.positions)[:, 0]  # [B or 1, T, 2]
+    inside = (seconds[..., 1] > start) & (seconds[..., 0] < end)
+    own = np.arange(inside.shape[1]) < conditions.clip_tokens
+    return give(conditions, ~inside & own, _partial(strength))
+
+
+def freeze(conditions: Conditions) -> Conditions:
+    """The whole stream given; it is only read by the other one."""
+    return replace(conditions, frozen=True)
+
+
+# -------------------------------------------------------------------------------- appended tokens
+
+
+def append(
+    conditions: Conditions,
+    clean: Array,  # [B, n, C]
+    positions: Array,  # [B or 1, axes, n, 2]
+    strength: Strength = None,
+    *,
+    attention: Array | float | None = None,  # [], [n] or [B, n]: between them and the clip; None: 1
+    start: Array | None = None,  # [B, n, C]; None: zeros
+    marked: bool = False,
+) -> Conditions:
+    """More tokens after those that are there. They and others that were appended do not see each
+    other once any tokens have an attention strength.
+    """
+    batch, count, _ = clean.shape
+    old = np.zeros((batch, conditions.clean.shape[1]), bool)
+    new, strength = np.ones((batch, count), bool), _partial(strength)
+    if strength is not None or (
+        conditions.strength is not None and conditions.strength.dtype != bool
+    ):
+        new = new * flow.align(1.0 if strength is None else strength, new)
+    given = old if conditions.strength is None else conditions.strength
+    if given.dtype != new.dtype:
+        given, new = given.astype(jnp.float32), new.astype(jnp.float32)
+    marks, begun = conditions.marks, conditions.start
+    if marks is not None:
+        marks = jnp.concatenate([marks, np.full((batch, count), float(marked), np.float32)], 1)
+    if begun is not None or start is not None:
+        begun = conditions.clean if begun is None else begun
+        begun = jnp.concatenate([begun, jnp.zeros_like(clean) if start is None else start], 1)
+    rows = max(conditions.positions.shape[0], positions.shape[0])
+    places = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (conditions.positions, positions)]
+    return replace(
+        conditions,
+        clean=jnp.concatenate([conditions.clean, clean.astype(conditions.clean.dtype)], 1),
+        strength=jnp.concatenate([given, new], 1),
+        positions=jnp.concatenate(places, 2),
+        marks=marks,
+        attention=_grown(conditions, count, attention),
+        start=begun,
+    )
+
+
+def keyframe(
+    conditions: Conditions,
+    latents: Array,  # [B, f, H', W', C]: an image (f = 1) or a clip
+    frame: int,  # of the pixels, where it begins
+    fps: float | Array,
+    strides: tuple[int, int, int] = geometry.VIDEO_STRIDES,
+    strength: Strength = None,
+    attention: Array | float | None = None,
+) -> Conditions:
+    """A keyframe beside the clip, at any pixel frame. An image lasts one pixel frame."""
+    _tokens_per_frame(conditions, latents)
+    last = _pixel_frames(conditions, strides) - 1
+    if not 0 <= frame <= last:
+        raise UserError(
+            f"a keyframe at frame {frame} lies outside of the clip's frames 0 to {last}"
+        )
+    positions = _frame_positions(latents.shape[1:4], frame, fps, strides, causal=frame == 0)
+    tokens = geometry.patchify_video(latents)
+    return append(conditions, tokens, positions, strength, attention=attention)
+
+
+def reference_video(
+    conditions: Conditions,
+    latents: Array,  # [B, f, h, w, C]
+    fps: float | Array,  # of the clip
+    strides: tuple[int, int, int] = geometry.VIDEO_STRIDES,
+    *,
+    spatial_scale: int = 1,  # the clip's rows and columns for one of the reference
+    temporal_scale: int = 1,  # the clip's frames for one of the reference
+    strength: Strength = None,
+    attention: Array | float | None = None,
+) -> Conditions:
+    """A whole video to follow (IC-LoRA), of which a token lies where it lies in the clip."""
+    positions = geometry.video_positions(latents.shape[1:4], fps / temporal_scale, strides)
+    positions = jnp.asarray(positions)
+    if temporal_scale != 1:
+        # Its last token ends where that of the clip does.
+        pixel = conditions.positions[:, 0, :1, 1:]  # [B or 1, 1, 1]: one pixel frame in seconds
+        later = jnp.maximum(positions[:, 0] - (temporal_scale - 1) * pixel, 0)
+        positions = jnp.concatenate([later[:, None], positions[:, 1:]], 1)
+    scale = np.asarray([1, spatial_scale, spatial_scale], np.float32)[:, None, None]
+    tokens = geometry.patchify_video(latents)
+    return append(conditions, tokens, positions * scale, strength, attention=attention)
+
+
+def reference_audio(
+    conditions: Conditions,
+    latents: Array,  # [B, a, M, C]
+    positions: Array,  # [B or 1, 1, a, 2], seconds; a voice to imitate lies before 0
+    strength: Strength = None,
+    attention: Array | float | None = None,
+) -> Conditions:
+    """A sound to follow, at times of its own."""
+    tokens = geometry.patchify_audio(latents)
+    return append(conditions, tokens, positions, strength, attention=attention)
+
+
+def keyframe_slots(
+    conditions: Conditions,
+    at_frames: Sequence[int],  # of the pixels, rising
+    fps: float | Array,
+    strides: tuple[int, int, int] = geometry.VIDEO_STRIDES,
+    latents: Array | None = None,  # [B, K, H', W', C], what noise is mixed with
+) -> Conditions:
+    """Keyframes that are generated beside the clip (2.5); `slots_of` has them in the end."""
+    last, (_, rows, columns) = _pixel_frames(conditions, strides) - 1, conditions.grid
+    rising = all(a < b for a, b in pairwise(at_frames))
+    if not at_frames or not rising or at_frames[0] < 0 or at_frames[-1] > last:
+        raise UserError(
+            f"keyframes at frames {list(at_frames)}: they must rise and lie within 0 to {last}"
+        )
+    if conditions.slots is not None:
+        raise UserError("keyframes to be generated are named once, all together")
+    batch, first, channels = conditions.clean.shape
+    positions = [
+        _frame_positions((1, rows, columns), frame, fps, strides, causal=False)
+        for frame in at_frames
+    ]
+    start = None
+    if latents is not None:
+        _tokens_per_frame(conditions, latents)
+        start = geometry.patchify_video(latents)
+    clean = jnp.zeros((batch, len(at_frames) * rows * columns, channels), conditions.clean.dtype)
+    more = append(conditions, clean, np.concatenate(positions, 2), start=start, marked=True)
+    # Appended as given, and then not given.
+    generated = np.arange(more.clean.shape[1]) >= first
+    strength = jnp.where(generated, jnp.zeros((), more.strength.dtype), more.strength)
+    if conditions.strength is None:
+        strength = None
+    return replace(more, strength=strength, slots=(first, len(at_frames)))
+
+
+def slots_of(conditions: Conditions, x: Array) -> Array:
+    """The keyframes that were generated, [B, K, H', W', C], of tokens [B, T, C]."""
+    first, count = conditions.slots
+    _, rows, columns = conditions.grid
+    tokens = x[:, first : first + count * rows * columns]
+    return geometry.unpatchify_video(tokens, (count, rows, columns))
+
+
 def of_clip(conditions: Conditions, x: Array) -> Array:
     """The clip's own tokens of `x` [B, T, ...], without the appended ones."""
     return x[:, : conditions.clip_tokens]
@@ -109,3 +387,70 @@ def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
     batch, frames, height, width = shape
     first = jnp.arange(frames * height * width) < height * width
     return pin(jnp.tile(first.astype(jnp.float32), (batch, 1)), "batch", "video_tokens")
+
+
+def _partial(strength: Strength) -> Strength:
+    """None for a strength that is known to be 1."""
+    return None if isinstance(strength, float | int) and strength == 1 else strength
+
+
+def _end_with(
+    tokens: Array,  # [B, n, C]
+    others: Array,  # [B, T, C]
+) -> Array:  # [B, T, C]
+    """`tokens`, then those of `others` that come after so many."""
+    return jnp.concatenate([tokens.astype(others.dtype), others[:, tokens.shape[1] :]], 1)
+
+
+def _tokens_per_frame(conditions: Conditions, latents: Array) -> int:
+    """Tokens of a latent frame, if the frames of `latents` are as large as those of the clip."""
+    rows, columns = conditions.grid[1:]
+    if latents.shape[2:4] != (rows, columns):
+        raise UserError(
+            f"frames of {latents.shape[2]}x{latents.shape[3]} latents do not fit a clip of "
+            f"{rows}x{columns}"
+        )
+    return rows * columns
+
+
+def _pixel_frames(conditions: Conditions, strides: tuple[int, int, int]) -> int:
+    return (conditions.grid[0] - 1) * strides[0] + 1
+
+
+def _frame_positions(
+    grid: tuple[int, int, int],
+    frame: int,
+    fps: float | Array,
+    strides: tuple[int, int, int],
+    *,
+    causal: bool,
+) -> Array:
+    """[B or 1, 3, T, 2] of latent frames from a pixel frame on; a single one lasts for one."""
+    bounds = geometry.pixel_bounds(grid, strides, causal)
+    bounds[:, 0] += frame
+    if grid[0] == 1:
+        bounds[:, 0, :, 1] = bounds[:, 0, :, 0] + 1
+    return geometry.in_seconds(bounds, fps)
+
+
+def _grown(
+    conditions: Conditions,
+    count: int,
+    attention: Array | float | None,  # [], [n] or [B, n]
+) -> Array | None:
+    """Strengths [B, T + n, T + n] with those of n more tokens."""
+    before = conditions.attention
+    if attention is None and before is None:
+        return None
+    batch, length, _ = conditions.clean.shape
+    attention = jnp.asarray(1.0 if attention is None else attention, jnp.float32)
+    if attention.ndim and attention.shape[-1] != count:
+        raise UserError(f"{attention.shape[-1]} attention strengths for {count} tokens")
+    attention = jnp.broadcast_to(attention, (batch, count))
+    if before is None:
+        before = jnp.ones((batch, length, length), jnp.float32)
+    own = np.arange(length) < conditions.clip_tokens
+    across = attention[:, :, None] * own  # [B, n, T]
+    above = jnp.concatenate([before, across.swapaxes(1, 2)], 2)
+    below = jnp.concatenate([across, jnp.ones((batch, count, count), jnp.float32)], 2)
+    return jnp.concatenate([above, below], 1)

@@ -176,11 +176,19 @@ def video_positions(
     result is float32, a numpy array unless `fps` is a jax array. Keep it float32 up to the rotary
     angles: bfloat16 cannot tell neighbouring frames of a long clip apart.
     """
+    return in_seconds(pixel_bounds(latent_shape, strides, causal), fps)
+
+
+def in_seconds(bounds: np.ndarray, fps: float | np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Bounds [1, 3, T, 2] in pixel frames, rows and columns -> in seconds, rows and columns.
+
+    [B, 3, T, 2] for one rate per clip; see `video_positions`.
+    """
     xp = jnp if isinstance(fps, jax.Array) else np
     rate = xp.asarray(fps, np.float32).reshape(-1)  # [1] or [B]
     one = xp.ones_like(rate)
     divisor = xp.stack([rate, one, one], axis=-1)[:, :, None, None]  # [1 or B, 3, 1, 1]
-    return pixel_bounds(latent_shape, strides, causal) / divisor
+    return bounds / divisor
 
 
 def audio_positions(
