@@ -11,6 +11,7 @@ import golden_audio
 import golden_diffusion
 import golden_diffusion_decoder
 import golden_lora
+import golden_pipeline
 import golden_sampling
 import golden_text_features
 import golden_text_lm
@@ -25,7 +26,6 @@ from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
 NOT_YET_BUILT = {
-    "pipeline": "sampling pipelines",
 }
 
 RUNNERS = (
@@ -37,6 +37,7 @@ RUNNERS = (
     | golden_diffusion_decoder.RUNNERS
     | golden_lora.RUNNERS
     | golden_sampling.RUNNERS
+    | golden_pipeline.RUNNERS
 )
 
 

@@ -195,6 +195,7 @@ def run(
     number: int,
     batch: int,
     marked: bool,
+    noises: tuple[Any, Any] = (None, None),
 ) -> tuple[list[Latents], list[Latents]]:
     """Latents of every clip: [F', H', W', C] and [A, M, C], None of a stream that is not there.
 
@@ -214,6 +215,7 @@ def run(
       number: of the stage, from 0; its noise differs from that of others.
       batch: clips at a time, at most.
       marked: whether the model has the keyframe embedding.
+      noises: in the place of those drawn; see `programs.sample`.
     """
     first = all(x is None for x in (*videos, *audios))
     known = conditions(task, encoded, shapes, marked=marked, rows=1)
@@ -240,6 +242,7 @@ def run(
                 rescales,
                 given,
                 None if first else (_picked(videos, rows), _picked(audios, rows)),
+                noises,
                 graphdef=graph,
                 request=shapes.request(task.fps),
                 passes=others,
