@@ -13,10 +13,11 @@ from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import conditioning, geometry
 from ltx2_jax.diffusion.conditioning import Conditions
 from ltx2_jax.diffusion.guidance import Guidance
-from ltx2_jax.diffusion.sampler import Given
+from ltx2_jax.diffusion.sampler import Given, rows_axis
 from ltx2_jax.sampling.programs import Pass, Request
 from ltx2_jax.sampling.recipes import Stage
 from ltx2_jax.sampling.tasks import Encoded, Placed, Task
+from ltx2_jax.sharding import sharding_of
 
 VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip
 Latents = np.ndarray | None
@@ -241,7 +242,7 @@ def run(
                 tuple(strengths),
                 rescales,
                 given,
-                None if first else (_picked(videos, rows), _picked(audios, rows)),
+                None if first else (_picked(videos, rows, mesh), _picked(audios, rows, mesh)),
                 noises,
                 graphdef=graph,
                 request=shapes.request(task.fps),
@@ -257,5 +258,12 @@ def run(
     return [video for video, _ in made], [audio for _, audio in made]
 
 
-def _picked(latents: Sequence[Latents], rows: np.ndarray) -> Latents:
-    return None if latents[0] is None else np.stack([latents[i] for i in rows])
+def _picked(
+    latents: Sequence[Latents], rows: np.ndarray, mesh: jax.sharding.Mesh
+) -> jax.Array | None:
+    """Latents of some clips, where the sampler leaves those that it makes: it takes their memory."""
+    if latents[0] is None:
+        return None
+    picked = np.stack([latents[i] for i in rows])
+    names = (rows_axis(len(rows)), *[None] * (picked.ndim - 1))
+    return jax.device_put(picked, sharding_of(mesh, *names))
