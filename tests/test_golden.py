@@ -25,8 +25,7 @@ import pytest
 from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
-NOT_YET_BUILT = {
-}
+NOT_YET_BUILT = {}
 
 RUNNERS = (
     golden_diffusion.RUNNERS

@@ -83,7 +83,7 @@ class Clip:
             write_wav(path, self.audio, self.sample_rate)
         else:
             name = suffix or "no suffix"
-            raise UserError(f"{path}: cannot save as {name!r}; use .mp4, .png or .wav")
+            raise UserError(f"{path}: cannot save as {name!r}; use .mp4 or .wav, or .png")
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()

@@ -261,7 +261,7 @@ def run(
 def _picked(
     latents: Sequence[Latents], rows: np.ndarray, mesh: jax.sharding.Mesh
 ) -> jax.Array | None:
-    """Latents of some clips, where the sampler leaves those that it makes: it takes their memory."""
+    """Latents of some clips, where the sampler leaves those that it makes in their place."""
     if latents[0] is None:
         return None
     picked = np.stack([latents[i] for i in rows])

@@ -79,7 +79,7 @@ def frames_of(path):
 
 
 def test_text_becomes_picture_and_sound_by_the_recipe_of_the_release(make):
-    out, latents, said = make("--num-frames=9", "--num-inference-steps=2", "--seed=3")
+    out, _, said = make("--num-frames=9", "--num-inference-steps=2", "--seed=3")
     clip = media.read_clip(out)
     assert clip.video.shape == (FRAMES, 64, 64, 3)
     assert (clip.fps, clip.sample_rate, len(clip.audio)) == (FPS, RATE, 9000)
@@ -119,7 +119,7 @@ def test_recipes_of_two_stages_upsample_and_fuse_the_distilled_lora(recipe, make
 
 
 def test_a_distilled_model_takes_8_and_3_steps_without_guidance(make):
-    out, latents, said = make("--num-frames=9", UPSAMPLER, model=DISTILLED)
+    _, latents, said = make("--num-frames=9", UPSAMPLER, model=DISTILLED)
     assert "stage 1: size x0.5, 8 steps of euler" in said
     assert said.count("no guidance") == 2
     assert latents["video"].shape == (2, 2, 2, 4)
@@ -144,7 +144,6 @@ def test_prompts_of_a_file_are_clips_of_their_own_seeds(make, tmp_path):
 
 # ------------------------------------------------------------------------------------------ tasks
 # Of a distilled model in one stage, which needs one pass and compiles quickly.
-
 
 
 def test_an_image_is_the_first_frame_and_another_stands_beside(make, folder):
@@ -226,7 +225,7 @@ def test_a_retake_of_one_stream_leaves_the_other(what, make, folder):
 def test_a_clip_is_extended_before_and_after(make, folder):
     film = media.read_clip(folder / "short.mp4")
     flags = [f"--video-path={folder / 'short.mp4'}", "--extend=0.3", "--extend-before=0.3"]
-    out, latents, _ = make(*flags, name="clip.png", model=DISTILLED, size=[])
+    out, _, _ = make(*flags, name="clip.png", model=DISTILLED, size=[])
     frames = frames_of(out)
     assert len(frames) == 8 + 9 + 8
     np.testing.assert_array_equal(frames[8:17], film.video)
@@ -235,7 +234,7 @@ def test_a_clip_is_extended_before_and_after(make, folder):
 
 def test_an_ic_lora_reads_its_reference_in_the_first_stage_alone(make, folder):
     flags = ["--num-frames=9", UPSAMPLER, "--lora", LORA, "1", "--video-conditioning"]
-    _, latents, said = make(*flags, folder / "film.mp4", "1", model=DISTILLED)
+    _, latents, _ = make(*flags, folder / "film.mp4", "1", model=DISTILLED)
     _, other, _ = make(*flags, folder / "short.mp4", "0.5", model=DISTILLED)
     assert np.abs(other["video"] - latents["video"]).max() > 1e-3
 
@@ -248,7 +247,7 @@ def test_a_clip_is_dubbed_from_its_picture_and_its_voice(make, folder):
 
 
 def test_latents_that_were_saved_are_decoded_to_the_same_clip(make, tmp_path):
-    out, latents, _ = make("--num-frames=9", "--stage1.steps=2", name="clip.png")
+    out, _, _ = make("--num-frames=9", "--stage1.steps=2", name="clip.png")
     again = tmp_path / "again.png"
     argv = [MODEL[0], *MODEL[2:], f"--from-latents={tmp_path / 'latents.safetensors'}"]
     assert sample.cli([*argv, f"--output-path={again}"]) == 0
