@@ -23,11 +23,11 @@ STRIDES = (8, 32, 32)
 
 def channels_last(latent):
     """[B, C, F, H, W] or [B, C, A, M] -> [B, F, H, W, C] or [B, A, M, C]."""
-    return jnp.moveaxis(jnp.asarray(latent), 1, -1)
+    return np.moveaxis(latent, 1, -1)
 
 
 def channels_first(latent):
-    return None if latent is None else jnp.moveaxis(latent, -1, 1)
+    return np.moveaxis(np.asarray(latent), -1, 1)
 
 
 # ------------------------------------------------------------------------------------------- steps
@@ -129,12 +129,12 @@ def bare(case: Case, x) -> Conditions:
     """The stream of a case before anything is given of it."""
     args = case.args
     if "channels" not in args:
-        latents = jnp.zeros(
-            (1, args["frames"], args.get("mel_bins", 16), args.get("z_channels", 1))
-        )
+        latents = np.zeros((1, args["frames"], args.get("mel_bins", 16), args.get("z_channels", 1)))
         return conditioning.of_audio(latents)
     shape = (1, args["frames"], args["height"], args["width"], args["channels"])
-    latents = channels_last(x["initial_latent"]) if "initial_latent" in x else jnp.zeros(shape)
+    latents = (
+        channels_last(x["initial_latent"]) if "initial_latent" in x else np.zeros(shape, np.float32)
+    )
     return conditioning.of_video(latents, args["fps"], STRIDES, marked=True)
 
 
@@ -175,9 +175,9 @@ def conditioned(case: Case, x) -> Conditions:
     if kind.startswith("temporal_region"):
         return conditioning.outside_time(c, args["start_time"], args["end_time"])
     if kind == "audio_reference":
-        tokens = jnp.asarray(x["reference_tokens"])
+        tokens = x["reference_tokens"]
         numbers = {"strength": args["strength"]}
-        return conditioning.append(c, tokens, jnp.asarray(x["reference_positions"]), **numbers)
+        return conditioning.append(c, tokens, x["reference_positions"], **numbers)
     if kind == "keyframe_slots":
         initial = latents["initial_keyframes"]
         frames = args["pixel_frame_indices"]
@@ -194,11 +194,11 @@ def run_conditioning(case: Case):
     c = conditioned(case, x)
     if case.name.endswith("_noised"):
         return {"latent": conditioning.noised(c, x["noise"], case.args["noise_scale"])}
-    strength = jnp.zeros(c.clean.shape[:2]) if c.strength is None else c.strength
+    strength = np.zeros(c.clean.shape[:2]) if c.strength is None else c.strength
     found = {
         "latent": c.start,
         "clean_latent": c.clean,
-        "denoise_mask": 1 - jnp.asarray(strength, jnp.float32)[..., None],
+        "denoise_mask": 1 - np.asarray(strength, np.float32)[..., None],
         "positions": c.positions,
         "keyframes_mask": None if c.marks is None else c.marks[..., None],
         "attention_mask": c.attention,
@@ -232,13 +232,13 @@ def passes_of(video: dict, audio: dict) -> tuple[tuple[Pass, ...], tuple, tuple]
         pair = [s.get(name, off) - off for s in (video, audio)]
         if any(pair):
             passes.append(new)
-            strengths.append(tuple(map(jnp.float32, pair)))
+            strengths.append(tuple(map(np.float32, pair)))
 
     add(programs.EMPTY_CAPTION, "cfg", 1.0)
     blocks = [tuple(s.get("stg_blocks", ())) if s.get("stg") else () for s in (video, audio)]
     add(Pass(skipped=blocks[0], audio_skipped=blocks[1]), "stg", 0.0)
     add(Pass(exchange=False), "modality", 1.0)
-    rescales = tuple(jnp.float32(s.get("rescale", 0.0)) for s in (video, audio))
+    rescales = tuple(np.float32(s.get("rescale", 0.0)) for s in (video, audio))
     return tuple(passes), tuple(strengths), rescales
 
 
@@ -258,7 +258,7 @@ def given_of(case: Case, x) -> Given:
     rows, _, channels = x["v_noise"].shape
     shape = (rows, args["frames"], args["height"], args["width"], channels)
     place = {"fps": args["fps"], "strides": STRIDES}
-    video = conditioning.of_video(jnp.zeros(shape), **place, marked=True)
+    video = conditioning.of_video(np.zeros(shape, np.float32), **place, marked=True)
     if "image_latent" in x:
         image = channels_last(x["image_latent"])
         video = conditioning.frames(video, image, 0, args.get("image_strength", 1.0))
@@ -278,7 +278,7 @@ def given_of(case: Case, x) -> Given:
     if "a_initial_latent" in x:
         return Given(video, conditioning.freeze(
             conditioning.of_audio(channels_last(x["a_initial_latent"]))))  # fmt: skip
-    return Given(video, conditioning.of_audio(jnp.zeros((size[0], size[1], BINS, size[2] // BINS))))
+    return Given(video, conditioning.of_audio(np.zeros((size[0], size[1], BINS, size[2] // BINS))))
 
 
 BINS = 16  # mel bins of the audio latents of all golden data
@@ -301,14 +301,14 @@ def stepper_of(case: Case) -> steppers.Stepper:
 
 def noises_of(x) -> tuple[Latents, Latents | None]:
     """Those that the streams start from, and those of the calls, zeros for the last."""
-    video = jnp.concatenate(
+    video = np.concatenate(
         [x["v_noise"], *([x["v_extra_noise"]] if "v_extra_noise" in x else [])], 1
     )
-    first = Latents(video, jnp.asarray(x["a_noise"]) if "a_noise" in x else None)
+    first = Latents(video, x["a_noise"] if "a_noise" in x else None)
     if "sde_noise" not in x:
         return first, None
     return first, Latents(*(
-        jnp.stack([*x["sde_noise"][i::2], jnp.zeros_like(x["sde_noise"][i])]) for i in range(2)
+        np.stack([*x["sde_noise"][i::2], np.zeros_like(x["sde_noise"][i])]) for i in range(2)
     ))  # fmt: skip
 
 
@@ -316,9 +316,9 @@ def texts_of(x) -> tuple[dict, dict]:
     """Of the prompt and of no prompt; a stream that is missing has the other's size."""
 
     def fields(kind):
-        video = jnp.asarray(x.get(f"v_{kind}", x["v_context"]))
-        audio = jnp.asarray(x[f"a_{kind}"]) if f"a_{kind}" in x else video
-        return {"video_text": video, "audio_text": audio, "text_mask": jnp.ones(video.shape[:2])}
+        video = x.get(f"v_{kind}", x["v_context"])
+        audio = x[f"a_{kind}"] if f"a_{kind}" in x else video
+        return {"video_text": video, "audio_text": audio, "text_mask": np.ones(video.shape[:2])}
 
     return fields("context"), fields("negative_context")
 
@@ -338,8 +338,8 @@ def run_loop(case: Case):
         )
     skip = (args.get("guidance") or {}).get("skip_step", 0)
     clean = make_sampler()(
-        params, texts_of(x), jnp.arange(x["v_noise"].shape[0]), jax.random.key(0),
-        jnp.asarray(x["sigmas"]), strengths, rescales if passes else None, given, None, noises,
+        params, texts_of(x), np.arange(x["v_noise"].shape[0]), jax.random.key(0),
+        x["sigmas"], strengths, rescales if passes else None, given, None, noises,
         graphdef=graphdef, request=request, passes=passes, stepper=stepper_of(case),
         guidance=Guidance(per_sample=False, skip_steps=(skip, skip)),
     )  # fmt: skip

@@ -9,6 +9,9 @@ Tokens are given in place (`at`, `masked`, `outside_time`: images, prefixes, ret
 (`keyframe`, `reference_video`, `reference_audio`, `keyframe_slots`), where attention alone connects
 them to the clip. A strength of 1 may be a Python number: it then costs what no strength costs.
 
+What is put together from numpy arrays is one: to sample, conditions are made on the host, and no
+mesh is in context. Those of jax arrays may be traced, as training does.
+
 Sources: `ltx_core/conditioning/types/*.py`, `ltx_core/conditioning/mask_utils.py`,
 `ltx_core/tools.py`, `ltx_trainer/training_strategies/flexible.py`.
 """
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +47,7 @@ class Conditions:
     strength: Array | None
     positions: Array  # [B or 1, axes, T, 2]
     marks: Array | None  # [B, T], 1 on keyframes; None for models without the embedding
-    attention: Array | None  # [B, T, T] strengths in [0, 1]; None: every token sees all
+    attention: Array | None  # [B or 1, T, T] strengths in [0, 1]; None: every token sees all
     clip_tokens: int  # the clip's own tokens, which come first
     frozen: bool = False  # the whole stream is given: its noise level is 0
     start: Array | None = None  # [B, T, C] what noise is mixed with; None: `clean`
@@ -149,23 +153,23 @@ def give(
     clean: Array | None = None,  # [B, T, C]; None: the values that are there
 ) -> Conditions:
     """The tokens of `where` given; where several conditions give one, the last decides."""
-    where = jnp.broadcast_to(where, conditions.clean.shape[:2])
-    values = conditions.clean
+    before, values = conditions.strength, conditions.clean
+    xp = _numpy(where, strength, clean, before, values)
+    where = xp.broadcast_to(where, values.shape[:2])
     if clean is not None:
-        values = jnp.where(where[..., None], clean.astype(values.dtype), values)
-    before = conditions.strength
+        values = xp.where(where[..., None], clean.astype(values.dtype), values)
     if strength is None and (before is None or before.dtype == bool):
         given = where if before is None else before | where
     else:
-        before = jnp.zeros(where.shape, jnp.float32) if before is None else before
-        strength = flow.align(1.0 if strength is None else strength, where)
-        given = jnp.where(where, strength, before.astype(jnp.float32))
+        before = xp.zeros(where.shape, np.float32) if before is None else before
+        strength = _by_row(1.0 if strength is None else strength, xp)
+        given = xp.where(where, strength, before.astype(np.float32))
     return replace(conditions, clean=values, strength=given)
 
 
 def at(
     conditions: Conditions,
-    tokens: Array,  # [B, n, C]
+    tokens: Array,  # [B or 1, n, C]
     first: int,  # which token of the clip they begin at; negative: counted from its end
     strength: Strength = None,
 ) -> Conditions:
@@ -174,11 +178,11 @@ def at(
     start = first if first >= 0 else length + first
     if not 0 <= start <= length - count:
         raise UserError(f"{count} given tokens at {first} do not fit into {length} of the clip")
-    where = np.zeros(conditions.clean.shape[1], bool)
-    where[start : start + count] = True
-    clean = jnp.asarray(conditions.clean)
-    clean = clean.at[:, start : start + count].set(tokens.astype(clean.dtype))
-    return give(conditions, where, _partial(strength), clean)
+    old, xp = conditions.clean, _numpy(conditions.clean, tokens)
+    tokens = xp.broadcast_to(tokens, (old.shape[0], *tokens.shape[1:])).astype(old.dtype)
+    clean = xp.concatenate([old[:, :start], tokens, old[:, start + count :]], 1)
+    place = np.arange(old.shape[1])
+    return give(conditions, (place >= start) & (place < start + count), _partial(strength), clean)
 
 
 def frames(
@@ -195,8 +199,7 @@ def frames(
 def masked(
     conditions: Conditions,
     where: Array,  # [B, F', H', W'] of a video or [B, A] of a sound, True where it is given
-    latents: Array
-    | None = None,  # as `of_video` or `of_audio` takes them; None: those it began with
+    latents: Array | None = None,  # of the whole clip; None: the values that are there
     strength: Strength = None,
 ) -> Conditions:
     """Inpainting and outpainting: the clip given where the mask says."""
@@ -217,9 +220,14 @@ def outside_time(
     conditions: Conditions, start: float, end: float, strength: Strength = None
 ) -> Conditions:
     """A retake: the clip given as it is but for the tokens that touch [start, end) seconds."""
-    seconds = jnp.asarray(conditions.positions)[:, 0]  # [B or 1, T, 2]
-    inside = (seconds[..., 1] > start) & (seconds[..., 0] < end)
-    own = np.arange(inside.shape[1]) < conditions.clip_tokens
+    own = np.arange(conditions.clean.shape[1]) < conditions.clip_tokens
+    seconds = conditions.positions[:, 0]  # [B or 1, T, 2]
+    inside = (seconds[..., 1] > start) & (seconds[..., 0] < end) & own
+    if isinstance(inside, np.ndarray) and not inside.any():
+        last = seconds[:, conditions.clip_tokens - 1, 1].max()
+        raise UserError(
+            f"nothing lies between {start:g} and {end:g} s: the clip ends at {last:g} s"
+        )
     return give(conditions, ~inside & own, _partial(strength))
 
 
@@ -244,29 +252,27 @@ def append(
     """More tokens after those that are there. They and others that were appended do not see each
     other once any tokens have an attention strength.
     """
-    batch, count, _ = clean.shape
-    old = np.zeros((batch, conditions.clean.shape[1]), bool)
-    new, strength = np.ones((batch, count), bool), _partial(strength)
-    if strength is not None or (
-        conditions.strength is not None and conditions.strength.dtype != bool
-    ):
-        new = new * flow.align(1.0 if strength is None else strength, new)
-    given = old if conditions.strength is None else conditions.strength
-    if given.dtype != new.dtype:
-        given, new = given.astype(jnp.float32), new.astype(jnp.float32)
-    marks, begun = conditions.marks, conditions.start
+    before, begun, marks = conditions.strength, conditions.start, conditions.marks
+    xp = _numpy(conditions.clean, clean, positions, conditions.positions, before, strength, start)
+    (batch, length, _), count = conditions.clean.shape, clean.shape[1]
+    clean = xp.broadcast_to(clean, (batch, *clean.shape[1:])).astype(conditions.clean.dtype)
+    before = np.zeros((batch, length), bool) if before is None else before
+    new, strength = xp.ones((batch, count), bool), _partial(strength)
+    if strength is not None or before.dtype != bool:
+        new = new * _by_row(1.0 if strength is None else strength, xp)
+        before = before.astype(np.float32)
     if marks is not None:
-        marks = jnp.concatenate([marks, np.full((batch, count), float(marked), np.float32)], 1)
+        marks = xp.concatenate([marks, np.full((batch, count), float(marked), np.float32)], 1)
     if begun is not None or start is not None:
         begun = conditions.clean if begun is None else begun
-        begun = jnp.concatenate([begun, jnp.zeros_like(clean) if start is None else start], 1)
+        begun = xp.concatenate([begun, xp.zeros_like(clean) if start is None else start], 1)
     rows = max(conditions.positions.shape[0], positions.shape[0])
-    places = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (conditions.positions, positions)]
+    places = [xp.broadcast_to(x, (rows, *x.shape[1:])) for x in (conditions.positions, positions)]
     return replace(
         conditions,
-        clean=jnp.concatenate([conditions.clean, clean.astype(conditions.clean.dtype)], 1),
-        strength=jnp.concatenate([given, new], 1),
-        positions=jnp.concatenate(places, 2),
+        clean=xp.concatenate([conditions.clean, clean], 1),
+        strength=xp.concatenate([before, new], 1),
+        positions=xp.concatenate(places, 2),
         marks=marks,
         attention=_grown(conditions, count, attention),
         start=begun,
@@ -276,7 +282,7 @@ def append(
 def keyframe(
     conditions: Conditions,
     latents: Array,  # [B, f, H', W', C]: an image (f = 1) or a clip
-    frame: int,  # of the pixels, where it begins
+    frame: int,  # of the pixels, where it begins; it may lie beyond the clip
     fps: float | Array,
     strides: tuple[int, int, int] = geometry.VIDEO_STRIDES,
     strength: Strength = None,
@@ -284,11 +290,6 @@ def keyframe(
 ) -> Conditions:
     """A keyframe beside the clip, at any pixel frame. An image lasts one pixel frame."""
     _tokens_per_frame(conditions, latents)
-    last = _pixel_frames(conditions, strides) - 1
-    if not 0 <= frame <= last:
-        raise UserError(
-            f"a keyframe at frame {frame} lies outside of the clip's frames 0 to {last}"
-        )
     positions = _frame_positions(latents.shape[1:4], frame, fps, strides, causal=frame == 0)
     tokens = geometry.patchify_video(latents)
     return append(conditions, tokens, positions, strength, attention=attention)
@@ -307,12 +308,13 @@ def reference_video(
 ) -> Conditions:
     """A whole video to follow (IC-LoRA), of which a token lies where it lies in the clip."""
     positions = geometry.video_positions(latents.shape[1:4], fps / temporal_scale, strides)
-    positions = jnp.asarray(positions)
     if temporal_scale != 1:
         # Its last token ends where that of the clip does.
         pixel = conditions.positions[:, 0, :1, 1:]  # [B or 1, 1, 1]: one pixel frame in seconds
-        later = jnp.maximum(positions[:, 0] - (temporal_scale - 1) * pixel, 0)
-        positions = jnp.concatenate([later[:, None], positions[:, 1:]], 1)
+        xp = _numpy(positions, pixel)
+        later = xp.maximum(positions[:, 0] - (temporal_scale - 1) * pixel, 0)
+        rest = xp.broadcast_to(positions[:, 1:], (later.shape[0], 2, *later.shape[1:]))
+        positions = xp.concatenate([later[:, None], rest], 1)
     scale = np.asarray([1, spatial_scale, spatial_scale], np.float32)[:, None, None]
     tokens = geometry.patchify_video(latents)
     return append(conditions, tokens, positions * scale, strength, attention=attention)
@@ -338,7 +340,8 @@ def keyframe_slots(
     latents: Array | None = None,  # [B, K, H', W', C], what noise is mixed with
 ) -> Conditions:
     """Keyframes that are generated beside the clip (2.5); `slots_of` has them in the end."""
-    last, (_, rows, columns) = _pixel_frames(conditions, strides) - 1, conditions.grid
+    length, rows, columns = conditions.grid
+    last = (length - 1) * strides[0]
     rising = all(a < b for a, b in pairwise(at_frames))
     if not at_frames or not rising or at_frames[0] < 0 or at_frames[-1] > last:
         raise UserError(
@@ -347,6 +350,7 @@ def keyframe_slots(
     if conditions.slots is not None:
         raise UserError("keyframes to be generated are named once, all together")
     batch, first, channels = conditions.clean.shape
+    xp = _numpy(conditions.clean, latents, fps)
     positions = [
         _frame_positions((1, rows, columns), frame, fps, strides, causal=False)
         for frame in at_frames
@@ -355,13 +359,11 @@ def keyframe_slots(
     if latents is not None:
         _tokens_per_frame(conditions, latents)
         start = geometry.patchify_video(latents)
-    clean = jnp.zeros((batch, len(at_frames) * rows * columns, channels), conditions.clean.dtype)
-    more = append(conditions, clean, np.concatenate(positions, 2), start=start, marked=True)
-    # Appended as given, and then not given.
-    generated = np.arange(more.clean.shape[1]) >= first
-    strength = jnp.where(generated, jnp.zeros((), more.strength.dtype), more.strength)
-    if conditions.strength is None:
-        strength = None
+    clean = np.zeros((batch, len(at_frames) * rows * columns, channels), conditions.clean.dtype)
+    more = append(conditions, clean, xp.concatenate(positions, 2), start=start, marked=True)
+    strength = None  # they were appended as given
+    if conditions.strength is not None:
+        strength = more.strength * (np.arange(more.clean.shape[1]) < first)
     return replace(more, strength=strength, slots=(first, len(at_frames)))
 
 
@@ -399,7 +401,8 @@ def _end_with(
     others: Array,  # [B, T, C]
 ) -> Array:  # [B, T, C]
     """`tokens`, then those of `others` that come after so many."""
-    return jnp.concatenate([tokens.astype(others.dtype), others[:, tokens.shape[1] :]], 1)
+    xp = _numpy(tokens, others)
+    return xp.concatenate([tokens.astype(others.dtype), others[:, tokens.shape[1] :]], 1)
 
 
 def _tokens_per_frame(conditions: Conditions, latents: Array) -> int:
@@ -411,10 +414,6 @@ def _tokens_per_frame(conditions: Conditions, latents: Array) -> int:
             f"{rows}x{columns}"
         )
     return rows * columns
-
-
-def _pixel_frames(conditions: Conditions, strides: tuple[int, int, int]) -> int:
-    return (conditions.grid[0] - 1) * strides[0] + 1
 
 
 def _frame_positions(
@@ -438,19 +437,32 @@ def _grown(
     count: int,
     attention: Array | float | None,  # [], [n] or [B, n]
 ) -> Array | None:
-    """Strengths [B, T + n, T + n] with those of n more tokens."""
+    """Strengths [B or 1, T + n, T + n] with those of n more tokens."""
     before = conditions.attention
     if attention is None and before is None:
         return None
-    batch, length, _ = conditions.clean.shape
-    attention = jnp.asarray(1.0 if attention is None else attention, jnp.float32)
+    length = conditions.clean.shape[1]
+    xp = _numpy(attention, before)
+    attention = xp.asarray(1.0 if attention is None else attention, np.float32)
     if attention.ndim and attention.shape[-1] != count:
         raise UserError(f"{attention.shape[-1]} attention strengths for {count} tokens")
-    attention = jnp.broadcast_to(attention, (batch, count))
-    if before is None:
-        before = jnp.ones((batch, length, length), jnp.float32)
+    rows = max(1 if before is None else before.shape[0], attention.size // count)
+    attention = xp.broadcast_to(attention, (rows, count))
+    before = np.ones((1, length, length), np.float32) if before is None else before
+    before = xp.broadcast_to(before, (rows, length, length))
     own = np.arange(length) < conditions.clip_tokens
-    across = attention[:, :, None] * own  # [B, n, T]
-    above = jnp.concatenate([before, across.swapaxes(1, 2)], 2)
-    below = jnp.concatenate([across, jnp.ones((batch, count, count), jnp.float32)], 2)
-    return jnp.concatenate([above, below], 1)
+    across = attention[:, :, None] * own.astype(np.float32)  # [rows, n, T]
+    above = xp.concatenate([before, across.swapaxes(1, 2)], 2)
+    below = xp.concatenate([across, np.ones((rows, count, count), np.float32)], 2)
+    return xp.concatenate([above, below], 1)
+
+
+def _by_row(strength: Array | float, xp: Any) -> Array:
+    """Strengths [] or [B] in float32, to broadcast against [B, T]."""
+    strength = xp.asarray(strength, np.float32)
+    return strength[:, None] if strength.ndim else strength
+
+
+def _numpy(*arrays: Any) -> Any:
+    """numpy for what lies on the host: nothing is compiled to put it together. Else jax.numpy."""
+    return jnp if any(isinstance(x, jax.Array) for x in arrays) else np

@@ -210,5 +210,45 @@ def audio_positions(
     return np.stack([seconds[:-1], seconds[1:]], axis=-1).astype(np.float32)[None, None]
 
 
+# ------------------------------------------------------------------------------------------ masks
+
+
+def latent_mask(mask: np.ndarray, latent_shape: tuple[int, int, int]) -> np.ndarray:
+    """A mask of pixels [B, F, H, W] in [0, 1] -> of latents, the mean of what is behind each.
+
+    float32 [B, F', H', W']. The first frame stands alone, as in the codec.
+    """
+    batch, frames, height, width = mask.shape
+    F, H, W = latent_shape
+    if height % H or width % W or (frames - 1) % max(F - 1, 1):
+        raise UserError(
+            f"a mask of {frames} frames of {width}x{height} does not divide into {F} of {W}x{H}"
+        )
+    cells = np.asarray(mask, np.float32).reshape(batch, frames, H, height // H, W, width // W)
+    cells = cells.mean((3, 5))
+    if F == 1:
+        return cells[:, :1]
+    later = cells[:, 1:].reshape(batch, F - 1, (frames - 1) // (F - 1), H, W).mean(2)
+    return np.concatenate([cells[:, :1], later], 1)
+
+
+def rectangle(
+    latent_shape: tuple[int, int, int],
+    region: tuple[int, int, int, int],
+    strides: tuple[int, int, int] = VIDEO_STRIDES,
+) -> np.ndarray:
+    """bool [1, F', H', W']: the latents of the pixels from (top, left) up to (bottom, right).
+
+    `region` is top, left, bottom, right; a latent counts by its first pixel. Raises UserError if
+    nothing of the clip lies in it.
+    """
+    top, left, bottom, right = (edge // strides[1 + i % 2] for i, edge in enumerate(region))
+    inside = np.zeros((1, *latent_shape), bool)
+    inside[:, :, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
+    if not inside.any():
+        raise UserError(f"no latents lie in the region {region} (top, left, bottom, right)")
+    return inside
+
+
 def _either(below: int, above: int) -> str:
     return f"{below} or {above}" if below > 0 else f"{max(above, 1)}"

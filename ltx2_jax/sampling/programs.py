@@ -72,6 +72,7 @@ class Pass:
     skipped: tuple[int, ...] = ()  # blocks whose self-attention, of both streams, it skips
     exchange: bool = True  # False: each stream on its own
     audio_skipped: tuple[int, ...] | None = None  # those of the sound; None: the same
+    audio_prompt: bool | None = None  # of the sound; None: the same
 
 
 EMPTY_CAPTION = Pass(prompt=False)
@@ -160,13 +161,20 @@ def _guide(
         for fields in texts
     )
     masked = any(p.skipped or p.audio_skipped or not p.exchange for p in passes)
-    conditions = [
-        (text if p.prompt else null_text, _keep(p, clips, layers) if masked else None)
-        for p in (Pass(), *passes)
-    ]
+    apart = any(p.audio_prompt not in (None, p.prompt) for p in passes)
+    conditions = []
+    for p in (Pass(), *passes):
+        keep = _keep(p, clips, layers) if masked else None
+        heard = p.prompt if p.audio_prompt is None else p.audio_prompt
+        of_audio = (text if heard else null_text) if apart else None
+        conditions.append((text if p.prompt else null_text, keep, of_audio))
 
-    def of_text(condition: tuple[TextFields, Keep | None], *given: Given) -> Velocity:
-        return network(model, request, *condition, *given)
+    def of_text(
+        condition: tuple[TextFields, Keep | None, TextFields | None], given: Given = NOTHING
+    ) -> Velocity:
+        text, keep, of_audio = condition
+        more = {"given": given} | ({} if of_audio is None else {"audio_text": of_audio})
+        return network(model, request, text, keep, **more)
 
     without = [i for i, p in enumerate(passes) if not p.prompt]
     return Guided(
@@ -310,9 +318,13 @@ def network(
     text: dict[str, Array],
     keep: Keep | None = None,
     given: Given = NOTHING,
+    audio_text: dict[str, Array] | None = None,
 ) -> Velocity:
-    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`."""
-    streams = modalities(model, request, text, given)
+    """The velocity of both streams under text fields [B, S, ...]; see `sampler.Network`.
+
+    `audio_text` is that of the sound, if it is another.
+    """
+    streams = modalities(model, request, text, given, audio_text)
     prepared = model.transformer.prepare(*streams)
 
     def velocity(x: Latents, sigma: Array, enabled: tuple[bool, bool] = (True, True)) -> Latents:
@@ -328,29 +340,44 @@ def network(
 
 
 def modalities(
-    model: LTX2, request: Request, text: dict[str, Array], given: Given = NOTHING
+    model: LTX2,
+    request: Request,
+    text: dict[str, Array],
+    given: Given = NOTHING,
+    audio_text: dict[str, Array] | None = None,
 ) -> tuple[Modality | None, Modality | None]:
     """Both streams without latents and noise levels: text, positions, marks."""
-    rows = text["text_mask"].shape[0]
-    text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
-    contexts, marked = model.context(text), model.transformer.cfg.keyframe_embedding
-    streams = [
-        None if c is None else _given_modality(c, context, contexts[2], marked)
-        for c, context in zip(given, contexts[:2], strict=True)
-    ]
+
+    def contexts(text: dict[str, Array]) -> tuple[Array, Array, Array | None]:
+        text = {name: pin(x, "batch", *[None] * (x.ndim - 1)) for name, x in text.items()}
+        return model.context(text)
+
+    video_context, audio_context, mask = contexts(text)
+    audio_mask = mask
+    if audio_text is not None:
+        _, audio_context, audio_mask = contexts(audio_text)
+    marked = model.transformer.cfg.keyframe_embedding
     if not nothing(given):
-        return tuple(streams)
-    video_context, audio_context, mask = contexts
+        return (
+            _given_modality(given.video, video_context, mask, marked),
+            _given_modality(given.audio, audio_context, audio_mask, False),
+        )
+    rows = text["text_mask"].shape[0]
     positions = geometry.video_positions(request.video_shape, request.fps, request.strides)
     keyframes = first_frame_mask((rows, *request.video_shape)) if marked else None
-    given = {"latent": None, "sigma": None, "timesteps": None, "context_mask": mask}
-    video = Modality(**given, positions=jnp.asarray(positions), context=video_context,
-                     keyframes_mask=keyframes)  # fmt: skip
+    none = {"latent": None, "sigma": None, "timesteps": None}
+    video = Modality(**none, positions=jnp.asarray(positions), context=video_context,
+                     context_mask=mask, keyframes_mask=keyframes)  # fmt: skip
     positions = geometry.audio_positions(request.audio_length, request.audio_clock)
-    return video, Modality(**given, positions=jnp.asarray(positions), context=audio_context)
+    return video, Modality(**none, positions=jnp.asarray(positions), context=audio_context,
+                           context_mask=audio_mask)  # fmt: skip
 
 
-def _given_modality(c: Conditions, context: Array, mask: Array | None, marked: bool) -> Modality:
+def _given_modality(
+    c: Conditions | None, context: Array, mask: Array | None, marked: bool
+) -> Modality | None:
+    if c is None:
+        return None
     return Modality(
         latent=None,
         sigma=None,
