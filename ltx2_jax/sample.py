@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -368,10 +369,10 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     args, rest = parser.parse_known_args(argv)
     changes = dict(args.changes or {})
     for word in rest:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and equals and (name == "image_crf" or "stage" in name[:5])):
+        found = re.fullmatch(r"--(image_crf|sound_of|stage\d+\.[\w.]+)=(.*)", word)
+        if found is None:
             parser.error(f"unrecognized arguments: {word}")
-        changes[name] = value
+        changes[found[1]] = found[2]
     args.changes = changes
     words, model = list(args.words), [path for path in _model_files(args) if path]
     if args.workdir is None and not model and words:

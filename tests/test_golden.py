@@ -21,11 +21,7 @@ import golden_upsampler
 import golden_video_vae
 import jax
 import numpy as np
-import pytest
 from golden_case import Case
-
-# Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
-NOT_YET_BUILT = {}
 
 RUNNERS = (
     golden_diffusion.RUNNERS
@@ -56,8 +52,6 @@ RUNNERS |= {"vae": run_vae, "text": run_text}
 
 
 def test_golden_case(golden_case: Case):
-    if golden_case.group in NOT_YET_BUILT:
-        pytest.skip(f"not yet built: {NOT_YET_BUILT[golden_case.group]}")
     assert golden_case.group in RUNNERS, f"unknown case group {golden_case.group!r}"
     with jax.default_matmul_precision("highest"):
         got = RUNNERS[golden_case.group](golden_case)
@@ -71,7 +65,3 @@ def test_golden_case(golden_case: Case):
             have = have[tuple(slice(*s) if s else slice(None) for s in subsample["slices"])]
         have = np.broadcast_to(have, (want.shape[0], *have.shape[1:])) if want.ndim else have
         np.testing.assert_allclose(have, want, err_msg=name, **tolerance)
-
-
-def test_every_group_is_either_built_or_listed():
-    assert not set(RUNNERS) & set(NOT_YET_BUILT)

@@ -163,8 +163,10 @@ def passes(stage: Stage, given: Given | None) -> tuple[tuple[Pass, ...], list[An
         return tuple(np.float32(of(s) if on else 0) for s, on in zip(streams, runs, strict=True))
 
     blocks = [s.stg_blocks if s.stg and on else () for s, on in zip(streams, runs, strict=True)]
+    # A sound that is given is heard under the prompt in all passes.
+    heard = True if given is not None and given.audio is not None and not runs[1] else None
     choices = [
-        (Pass(prompt=False), numbers(lambda s: s.cfg - 1)),
+        (Pass(prompt=False, audio_prompt=heard), numbers(lambda s: s.cfg - 1)),
         (Pass(skipped=blocks[0], audio_skipped=blocks[1]), numbers(lambda s: s.stg)),
     ]
     if both:
