@@ -75,8 +75,10 @@ GUIDANCE = {
 MODALITY = {"a2v_guidance_scale": "video", "v2a_guidance_scale": "audio"}
 
 
-def main(args: argparse.Namespace) -> None:
-    """Load, sample, write, report."""
+def main(args: argparse.Namespace, argv: Sequence[str] = ()) -> None:
+    """Load, sample, write, report. `argv` is what `args` were read from."""
+    if args.again:
+        args = _again(args, argv)
     if args.workdir and not _asks_for_a_task(args):
         return _from_workdir(args)
     return _released(args)
@@ -254,7 +256,7 @@ def _remembered(args: argparse.Namespace, clip: Made) -> dict[str, Any]:
     return {**settings, "texts": [], "prompt": [clip.prompt], "seed": clip.about.get("seed")}
 
 
-def _again(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> Any:
+def _again(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the clip `--again`, under those that are given now."""
     try:
         about = json.loads(read_about(args.again) or "{}")
@@ -269,6 +271,7 @@ def _again(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list
         else value
         for name, value in known.items()
     }
+    parser = _parser()
     parser.set_defaults(**known)
     return _parsed(parser, argv)
 
@@ -355,16 +358,11 @@ def _asks_for_a_task(args: argparse.Namespace) -> bool:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    args = _parsed(parser, argv)
-
-    def work() -> None:
-        main(_again(args, parser, argv) if args.again else args)
-
-    return command.run("sample", work)
+    args = _parsed(_parser(), argv)
+    return command.run("sample", lambda: main(args, argv))
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, words told apart into the model and prompts; exits at what cannot be."""
     args, rest = parser.parse_known_args(argv)
     changes = dict(args.changes or {})

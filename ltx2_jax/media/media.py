@@ -64,7 +64,9 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """Seconds of picture: every frame lasts 1 / fps."""
+        """Seconds of picture, every frame of which lasts 1 / fps; of sound, if it has no picture."""
+        if not len(self.video) and self.audio is not None:
+            return len(self.audio) / self.sample_rate
         return len(self.video) / self.fps
 
     def save(self, path: str | os.PathLike) -> None:
@@ -87,6 +89,10 @@ class Clip:
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
+        if not len(self.video) and self.audio is not None:
+            soundfile.write(buffer, np.clip(self.audio, -1, 1), self.sample_rate, format="WAV")
+            data = base64.b64encode(buffer.getvalue()).decode("ascii")
+            return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
         _mux(buffer, self, [], crf=18, name="clip")
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         width = max(256, self.video.shape[2])

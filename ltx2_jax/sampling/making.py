@@ -18,13 +18,14 @@ from ltx2_jax import __version__
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling import recipes, stages, tasks
 from ltx2_jax.sampling.loading import Files, RunWeights, Strength, Used, Weights
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
-from ltx2_jax.sampling.tasks import Asked, Task
+from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
 from ltx2_jax.text.enhancement import enhance
 from ltx2_jax.weights.lora import Lora
 
@@ -36,6 +37,7 @@ NEGATIVE = (
 )
 ONE_STAGE_SIZE, TWO_STAGE_SIZE = (512, 768), (1024, 1536)
 SEED = 10
+OVERLAP = 2.0  # seconds that a part of a long clip sees of the part before
 SECONDS = (1.0, 20.0)  # that a duration head is held to
 # The keys by which LoRAs say how they read a reference clip: of official files, older ones, others.
 _REFERENCE = ("reference_spatial_scale_factor", "reference_downscale_factor",
@@ -199,6 +201,10 @@ class Maker:
         if not self.keep and hasattr(self.texts, "free"):
             self.texts.free()
         task, plan = self._task(Asked(duration=duration, **given), plan, skip_stage_2)
+        if task.fresh and task.picture and task.num_frames > self._longest(task.fps):
+            again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
+                     "skip_stage_2": skip_stage_2}  # fmt: skip
+            return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
         self._tell(plan, task, seeds)
         latents = self._run_stages(plan, task, text, seeds, batch_size)
         about = self._about(plan, task, negative)
@@ -227,6 +233,7 @@ class Maker:
             multiple=round(math.lcm(*strides[1:]) / smallest),
             size=size,
             scales=scales,
+            longest=self.weights.config.transformer.max_pos[0],
         )
         self._check(task)
         if skip_stage_2 and len(plan.stages) > 1:
@@ -273,6 +280,47 @@ class Maker:
             f"{', '.join(map(str, seeds))}",
             flush=True,
         )
+
+    # ---- longer than the model knows -------------------------------------------------------------
+
+    def _longest(self, fps: float) -> int:
+        """Frames of the longest clip that the model was trained on."""
+        seconds = self.weights.config.transformer.max_pos[0]
+        return geometry.snap_frames(math.floor(seconds * fps + 1e-6), self.codec.video.strides[0])
+
+    def _long(
+        self, prompt: str, seed: int, task: Task, again: dict[str, Any], given: dict[str, Any]
+    ) -> Made:
+        """A clip in parts, each of which goes on from the end of the one before.
+
+        The model sees the last seconds of picture and sound, as it does when a clip is extended.
+        """
+        total, most, stride = task.num_frames, self._longest(task.fps), self.codec.video.strides[0]
+        shared = geometry.snap_frames(round(OVERLAP * task.fps), stride)
+        shared = min(max(shared, stride + 1), geometry.snap_frames(most - stride, stride))
+        parts = 1 + -(-(total - most) // (most - shared))
+        print(
+            f"note: {task.seconds:.1f} s are more than the {most / task.fps:.1f} s that the model "
+            f"was trained on: made in {parts} parts, each from the last {shared / task.fps:.1f} s "
+            "of the one before; what a part does not see, it does not keep to"
+        )
+        sizes = {"height": task.height, "width": task.width, "fps": task.fps}
+        first = {**given, **again, "num_frames": most, "seed": seed}
+        (made,) = self.make([prompt], **first)
+        clip, spent = made.clip(self.codec), dict(self.seconds)
+        again["skip_stage_2"] = False
+        for part in range(1, parts):
+            have = len(clip.video)
+            tail = _last(clip, shared)
+            seconds = min(most - shared, total - have) / task.fps
+            more = {**again, **sizes, "video": tail, "extend": seconds, "sound": task.sound}
+            (made,) = self.make([prompt], **more, seed=(seed + 7919 * part) % 2**32)
+            clip = _joined(clip, made.clip(self.codec), shared)
+            spent = {k: spent.get(k, 0) + self.seconds.get(k, 0) for k in {**spent, **self.seconds}}
+        self.seconds = spent
+        sound = None if clip.audio is None else KnownAudio(clip.audio, clip.sample_rate)
+        whole = dataclasses.replace(task, video=KnownVideo(clip.video), audio=sound)
+        return Made(None, None, whole, prompt, {**made.about, "prompt": prompt, "seed": seed})
 
     # ---- text ----------------------------------------------------------------------------------
 
@@ -407,6 +455,25 @@ class Maker:
             "negative_prompt": negative,
             "clip": {name: getattr(task, name) for name in sizes},
         }
+
+
+def _last(clip: Clip, frames: int) -> Clip:
+    """The end of a clip."""
+    audio = clip.audio
+    if audio is not None:
+        audio = audio[round((len(clip.video) - frames) / clip.fps * clip.sample_rate) :]
+    return dataclasses.replace(clip, video=clip.video[-frames:], audio=audio)
+
+
+def _joined(clip: Clip, longer: Clip, shared: int) -> Clip:
+    """A clip, and what comes after its last `shared` frames in another one."""
+    audio = clip.audio
+    if audio is not None:
+        rest = longer.audio[round(shared / clip.fps * clip.sample_rate) :]
+        audio = np.concatenate([audio, rest])
+    return dataclasses.replace(
+        clip, video=np.concatenate([clip.video, longer.video[shared:]]), audio=audio
+    )
 
 
 def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:

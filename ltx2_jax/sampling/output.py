@@ -97,12 +97,11 @@ class Made:
 
     def sound(self, codec: Codec) -> tuple[np.ndarray | None, int]:
         """float32 [samples, 1 or 2] as long as the picture, and its rate."""
-        rate = codec.audio.output_sample_rate
+        rate, known = codec.audio.output_sample_rate, self.task.audio
+        if self.task.sound and known is not None and known.is_whole(self.task.seconds):
+            return known.samples, known.rate
         if not self.task.sound or self.audio is None:
             return None, rate
-        known = self.task.audio
-        if known is not None and known.is_whole(self.task.seconds):
-            return known.samples, known.rate
         samples = round(self.task.seconds * rate)
         made = np.asarray(codec.audio.decode(np.asarray(self.audio)[None], samples))[0]
         return with_known_sound(self.task, np.array(made), rate)

@@ -105,6 +105,11 @@ class Task:
         return self.num_frames / self.fps
 
     @property
+    def fresh(self) -> bool:
+        """Whether nothing is given but text and images."""
+        return not (self.video or self.audio or self.references or self.voice)
+
+    @property
     def partial(self) -> bool:
         """Whether streams are given in part, or whole and the other made to fit."""
         return self.video is not None or (self.audio is not None and self.audio.redo is not None)
@@ -149,6 +154,7 @@ def make_task(
     multiple: int,
     size: tuple[int, int],
     scales: tuple[int, int] = (1, 1),
+    longest: float = LONGEST,
 ) -> Task:
     """Reads and checks all that is given.
 
@@ -158,6 +164,7 @@ def make_task(
       multiple: of which height and width must be.
       size: (height, width) where none is asked for.
       scales: how many times smaller, and of fewer frames, references are.
+      longest: seconds that the model knows.
 
     Raises:
       UserError: naming what cannot be.
@@ -175,29 +182,32 @@ def make_task(
     sound = None
     if asked.audio is not None:
         sound = _sound(asked.audio, asked.audio_start, asked.audio_max_duration)
+    references = [*asked.references, *([(dub, *share)] if dub else [])]
     before, after = (_eights(s, fps, strides[0]) for s in (asked.extend_before, asked.extend))
     frames = _frames(asked, guide, sound, fps, strides[0], before + after, notes)
-    if frames / fps > LONGEST + 1e-6 and not (known or sound):
+    fresh = not (known or sound or references) and asked.picture
+    if frames / fps > longest + 1e-6 and not fresh:
         notes.append(
-            f"{frames / fps:.1f} s are more than the {LONGEST:g} s that released models were "
-            "trained on"
+            f"{frames / fps:.1f} s are more than the {longest:g} s that the model was trained on: "
+            "expect less of what comes later"
         )
     video = audio = None
     if known is not None:
         video, audio = _known(asked, known, frames - before - after, before, fps)
     if sound is not None:
         audio = _fitted(sound, frames / fps, notes)
-    references = [*asked.references, *([(dub, *share)] if dub else [])]
     voice = _sound(asked.voice) if asked.voice is not None else None
     if dub is not None and voice is None and dub.audio is not None:
         voice = KnownAudio(dub.audio, dub.sample_rate)
+    # A silent clip whose picture is retaken stays silent.
+    silent = known is not None and known.audio is None and asked.start is not None
     task = Task(
         frames,
         height,
         width,
         fps,
         picture=asked.picture,
-        sound=asked.sound,
+        sound=asked.sound and not (silent and asked.retake == "video"),
         images=_pictures(asked.image, "image", frames, (height, width), notes),
         keyframes=_pictures(list(asked.keyframes), "keyframe", frames, (height, width), notes),
         slots=asked.num_generated_keyframes,
@@ -474,7 +484,7 @@ def encode(
     def still(picture: Picture) -> Placed:
         quality = crf if picture.crf is None else picture.crf
         pixels = picture.pixels[: geometry.snap_frames(len(picture.pixels), strides[0])]
-        if quality and len(pixels) == 1:
+        if quality and len(pixels) == 1 and min(pixels.shape[1:3]) > 1:
             pixels = through_h264(pixels[0], quality)[None]
         latents = _encoded(codec, covering(pixels, height, width))
         return Placed(latents, picture.frame, picture.strength, len(pixels))

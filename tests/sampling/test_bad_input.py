@@ -90,7 +90,7 @@ def test_what_cannot_be_is_named(asked, message):
             "the sound lasts 1.00 s, the clip 0.71: its end is left out",
         ),
         ({"references": [clip(9)]}, "the reference has 9 frames, the clip 121: its last one is"),
-        ({"duration": 30.0}, "are more than the 20 s that released models were trained on"),
+        ({"duration": 30.0, "picture": False}, "are more than the 20 s that the model was trained"),
     ],
 )
 def test_what_is_changed_is_said(asked, note):

@@ -1,4 +1,4 @@
-"""What 2.5 adds: files of a split pack, keyframes that it makes for itself, a duration of its own."""
+"""What 2.5 adds: a split pack, keyframes that the model makes for itself, a duration head."""
 
 from pathlib import Path
 

@@ -9,8 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from ltx2_jax import sample
+from ltx2_jax.diffusion import geometry
 from ltx2_jax.media import media
+from ltx2_jax.sampling import stages
+from ltx2_jax.sampling.making import Maker
 from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.sampling.tasks import Encoded, Picture, Placed, Task
 from ltx2_jax.sharding import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v2.0"
@@ -50,9 +54,11 @@ def folder(tmp_path_factory):
     time = np.arange(round(17 / FPS * RATE)) / RATE
     audio = 0.3 * np.stack([np.sin(2 * np.pi * f * time) for f in (440, 660)], 1)
     media.write_mp4(folder / "film.mp4", media.Clip(video, FPS, audio.astype(np.float32), RATE))
+    sound = audio[: round(9 / FPS * RATE)].astype(np.float32)
+    media.write_mp4(folder / "talk.mp4", media.Clip(video[:9], FPS, sound, RATE))
     media.write_mp4(folder / "short.mp4", media.Clip(video[:9], FPS, None, RATE))
     media.write_pngs(folder / "image.png", [video[:1, :, :40]])
-    media.write_wav(folder / "sound.wav", audio[: round(9 / FPS * RATE)], RATE)
+    media.write_wav(folder / "sound.wav", sound[:, ::-1] * 0.5, RATE)
     return folder
 
 
@@ -129,16 +135,15 @@ def test_a_distilled_model_takes_8_and_3_steps_without_guidance(make):
 
 def test_prompts_of_a_file_are_clips_of_their_own_seeds(make, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
-    flags = ["--num-frames=9", "--stage1.steps=2", "--seed=5", "--max-batch-size=2"]
-    model = [MODEL[0], *MODEL[2:], f"--prompts={tmp_path / 'prompts.txt'}"]
-    out, _, said = make(*flags, model=model)
+    flags, last = ["--num-frames=9", "--stage1.sigmas=1,0.5,0"], DISTILLED[2:]
+    model = [DISTILLED[0], *last, f"--prompts={tmp_path / 'prompts.txt'}"]
+    out, _, said = make(*flags, "--seed=5", "--max-batch-size=2", model=model)
     assert "2 clips" in said
     assert "seeds 5, 6" in said
     names = [out.with_name(f"clip-00{i}.mp4") for i in range(2)]
     assert [json.loads(media.read_about(n))["seed"] for n in names] == [5, 6]
     together = load_file(tmp_path / "latents-001.safetensors")
-    _, alone, _ = make("--num-frames=9", "--stage1.steps=2", "--seed=6",
-                       model=[MODEL[0], "a cat", *MODEL[2:]])  # fmt: skip
+    _, alone, _ = make(*flags, "--seed=6", model=[DISTILLED[0], "a cat", *last])
     np.testing.assert_allclose(alone["video"], together["video"], atol=1e-4)
 
 
@@ -157,11 +162,17 @@ def test_an_image_is_the_first_frame_and_another_stands_beside(make, folder):
     assert np.abs(other["video"][1] - latents["video"][1]).max() > 0.01
 
 
-def test_keyframes_are_all_beside_the_clip(make, folder):
-    image = folder / "image-00000.png"
-    _, latents, _ = make("--num-frames=9", "--keyframe", image, "0", "1", "--keyframe", image, "8",
-                         "1", model=DISTILLED)  # fmt: skip
-    assert latents["video"].shape == (2, 2, 2, 4)
+def test_keyframes_are_all_beside_the_clip():
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    placed = tuple(Placed(np.ones((1, 2, 2, 4)), frame, 1.0, 1) for frame in (0, 8))
+    asked = Task(9, 64, 64, FPS, keyframes=(Picture(pixels), Picture(pixels, 8)))
+    clock = geometry.AUDIO_CLOCK
+    shapes = stages.Shapes((2, 2, 2), 9, 4, 2, 16, (8, 32, 32), clock)
+    given = stages.conditions(asked, Encoded(keyframes=placed), shapes, marked=False, rows=1).video
+    assert (given.clip_tokens, given.clean.shape[1]) == (8, 16)
+    np.testing.assert_array_equal(np.asarray(given.strength)[0], np.arange(16) >= 8)
+    times = np.asarray(given.positions)[0, 0, 8:] * FPS
+    np.testing.assert_allclose(times, [[0, 1]] * 4 + [[8, 9]] * 4, atol=1e-5)
 
 
 def test_a_picture_is_made_for_a_sound_that_stays_as_it_is(make, folder):
@@ -222,28 +233,35 @@ def test_a_retake_of_one_stream_leaves_the_other(what, make, folder):
     assert (same_frames, same_sound) == (what == "audio", what == "video")
 
 
-def test_a_clip_is_extended_before_and_after(make, folder):
-    film = media.read_clip(folder / "short.mp4")
-    flags = [f"--video-path={folder / 'short.mp4'}", "--extend=0.3", "--extend-before=0.3"]
-    out, _, _ = make(*flags, name="clip.png", model=DISTILLED, size=[])
-    frames = frames_of(out)
-    assert len(frames) == 8 + 9 + 8
-    np.testing.assert_array_equal(frames[8:17], film.video)
-    assert len(media.read_wav(out.with_suffix(".wav"))[0]) == 25000
+@pytest.mark.parametrize(
+    ("flag", "kept"), [("extend", slice(0, 9)), ("extend-before", slice(8, 17))]
+)
+def test_a_clip_is_extended_at_either_end(flag, kept, make, folder):
+    film = media.read_clip(folder / "talk.mp4")
+    argv = [f"--video-path={folder / 'talk.mp4'}", f"--{flag}=0.3"]
+    out, _, _ = make(*argv, name="clip.png", model=DISTILLED, size=[])
+    frames, (sound, rate) = frames_of(out), media.read_wav(out.with_suffix(".wav"))
+    assert (len(frames), len(sound)) == (17, 17000)
+    np.testing.assert_array_equal(frames[kept], film.video)
+    heard = sound[round(kept.start / FPS * rate) :][: len(film.audio)]
+    np.testing.assert_allclose(heard, film.audio, atol=1e-4)
+    assert np.abs(np.delete(sound, np.s_[kept.start * 1000 : kept.stop * 1000], 0)).max() > 0
 
 
-def test_an_ic_lora_reads_its_reference_in_the_first_stage_alone(make, folder):
-    flags = ["--num-frames=9", UPSAMPLER, "--lora", LORA, "1", "--video-conditioning"]
+def test_an_ic_lora_reads_its_reference(make, folder):
+    flags = ["--num-frames=9", "--lora", LORA, "1", "--video-conditioning"]
     _, latents, _ = make(*flags, folder / "film.mp4", "1", model=DISTILLED)
-    _, other, _ = make(*flags, folder / "short.mp4", "0.5", model=DISTILLED)
+    _, other, _ = make(*flags, folder / "image-00000.png", "1", model=DISTILLED)
     assert np.abs(other["video"] - latents["video"]).max() > 1e-3
 
 
 def test_a_clip_is_dubbed_from_its_picture_and_its_voice(make, folder):
-    out, latents, _ = make(f"--reference-video={folder / 'film.mp4'}", "--lora", LORA,
-                           model=DISTILLED, size=[])  # fmt: skip
-    assert latents["video"].shape == (3, 2, 2, 4)
-    assert len(media.read_clip(out).video) == 17
+    flags = [f"--reference-video={folder / 'talk.mp4'}", "--lora", LORA]
+    out, latents, _ = make(*flags, model=DISTILLED, size=[])
+    assert latents["video"].shape == (2, 2, 2, 4)
+    assert len(media.read_clip(out).video) == 9
+    _, other, _ = make(*flags, f"--voice={folder / 'sound.wav'}", model=DISTILLED, size=[])
+    assert np.abs(other["audio"] - latents["audio"]).max() > 1e-3
 
 
 def test_latents_that_were_saved_are_decoded_to_the_same_clip(make, tmp_path):
@@ -252,3 +270,15 @@ def test_latents_that_were_saved_are_decoded_to_the_same_clip(make, tmp_path):
     argv = [MODEL[0], *MODEL[2:], f"--from-latents={tmp_path / 'latents.safetensors'}"]
     assert sample.cli([*argv, f"--output-path={again}"]) == 0
     np.testing.assert_array_equal(frames_of(again), frames_of(out))
+
+
+def test_a_clip_longer_than_the_model_knows_is_made_in_parts_that_go_on(make, monkeypatch):
+    monkeypatch.setattr(Maker, "_longest", lambda self, fps: 17)
+    flags = ["--num-frames=25", "--stage1.sigmas=1,0.5,0"]
+    out, _, said = make(*flags, name="clip.png", model=DISTILLED)
+    assert "made in 2 parts, each from the last 0.4 s of the one before" in said
+    frames, (sound, rate) = frames_of(out), media.read_wav(out.with_suffix(".wav"))
+    assert (len(frames), len(sound)) == (25, 25000)
+    jumps = np.abs(np.diff(sound, axis=0)).max(axis=1)
+    seam = 17 * 1000
+    assert jumps[seam - 1] <= np.quantile(jumps[seam - 500 : seam + 500], 0.9)
