@@ -64,7 +64,7 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """Seconds of picture, every frame of which lasts 1 / fps; of sound, if it has no picture."""
+        """Seconds of picture, a frame of which lasts 1 / fps; of sound, if there is no picture."""
         if not len(self.video) and self.audio is not None:
             return len(self.audio) / self.sample_rate
         return len(self.video) / self.fps

@@ -27,6 +27,7 @@ from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
 from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
 from ltx2_jax.text.enhancement import enhance
+from ltx2_jax.training.checks import check_mesh
 from ltx2_jax.weights.lora import Lora
 
 # What a released model is led away from where guidance asks for a prompt without a wish of its own.
@@ -192,20 +193,20 @@ class Maker:
         negative = negative_prompt
         if negative is None:
             negative = "" if self.files is None else NEGATIVE
-        with self.phase("text"):
-            text = self.texts([*prompts, negative])
         if duration == "auto" or auto_duration is not None:
-            with self.phase("duration"):
-                given["num_frames"] = self._auto_frames(text, auto_duration or (), given)
+            given["num_frames"] = self._auto_frames(
+                prompts, negative, auto_duration or SECONDS, given.get("fps") or tasks.FPS
+            )
             duration = None
-        if not self.keep and hasattr(self.texts, "free"):
-            self.texts.free()
         task, plan = self._task(Asked(duration=duration, **given), plan, skip_stage_2)
         if task.fresh and task.picture and task.num_frames > self._longest(task.fps):
             again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
                      "skip_stage_2": skip_stage_2}  # fmt: skip
             return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
         self._tell(plan, task, seeds)
+        text = self._text([*prompts, negative])
+        if not self.keep and hasattr(self.texts, "free"):
+            self.texts.free()
         latents = self._run_stages(plan, task, text, seeds, batch_size)
         about = self._about(plan, task, negative)
         return [
@@ -235,7 +236,7 @@ class Maker:
             scales=scales,
             longest=self.weights.config.transformer.max_pos[0],
         )
-        self._check(task)
+        self._check(task, plan)
         if skip_stage_2 and len(plan.stages) > 1:
             share = plan.stages[0].size
             task = dataclasses.replace(
@@ -245,8 +246,12 @@ class Maker:
             plan = dataclasses.replace(plan, stages=(first,), sound_of=-1)
         return task, plan
 
-    def _check(self, task: Task) -> None:
+    def _check(self, task: Task, plan: Recipe) -> None:
         config = self.weights.config.transformer
+        if task.picture:
+            for size in _sizes(plan, task):
+                tokens = math.prod(stages.Shapes.of(task, self.codec, *size).video)
+                check_mesh(config.num_heads, tokens, self.mesh)
         for adapter in self.adapters:
             if adapter.scales is not None and adapter.scales != (1, 1) and not task.references:
                 raise UserError(
@@ -342,20 +347,25 @@ class Maker:
             print(f"prompt: {prompt}")
         return written
 
+    def _text(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        with self.phase("text"):
+            return self.texts(prompts)
+
     def _auto_frames(
-        self, text: dict[str, np.ndarray], limits: Sequence[float], given: dict[str, Any]
+        self, prompts: Sequence[str], negative: str, limits: Sequence[float], fps: float
     ) -> int:
-        """Frames of the duration that the model itself finds right for the first prompt."""
+        """Frames of the duration that the model itself finds right for a prompt."""
         if self.files is None or "duration_head" not in self.files.release.networks:
             raise UserError(
                 'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
                 "own: --duration-head-path)"
             )
-        if len(text["text_mask"]) > 2:
+        if len(prompts) > 1:
             raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
-        if len(limits) not in (0, 2) or (limits and not limits[0] <= limits[1]):
+        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
             raise UserError("auto_duration: give MIN and MAX seconds, or neither")
-        low, high = limits or SECONDS
+        low, high = limits
+        text = self._text([*prompts, negative])
         head = self.files.release.module("duration_head", self.mesh)
         graph, params = self.weights.connectors()
         first = {name: value[:1] for name, value in text.items()}
@@ -364,7 +374,7 @@ class Maker:
             model = nnx.merge(graph, params)
             contexts = model(first["video_text"], audio, first["text_mask"])[:2]
             seconds = float(np.asarray(head(*contexts))[0])
-        fps, stride = given.get("fps") or tasks.FPS, self.codec.video.strides[0]
+        stride = self.codec.video.strides[0]
         seconds = min(max(seconds, low), high)
         lowest, highest = math.ceil(low * fps - 1e-6), math.floor(high * fps + 1e-6)
         frames = geometry.seconds_to_frames(seconds, fps, max(1, lowest), max(1, highest), stride)
@@ -377,7 +387,8 @@ class Maker:
         self, plan: Recipe, task: Task, text: dict[str, np.ndarray], seeds: list[int], batch: int
     ) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
         """Latents of every clip: [F', H', W', C] and [A, M, C]."""
-        sizes = [(round(task.height * s.size), round(task.width * s.size)) for s in plan.stages]
+        sizes = _sizes(plan, task)
+        shapes = [stages.Shapes.of(task, self.codec, *size) for size in sizes]
         with self.phase("encoding what is given"):
             encoded = [
                 # References are for the first stage, as is the LoRA that reads them.
@@ -385,7 +396,6 @@ class Maker:
                 for number, size in enumerate(sizes)
             ]
         self._free_codec()
-        shapes = [stages.Shapes.of(task, self.codec, *size) for size in sizes]
         videos: list[Any] = [None] * len(seeds)
         audios: list[Any] = [None] * len(seeds)
         kept = None
@@ -455,6 +465,11 @@ class Maker:
             "negative_prompt": negative,
             "clip": {name: getattr(task, name) for name in sizes},
         }
+
+
+def _sizes(plan: Recipe, task: Task) -> list[tuple[int, int]]:
+    """Height and width of every stage."""
+    return [(round(task.height * s.size), round(task.width * s.size)) for s in plan.stages]
 
 
 def _last(clip: Clip, frames: int) -> Clip:
