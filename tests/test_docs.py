@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_golden import NOT_YET_BUILT
 from test_layers import FLOORS, GROUND
 
 from ltx2_jax import config, convert, plan, planning
@@ -231,4 +230,4 @@ def test_exactness_lists_the_groups_and_cases_of_the_golden_data():
         re.MULTILINE,
     )
     assert {name: list(map(int, cells)) for name, *cells, _ in rows} == counts
-    assert {name for name, *_, agrees in rows if agrees == "not built yet"} == set(NOT_YET_BUILT)
+    assert not [name for name, *_, agrees in rows if "not" in agrees]

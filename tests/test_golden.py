@@ -11,6 +11,7 @@ import golden_audio
 import golden_diffusion
 import golden_diffusion_decoder
 import golden_lora
+import golden_pipeline
 import golden_sampling
 import golden_text_features
 import golden_text_lm
@@ -20,13 +21,7 @@ import golden_upsampler
 import golden_video_vae
 import jax
 import numpy as np
-import pytest
 from golden_case import Case
-
-# Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
-NOT_YET_BUILT = {
-    "pipeline": "sampling pipelines",
-}
 
 RUNNERS = (
     golden_diffusion.RUNNERS
@@ -37,6 +32,7 @@ RUNNERS = (
     | golden_diffusion_decoder.RUNNERS
     | golden_lora.RUNNERS
     | golden_sampling.RUNNERS
+    | golden_pipeline.RUNNERS
 )
 
 
@@ -56,8 +52,6 @@ RUNNERS |= {"vae": run_vae, "text": run_text}
 
 
 def test_golden_case(golden_case: Case):
-    if golden_case.group in NOT_YET_BUILT:
-        pytest.skip(f"not yet built: {NOT_YET_BUILT[golden_case.group]}")
     assert golden_case.group in RUNNERS, f"unknown case group {golden_case.group!r}"
     with jax.default_matmul_precision("highest"):
         got = RUNNERS[golden_case.group](golden_case)
@@ -71,7 +65,3 @@ def test_golden_case(golden_case: Case):
             have = have[tuple(slice(*s) if s else slice(None) for s in subsample["slices"])]
         have = np.broadcast_to(have, (want.shape[0], *have.shape[1:])) if want.ndim else have
         np.testing.assert_allclose(have, want, err_msg=name, **tolerance)
-
-
-def test_every_group_is_either_built_or_listed():
-    assert not set(RUNNERS) & set(NOT_YET_BUILT)

@@ -41,6 +41,7 @@ AAC_SAMPLE_RATES = (
 _ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 BT709 = 1  # the code of H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
+_ABOUT = "comment"  # the tag of containers for what made a clip
 DEINTERLACED = "interlaced, with its fields made whole pictures (bwdif)"
 
 
@@ -50,7 +51,8 @@ class Clip:
 
     video: uint8 [F, H, W, 3], RGB. fps: frames per second. audio: float32 [samples, channels] in
     [-1, 1], or None for a silent medium (which is not the same as a track of zeros). notes: what
-    reading it had to do that the user should know, such as a conversion of colours.
+    reading it had to do that the user should know, such as a conversion of colours. about: what
+    made the clip, a text for the metadata of the files it is saved as.
     """
 
     video: np.ndarray
@@ -58,29 +60,39 @@ class Clip:
     audio: np.ndarray | None = None
     sample_rate: int = 16000
     notes: tuple[str, ...] = ()
+    about: str = ""
 
     @property
     def duration(self) -> float:
-        """Seconds of picture: every frame lasts 1 / fps."""
+        """Seconds of picture, a frame of which lasts 1 / fps; of sound, if there is no picture."""
+        if not len(self.video) and self.audio is not None:
+            return len(self.audio) / self.sample_rate
         return len(self.video) / self.fps
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes .mp4 (H.264 + AAC) or .wav (the sound alone), by suffix.
+        """Writes .mp4 (H.264 + AAC), .wav (the sound alone) or .png (see `write_pngs`), by suffix.
 
         Raises UserError for another suffix, for a .wav of a clip without sound, and as `write_mp4`.
         """
         suffix = Path(path).suffix.lower()
         if suffix == ".mp4":
             write_mp4(path, self)
+        elif suffix == ".png":
+            write_pngs(path, [self.video])
         elif suffix == ".wav":
             if self.audio is None:
                 raise UserError(f"{path}: the clip has no sound to write; save it as .mp4")
             write_wav(path, self.audio, self.sample_rate)
         else:
-            raise UserError(f"{path}: cannot save as {suffix or 'no suffix'!r}; use .mp4 or .wav")
+            name = suffix or "no suffix"
+            raise UserError(f"{path}: cannot save as {name!r}; use .mp4 or .wav, or .png")
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
+        if not len(self.video) and self.audio is not None:
+            soundfile.write(buffer, np.clip(self.audio, -1, 1), self.sample_rate, format="WAV")
+            data = base64.b64encode(buffer.getvalue()).decode("ascii")
+            return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
         _mux(buffer, self, [], crf=18, name="clip")
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         width = max(256, self.video.shape[2])
@@ -229,6 +241,48 @@ def read_sound(
     return audio, tuple(sorted(notes))
 
 
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads a still image, uint8 [H, W, 3]: upright, RGB; of a film the first picture.
+
+    Raises UserError when the file is missing or unreadable.
+    """
+    path, notes = Path(path), set()
+    with _opened(path) as container:
+        video, _, _ = _decode_video(container, 1, None, 1.0, notes)
+        if not len(video):
+            raise UserError("holds no picture")
+    return video[0]
+
+
+def read_whole_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+    """Reads the sound of any file that has some: (float32 [samples, 1 or 2], sample rate).
+
+    Time zero is the first picture, if it has pictures, and their time is that of the sound.
+
+    Raises UserError when the file is missing or unreadable, or has no sound.
+    """
+    path = Path(path)
+    with _opened(path) as container:
+        pictures = best_stream(container, "video") is not None
+        if not container.streams.audio:
+            raise UserError("has no sound")
+        if not pictures:
+            seconds = (container.duration or 0) / av.time_base
+            audio, rate = _decode_audio(container, 0.0, seconds or 3600.0, set())
+            return audio[: round(seconds * rate) or None], rate
+    clip = read_clip(path)
+    return clip.audio, clip.sample_rate
+
+
+def read_about(path: str | os.PathLike) -> str:
+    """What a file says of how it was made, "" if nothing: `Clip.about`.
+
+    Raises UserError when the file is missing or unreadable.
+    """
+    with _opened(Path(path)) as container:
+        return container.metadata.get(_ABOUT, "")
+
+
 def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
     """Reads a sound file: (float32 [samples, channels], sample rate), resampled if a rate is given.
 
@@ -264,6 +318,45 @@ def write_mp4(path: str | os.PathLike, clip: Clip, *, crf: int = 18) -> None:
         _mux(_url(temporary), clip, [], crf=crf, name=str(path))
 
 
+def through_h264(image: np.ndarray, crf: int) -> np.ndarray:
+    """An image [H, W, 3] as it looks in a film of quality `crf`; uint8, sizes made even by a crop.
+
+    Released models were trained on frames of films, and move an image that looks like one better.
+    One picture of H.264 (preset veryfast, yuv420p), as in `ltx_pipelines/utils/media_io`.
+    """
+    height, width = (size // 2 * 2 for size in image.shape[:2])
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+    buffer = io.BytesIO()
+    _quiet()
+    with av.open(buffer, "w", format="mp4") as container:
+        options = {"crf": str(crf), "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=1, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    buffer.seek(0)
+    with av.open(buffer, format="mp4") as container:
+        return next(container.decode(container.streams.video[0])).to_ndarray(format="rgb24")
+
+
+def write_pngs(path: str | os.PathLike, chunks: Iterable[np.ndarray]) -> list[Path]:
+    """Writes frames uint8 [f, H, W, 3], in time order, as NAME-00000.png and on beside `path`.
+
+    `path` is NAME.png. Returns the files. Raises UserError when one cannot be written.
+    """
+    path, written = Path(path), []
+    for image in itertools.chain.from_iterable(chunks):
+        written.append(path.with_name(f"{path.stem}-{len(written):05d}.png"))
+        encoder = av.CodecContext.create("png", "w")
+        encoder.height, encoder.width = image.shape[:2]
+        encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        with replacing(written[-1], av.error.FFmpegError) as temporary:
+            temporary.write_bytes(b"".join(map(bytes, packets)))
+    return written
+
+
 def stream_mp4(
     path: str | os.PathLike,
     chunks: Iterable[np.ndarray],  # uint8 [f, H, W, 3]
@@ -272,6 +365,7 @@ def stream_mp4(
     audio: np.ndarray | None = None,  # [samples, 1 or 2] in [-1, 1]
     sample_rate: int = 16000,
     crf: int = 18,
+    about: str = "",
 ) -> None:
     """`write_mp4` of a clip that arrives in pieces, in time order; one piece is held at a time.
 
@@ -281,7 +375,7 @@ def stream_mp4(
     chunks = (chunk for chunk in chunks if len(chunk))
     first = next(chunks, np.zeros((0, 2, 2, 3), np.uint8))
     # A copy of one frame, so that nothing keeps the first piece alive once it is encoded.
-    clip = Clip(first[:1].copy(), fps, audio, sample_rate)
+    clip = Clip(first[:1].copy(), fps, audio, sample_rate, about=about)
     rest = itertools.chain(iter([first[1:]]), chunks)
     del first
     with replacing(path, av.error.FFmpegError) as temporary:
@@ -510,6 +604,8 @@ def _mux(
     # a second time, which a file object does not allow.
     options = {"movflags": "+faststart"} if isinstance(target, str) else {}
     with av.open(target, "w", format="mp4", container_options=options) as container:
+        if clip.about:
+            container.metadata[_ABOUT] = clip.about
         # 1001 keeps the broadcast rates exact: 29.97 is 30000 / 1001.
         rate = Fraction(clip.fps).limit_denominator(1001)
         pictures = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})

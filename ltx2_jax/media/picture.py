@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -100,3 +101,35 @@ def shown_width(width: int, pixel_shape: Fraction | None) -> int:
     if not ALMOST_SQUARE[0] <= pixel_shape <= ALMOST_SQUARE[1]:
         raise UserError(f"its pixels are {float(pixel_shape):.3g} times as wide as high")
     return max(2, 2 * round(width * pixel_shape / 2))
+
+
+def covering(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Images [..., H, W, 3] scaled to cover a size, and cropped to it in the middle; float32.
+
+    Bilinear between the centres of pixels, without a filter before, as the released pipelines scale
+    images that a clip begins with. Values keep their range.
+    """
+    rows, columns = images.shape[-3:-1]
+    scale = max(height / rows, width / columns)
+    # An exact product must not be rounded up to the next pixel.
+    full = [math.ceil(round(size * scale, 6)) for size in (rows, columns)]
+    x = images.astype(np.float32)
+    for axis, wanted, size in ((-3, height, full[0]), (-2, width, full[1])):
+        first = (size - wanted) // 2
+        x = _interpolated(x, axis, size, slice(first, first + wanted))
+    return x
+
+
+def _interpolated(x: np.ndarray, axis: int, size: int, part: slice) -> np.ndarray:
+    """`part` of what an axis is, scaled to `size`."""
+    old = x.shape[axis]
+    if old == size:
+        index = [slice(None)] * x.ndim
+        index[axis] = part
+        return x[tuple(index)]
+    at = (np.arange(part.start, part.stop, dtype=np.float64) + 0.5) * (old / size) - 0.5
+    at = np.clip(at, 0, old - 1)
+    low = np.minimum(at.astype(int), old - 1)
+    share = (at - low).astype(np.float32).reshape(-1, *[1] * (-axis - 1))
+    high = np.minimum(low + 1, old - 1)
+    return np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share

@@ -1,13 +1,24 @@
 """Prompt to clip in one object.
 
-pipe = Pipeline.from_workdir("workdir/quickstart")
-clip = pipe("a red ball bounces three times")
-clip.save("ball.mp4")
+    pipe = Pipeline.from_workdir("workdir/quickstart")
+    clip = pipe("a red ball bounces three times")
+    clip.save("ball.mp4")
+
+    pipe = Pipeline.from_pretrained(
+        "ltx-2.3-22b-distilled-1.1.safetensors",
+        text_encoder="gemma-3-12b-it/",
+        upsampler="ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
+    )
+    clip = pipe("a dog barks twice", image="dog.png")
+
+`Pipeline.make` has all that can be given.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +39,11 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
+from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
+from ltx2_jax.sampling.making import Maker, adapter
+from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
+from ltx2_jax.sampling.recipes import Recipe, Scales, Stage, one_stage
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
@@ -88,6 +103,64 @@ class Pipeline:
         assets = local_folder(location(workdir) / ASSETS)
         return cls.from_assets(config, params, assets, mesh, text_cache)
 
+    @staticmethod
+    def from_pretrained(
+        *files: str | Path,
+        text_encoder: str | Path | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        loras: Sequence[Any] = (),
+        distilled_lora: Any = None,
+        upsampler: str | Path | None = None,
+        kind: str | None = None,
+        text_cache: str | Path | None = None,
+        keep: bool | None = None,
+        dtype: str = "bfloat16",
+    ) -> "Released":
+        """A released model. Headers are read and checked; weights are when they are first used.
+
+        Args:
+          files: a checkpoint, or the files of the split pack, or a folder of them, here or on the
+            Hugging Face Hub; LoRAs, upsampler and text encoder likewise.
+          text_encoder: a Gemma folder or a packed text encoder; None if `files` have one.
+          mesh: None takes all devices, and as many for the `model` axis as the weights need.
+          loras: files, or (file, strength): a number, `Strength`s of the streams, or a list of
+            those, one a stage; or as text "VIDEO,AUDIO,CROSS" and "STAGE1/STAGE2".
+          distilled_lora: a file or (file, strength), which the recipes of two stages need.
+          upsampler: a latent upsampler x2, for a second stage.
+          kind: "dev" or "distilled"; None goes by the name of the file.
+          text_cache: a folder that keeps features of prompts.
+          keep: whether text encoder, transformer and codec stay in memory beside one another; None:
+            if they fit.
+          dtype: "bfloat16" or "float32", of activations and matrices.
+
+        Raises:
+          UserError: what is missing, damaged, of another release, or too large.
+        """
+        found = Files.open(files, text_encoder, upsampler, kind)
+        networks = found.networks(dtype)
+        mesh = mesh or fitting_mesh(found.release, networks.transformer.num_heads)
+        adapters = []
+        for given in loras:
+            source, *strength = given if isinstance(given, tuple | list) else (given,)
+            adapters.append(adapter(found.lora(source, networks), *strength))
+        distilled = None
+        if distilled_lora is not None:
+            several = isinstance(distilled_lora, tuple | list)
+            source, *share = distilled_lora if several else (distilled_lora,)
+            distilled = found.lora(source, networks), *(share or [1.0])
+        maker = Maker(
+            Weights(found.release, networks, mesh),
+            found.texts(mesh, dtype, text_cache),
+            lambda: found.codec(mesh, dtype),
+            mesh,
+            found,
+            dtype,
+            tuple(adapters),
+            distilled,
+            keep=fit_together(found, mesh) if keep is None else keep,
+        )
+        return Released(maker)
+
     @classmethod
     def from_assets(
         cls,
@@ -113,21 +186,95 @@ class Pipeline:
         return cls(config, params, codec, text_encoder, size, mesh)
 
     def __call__(
-        self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None
+        self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None, **wishes: Any
     ) -> Clip | list[Clip]:
         """One clip per prompt; a single prompt gives a single clip.
 
-        Clip i of a list depends on its prompt and on (seed, i), not on what it is batched with.
-        `sample` replaces the config's sampling settings. Of several hosts, all of which call this,
-        the first gets the clips.
+        Of a released model, or with `wishes`, those of `make`. Else clip i of a list depends on its
+        prompt and on (seed, i), not on what it is batched with; `sample` replaces the sampling
+        settings of a run's config. Of several hosts, all of which call this, the first gets the
+        clips.
         """
         if isinstance(prompts, str):
-            return next(iter(self([prompts], sample=sample)), None)
+            return next(iter(self([prompts], sample=sample, **wishes)), None)
+        if wishes:
+            if sample is not None:
+                raise UserError("sample= is for clips of a run as it was trained: give changes=")
+            return [made.clip(self.codec) for made in self.make(prompts, **wishes)]
         return [
             decode_clip(self.codec, video, audio, self.size.fps)
             for video, audio in self.latents(prompts, sample=sample)
             if hosts.index() == 0
         ]
+
+    def make(self, prompts: Sequence[str], **wishes: Any) -> list[Made]:
+        """Clips as the sampler leaves them, one for each prompt: `Made.clip` decodes, or `.write`.
+
+        What can be given (paths, pixels uint8 [H, W, 3] or `Clip`s for pictures, paths, `Clip`s or
+        (samples, rate) for sounds; times are seconds):
+
+          num_frames, or duration (seconds, or "auto" with auto_duration=(MIN, MAX)), height, width,
+            fps: of the clip; picture=False or sound=False leaves a stream out
+          recipe: a name of `recipes.RECIPES` or a `Recipe`; changes: {"stage1.steps": "20"};
+            skip_stage_2
+          seed: of the first clip, the others have those that follow; or one a clip
+          negative_prompt; enhance_prompt, with enhancer: the Gemma that writes
+          image: one, or a list, each an image or (image, frame, strength, crf): at frame 0 in the
+            clip, else beside it
+          keyframes: the same, all of them beside the clip; num_generated_keyframes (2.5)
+          audio: sound for which a picture is made; audio_start, audio_max_duration
+          video: alone, a picture for which sound is made; with start and end, a clip of which that
+            span is made anew (retake="both", "video" or "audio"); with extend or extend_before, a
+            clip that becomes so much longer
+          references: what an IC-LoRA reads, each a clip or (clip, strength, attention)
+          dub: a clip whose speaker says other words; voice: a sound whose voice is heard
+          batch_size: clips at a time
+
+        Raises:
+          UserError: naming what cannot be.
+        """
+        return self.maker.make(prompts, **wishes)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the phases of the last `make`, and of decoding since."""
+        return self.maker.seconds
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Counts the seconds of what is done within."""
+        return self.maker.phase(name)
+
+    @cached_property
+    def maker(self) -> Maker:
+        """What `make` works with."""
+        sample, release = self.config.sample, self.config.data.release
+        stage = Stage(
+            schedule=sample.schedule,
+            steps=sample.steps,
+            tokens=None,
+            video=Scales(cfg=sample.video_guidance),
+            audio=Scales(cfg=sample.audio_guidance),
+        )
+        crf = 0 if release == "linear" else one_stage(release).image_crf
+        return Maker(
+            RunWeights(self.params, self.config.networks, self.mesh),
+            self._texts,
+            lambda: self.codec,
+            self.mesh,
+            keep=True,
+            recipe=Recipe("one_stage", (stage,), image_crf=crf),
+            size=(self.size.height, self.size.width),
+            fps=self.size.fps,
+            frames=self.size.num_frames,
+            seed=sample.seed,
+        )
+
+    def _texts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        text = caption_features(self.text_encoder, prompts)
+        tell_cut(text["text_mask"], "prompts", "text.length of the training")
+        if isinstance(self.text_encoder, TextCache):
+            self.text_encoder.free()
+        return text
 
     def save(
         self, prompts: Sequence[str], paths: Sequence[Path], *, sample: SampleConfig | None = None
@@ -208,6 +355,30 @@ class Pipeline:
         )
         rate = self.codec.audio.latents_per_second
         return shape, geometry.audio_latent_length(size.num_frames, size.fps, rate)
+
+
+class Released(Pipeline):
+    """A released model; `Pipeline.from_pretrained` makes it."""
+
+    def __init__(self, maker: Maker):
+        self.maker, self.mesh = maker, maker.mesh
+
+    def __call__(self, prompts: str | Sequence[str], **wishes: Any) -> Clip | list[Clip]:
+        """One clip per prompt; a single prompt gives a single clip. For `wishes` see `make`."""
+        if isinstance(prompts, str):
+            return self([prompts], **wishes)[0]
+        made = self.make(prompts, **wishes)
+        with self.phase("decoding"):
+            return [one.clip(self.codec) for one in made]
+
+    @property
+    def codec(self) -> Codec:
+        return self.maker.codec
+
+    @property
+    def release(self) -> str:
+        """ "2.0", "2.3" or "2.5"."""
+        return self.maker.files.version
 
 
 def _passes(sample: SampleConfig) -> int:

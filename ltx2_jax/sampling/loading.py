@@ -1,0 +1,375 @@
+"""What makes a clip, each part loaded when it is needed: a release, its text encoder, its helpers.
+
+A 22B model, its text encoder and its decoder together need several times the memory of each. So
+they follow one another: what comes next is loaded after what came before is freed, unless all of
+them fit.
+"""
+
+import dataclasses
+import gc
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ltx2_jax import chips
+from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.codecs.interface import Codec
+from ltx2_jax.errors import UserError
+from ltx2_jax.models import ltx2
+from ltx2_jax.models.codecs.upsampler import upsample_latents
+from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
+from ltx2_jax.weights import hub, mapping
+from ltx2_jax.weights.lora import Lora, check, fuse, read_lora, unfuse
+from ltx2_jax.weights.names import text as text_weights
+from ltx2_jax.weights.references import fingerprint
+from ltx2_jax.weights.release import Release
+from ltx2_jax.weights.sources import open_release
+
+GIB = 2**30
+CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
+SHARE = 0.75  # of a chip's memory that weights may take; activations need the rest
+# What a LoRA's modules belong to: each stream has a strength of its own.
+STREAMS = {"cross": r"audio_to_video|video_to_audio|av_ca", "audio": r"\baudio_", "video": r""}
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strong a LoRA is in the modules of the video, of the audio, and between the two."""
+
+    video: float = 1.0
+    audio: float = 1.0
+    cross: float = 1.0
+
+
+Used = tuple[tuple[Lora, Strength], ...]  # LoRAs of a stage; equal if they are the same objects
+
+
+def by_stream(lora: Lora, strength: Strength) -> list[tuple[Lora, float]]:
+    """A LoRA in parts of one strength each; nothing where it is 0."""
+    parts: dict[str, dict[str, Any]] = {name: {} for name in STREAMS}
+    for module, target in lora.targets.items():
+        stream = next(name for name, known in STREAMS.items() if re.search(known, module))
+        parts[stream][module] = target
+    strengths = dataclasses.asdict(strength)
+    return [
+        (dataclasses.replace(lora, targets=targets), strengths[name])
+        for name, targets in parts.items()
+        if targets and strengths[name]
+    ]
+
+
+class Weights:
+    """Connectors and transformer on a mesh, in memory from the first use until `free`."""
+
+    def __init__(self, release: Release, config: LTX2Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        self._release = release
+        self._params: dict[str, Any] | None = None
+        self._used: Used = ()
+        self._originals: dict[Any, Any] = {}
+
+    def params(self, loras: Used = ()) -> dict[str, Any]:
+        """{"connectors": .., "transformer": ..} with these LoRAs in the transformer.
+
+        Other ones than before take their place: the weights that they replaced were kept in the
+        memory of the host.
+        """
+        if self._params is None:
+            self._params = self._load()
+        if not _same(loras, self._used):
+            transformer = unfuse(self._params["transformer"], self._originals)
+            parts = [part for lora, strength in loras for part in by_stream(lora, strength)]
+            transformer, self._originals = fuse(
+                transformer, parts, self.config.transformer, offload=True
+            )
+            self._params, self._used = {**self._params, "transformer": transformer}, loras
+        return self._params
+
+    def connectors(self) -> tuple[Any, Any]:
+        """Graph and weights of the connectors alone, which are small."""
+        config = (self.config.video_connector, self.config.audio_connector)
+        graph = nnx.graphdef(jax.eval_shape(lambda: Connectors(*config, rngs=nnx.Rngs(0))))
+        if self._params is not None:
+            return graph, self._params["connectors"]
+        return graph, self._network("connectors", config)
+
+    def free(self) -> None:
+        self._params, self._used, self._originals = None, (), {}
+        gc.collect()
+
+    def _load(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "connectors": self._network(
+                "connectors", (config.video_connector, config.audio_connector)
+            ),
+            "transformer": self._network("transformer", config.transformer),
+        }
+
+    def _network(self, name: str, config: Any) -> dict[Any, Any]:
+        """Weights as a sampler keeps them: resident, in the dtype of their use."""
+        homes = mapping.leaves(self._homes[name])
+        wanted = [
+            dataclasses.replace(p, leaf=homes[p.path])
+            for p in self._release.parameters(name, config)
+        ]
+        label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
+        found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
+        return mapping.tree(found)
+
+    @cached_property
+    def _homes(self) -> dict[str, Any]:
+        return ltx2.abstract_params(self.config, self.mesh, for_sampling=True)
+
+
+class RunWeights:
+    """Weights that somebody else holds: those of a training run."""
+
+    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh, self._params = config, mesh, params
+
+    def params(self, loras: Used = ()) -> Any:
+        if loras:
+            raise UserError("LoRAs: for released models; convert merges one into a run's")
+        return self._params
+
+    def free(self) -> None:
+        """They stay."""
+
+
+def _same(a: Used, b: Used) -> bool:
+    return len(a) == len(b) and all(x is y and s == t for (x, s), (y, t) in zip(a, b, strict=True))
+
+
+class Texts:
+    """Features of prompts; the encoder is loaded for new ones, and freed by `free`."""
+
+    def __init__(self, load: Any):
+        """load: () -> FeatureEncoder."""
+        self._load = load
+        self._encoder: FeatureEncoder | None = None
+        self._known: dict[str, dict[str, np.ndarray]] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Text fields [n, S, ...] of n prompts."""
+        if new := [p for p in dict.fromkeys(prompts) if p not in self._known]:
+            self._encoder = self._encoder or self._load()
+            found = caption_features(self._encoder, new)
+            tell_cut(found["text_mask"], "prompts", "the length of the text encoder")
+            for i, prompt in enumerate(new):
+                self._known[prompt] = {name: value[i] for name, value in found.items()}
+        rows = [self._known[prompt] for prompt in prompts]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def free(self) -> None:
+        self._encoder = None
+        gc.collect()
+
+
+@dataclass
+class Files:
+    """The files of a released model: everything that is small is read, and fits."""
+
+    release: Release
+    text_encoder: Path
+    upsampler: Release | None
+    kind: str  # "dev" or "distilled"
+
+    @classmethod
+    def open(
+        cls,
+        sources: Sequence[str | os.PathLike],
+        text_encoder: str | os.PathLike | None,
+        upsampler: str | os.PathLike | None,
+        kind: str | None,
+    ) -> "Files":
+        """Raises UserError for what is missing, damaged or does not belong together."""
+        release = open_release(*sources)
+        for network in ("transformer", "connectors", "video_vae", "audio_vae"):
+            if network not in release.networks:
+                raise UserError(
+                    f"{release.name}: has no {network.replace('_', ' ')}, only "
+                    f"{', '.join(release.networks)}; give the other files of the model, too"
+                )
+        if text_encoder is None:
+            if "gemma" not in release.networks:
+                raise UserError(
+                    f"{release.name}: has no text encoder: give --text-encoder-path or --gemma-root"
+                    " (text_encoder=), a Gemma folder or the packed file of the release"
+                )
+            text_encoder = release.networks["gemma"].file.path
+        files = cls(
+            release,
+            hub.fetch(text_encoder),
+            None if upsampler is None else open_release(upsampler),
+            kind or kind_of(release),
+        )
+        files._check()
+        return files
+
+    @property
+    def version(self) -> str:
+        """ "2.0", "2.3" or "2.5"."""
+        return self.release.release_of("transformer") or "2.0"
+
+    def _check(self) -> None:
+        release = self.release
+        transformer, vae = release.config("transformer"), release.config("video_vae")
+        if transformer.in_channels != vae.latent_channels:
+            raise UserError(
+                f"{release.networks['video_vae'].file.path}: its latents have "
+                f"{vae.latent_channels} channels, the transformer takes {transformer.in_channels}"
+            )
+        ours, theirs = self.version, release.release_of("video_vae")
+        if theirs and (ours == "2.0") != (theirs == "2.0"):  # 2.5 kept the latents of 2.3
+            raise UserError(
+                f"{release.networks['video_vae'].file.path}: is the video VAE of LTX-2 {theirs}, "
+                f"the transformer is of {ours}"
+            )
+        with open_release(self.text_encoder) as language:
+            metadata = release.metadata("connectors")
+            text_weights.check_text_encoder(metadata, language.section("gemma"), self.text_encoder)
+            text_weights.holder(release, language)
+        if self.upsampler is not None:
+            config = self.upsampler.config("upsampler")
+            if config.in_channels != vae.latent_channels:
+                raise UserError(
+                    f"{self.upsampler.name}: upsamples latents of {config.in_channels} channels, "
+                    f"those of {release.name} have {vae.latent_channels}"
+                )
+            if config.scale != (1.0, 2.0, 2.0):
+                raise UserError(
+                    f"{self.upsampler.name}: makes frames {config.scale[0]:g} times as many and "
+                    f"sizes {config.scale[1]:g} times as large; the second stage needs the spatial "
+                    "upsampler x2"
+                )
+
+    def networks(self, dtype: str) -> LTX2Config:
+        """Configs of what the sampler runs."""
+        connectors = self.release.config("connectors", dtype=dtype)
+        return LTX2Config(self.release.config("transformer", dtype=dtype), *connectors)
+
+    def codec(self, mesh: jax.sharding.Mesh, dtype: str) -> Codec:
+        """A codec whose weights are read when they are first used, and go when it goes."""
+        held = self.release.networks
+        paths = dict.fromkeys(held[name].file.path for name in CODEC if name in held)
+        return load_codec(*paths, devices=list(mesh.devices.flat), dtype=dtype)
+
+    def texts(self, mesh: jax.sharding.Mesh, dtype: str, cache: Any) -> Texts:
+        checkpoint = self.release.networks["connectors"].file.path
+        return Texts(
+            lambda: released_encoder(
+                checkpoint, self.text_encoder, cache=cache, mesh=mesh, dtype=dtype
+            )
+        )
+
+    def upsample(self, latents: np.ndarray, dtype: str) -> np.ndarray:
+        """Normalised video latents [B, F', H', W', C] -> [B, F', 2 H', 2 W', C]."""
+        network = self.upsampler.module("upsampler", dtype=dtype)
+        graph, params = nnx.split(network)
+        mean, std = self.statistics
+        found = [
+            np.asarray(_upsample(params, row[None], mean, std, graph=graph)) for row in latents
+        ]
+        return np.concatenate(found)
+
+    @cached_property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of the video latents, [C] each."""
+        wanted = self.release.parameters("video_vae", self.release.config("video_vae"))
+        wanted = [p for p in wanted if p.path[0] == "statistics"]
+        found = {p.path[-1]: np.asarray(x) for p, x in self.release.stream("video_vae", wanted)}
+        return found["mean"], found["std"]
+
+    def named(self) -> dict[str, str]:
+        """The files, and what tells each from others."""
+        files = [file.path for file in self.release.files] + [self.text_encoder]
+        files += [file.path for file in self.upsampler.files] if self.upsampler else []
+        return {str(Path(path).resolve()): fingerprint(path) for path in dict.fromkeys(files)}
+
+    def lora(self, source: str | os.PathLike, config: LTX2Config) -> Lora:
+        """A LoRA that fits this model."""
+        lora = read_lora(source)
+        check(lora, config.transformer, self.version)
+        return lora
+
+
+@partial(jax.jit, static_argnames="graph")
+def _upsample(params: Any, latents: jax.Array, mean: Any, std: Any, *, graph: Any) -> jax.Array:
+    return upsample_latents(nnx.merge(graph, params), latents, mean, std)
+
+
+def kind_of(release: Release) -> str:
+    """ "distilled" or "dev": by the name of the transformer's file, as no metadata says it."""
+    name = release.networks["transformer"].file.path.name.lower()
+    return "distilled" if "distilled" in name else "dev"
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def device_bytes() -> int | None:
+    """Memory of a device, or of this machine if its devices are CPU cores; None: unknown."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit") or chips.hbm_bytes(device.device_kind)
+
+
+def weight_bytes(release: Release, *networks: str) -> int:
+    """Of networks in bfloat16."""
+    return sum(
+        2 * int(np.prod(shape))
+        for name in networks
+        if name in release.networks
+        for shape in release.networks[name].shapes.values()
+    )
+
+
+def fitting_mesh(release: Release, heads: int, free: int | None = None) -> jax.sharding.Mesh:
+    """The mesh of all devices whose `model` axis is just long enough for the weights to fit.
+
+    Args:
+      release: the model.
+      heads: of its transformer, which are split.
+      free: bytes of a device; None asks.
+
+    Raises:
+      UserError: they do not fit on all devices together.
+    """
+    needed, count = weight_bytes(release, "transformer", "connectors"), jax.device_count()
+    room = device_bytes() if free is None else free
+    sizes = [n for n in range(1, count + 1) if count % n == 0 and heads % n == 0]
+    for model in sizes:
+        if room is None or needed / model <= SHARE * room:
+            return make_mesh(-1, model, 1)
+    largest = max(sizes)
+    missing = needed / largest - SHARE * room
+    raise UserError(
+        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+        f"{largest} device{'s' if largest > 1 else ''} of {room / GIB:.1f} GiB can hold "
+        f"{SHARE * room * largest / GIB:.1f} GiB of weights: {missing * largest / GIB:.1f} GiB are "
+        "missing; use more devices, or quantised weights"
+    )
+
+
+def fit_together(files: Files, mesh: jax.sharding.Mesh) -> bool:
+    """Whether text encoder, transformer and codec leave room beside one another on the devices."""
+    room = device_bytes()
+    with open_release(files.text_encoder) as language:
+        encoder = weight_bytes(language, "gemma", "text_projection")
+    split = weight_bytes(files.release, "transformer", "connectors") + encoder
+    whole = weight_bytes(files.release, *CODEC)
+    return room is not None and split / mesh.shape["model"] + whole <= SHARE * room / 2

@@ -1,0 +1,516 @@
+"""Prompts and a task to latents: text, what is given, stages, each with the memory to itself."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ltx2_jax import __version__
+from ltx2_jax.codecs.interface import Codec
+from ltx2_jax.diffusion import geometry
+from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import Clip
+from ltx2_jax.models import ltx2
+from ltx2_jax.sampling import recipes, stages, tasks
+from ltx2_jax.sampling.loading import Files, RunWeights, Strength, Used, Weights
+from ltx2_jax.sampling.output import Made
+from ltx2_jax.sampling.programs import make_sampler
+from ltx2_jax.sampling.recipes import Recipe
+from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
+from ltx2_jax.text.enhancement import enhance
+from ltx2_jax.training.checks import check_mesh
+from ltx2_jax.weights.lora import Lora
+
+# What a released model is led away from where guidance asks for a prompt without a wish of its own.
+NEGATIVE = (
+    "blurry, low quality, noisy, compression artifacts, overexposed, washed out, distorted faces, "
+    "deformed hands, extra limbs, flicker, jitter, frozen picture, subtitles, watermark, logo, "
+    "text, cartoonish, muffled or clipped sound, hiss, hum, echo, robotic voice, sound out of sync"
+)
+ONE_STAGE_SIZE, TWO_STAGE_SIZE = (512, 768), (1024, 1536)
+SEED = 10
+OVERLAP = 2.0  # seconds that a part of a long clip sees of the part before
+SECONDS = (1.0, 20.0)  # that a duration head is held to
+# The keys by which LoRAs say how they read a reference clip: of official files, older ones, others.
+_REFERENCE = ("reference_spatial_scale_factor", "reference_downscale_factor",
+              "ss_reference_downscale_factor")  # fmt: skip
+_REFERENCE_TIME = "reference_temporal_scale_factor"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA and its strength in every stage; the last one holds for later stages, too."""
+
+    lora: Lora
+    strengths: tuple[Strength, ...]
+
+    def at(self, stage: int) -> Strength:
+        return self.strengths[min(stage, len(self.strengths) - 1)]
+
+    @property
+    def scales(self) -> tuple[int, int] | None:
+        """How many times smaller, and of fewer frames, its reference clips are; None: has none."""
+        data = self.lora.metadata
+        found = [data[key] for key in _REFERENCE if key in data]
+        if not found and _REFERENCE_TIME not in data:
+            return None
+        try:
+            return int(float((found or ["1"])[0])), int(float(data.get(_REFERENCE_TIME, "1")))
+        except ValueError:
+            raise UserError(f"{self.lora.name}: reference factors {data} are no numbers") from None
+
+
+def adapter(lora: Lora, strength: Any = 1.0) -> Adapter:
+    """A LoRA with its strengths: see `Pipeline.from_pretrained`.
+
+    An IC-LoRA, which reads a reference clip, is for the first stage alone unless it is told.
+    """
+
+    def one(value: Any) -> Strength:
+        if isinstance(value, Strength):
+            return value
+        parts = value.split(",") if isinstance(value, str) else [value]
+        numbers = [float(part) for part in parts]
+        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+            raise ValueError
+        return Strength(*(numbers * 3)[:3])
+
+    if isinstance(strength, str):
+        strength = strength.split("/") if "/" in strength else strength
+    several = isinstance(strength, list | tuple)
+    try:
+        strengths = [one(s) for s in (strength if several else [strength])]
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{lora.name}: strength {strength!r} is not a number, VIDEO,AUDIO,CROSS, or some of "
+            "those, one a stage, as in 1/0.5"
+        ) from None
+    found = Adapter(lora, tuple(strengths))
+    if found.scales is not None and len(strengths) == 1:
+        found = Adapter(lora, (*strengths, Strength(0, 0, 0)))
+    return found
+
+
+@dataclass
+class Maker:
+    """A model with its codec and text encoder, each of which may be loaded only when it is needed.
+
+    `files` are those of a released model; None for a training run, whose `recipe` and `size` are
+    those that it was trained with.
+    """
+
+    weights: Weights | RunWeights
+    texts: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    open_codec: Callable[[], Codec]
+    mesh: jax.sharding.Mesh
+    files: Files | None = None
+    dtype: str = "bfloat16"
+    adapters: tuple[Adapter, ...] = ()
+    distilled_lora: tuple[Lora, float] | None = None
+    keep: bool = False
+    recipe: Recipe | None = None
+    size: tuple[int, int] | None = None
+    fps: float | None = None
+    frames: int | None = None
+    seed: int = SEED
+    seconds: dict[str, float] = field(default_factory=dict)  # of the phases, since the last `make`
+    _codec: Codec | None = None
+
+    def __post_init__(self):
+        with jax.set_mesh(self.mesh):
+            self._graph = ltx2.graph(self.weights.config)
+            self._sampler = make_sampler()
+
+    @property
+    def codec(self) -> Codec:
+        self._codec = self._codec or self.open_codec()
+        return self._codec
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the seconds of a part of the work, and explains a lack of memory in it."""
+        began = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            _explain(error, name)
+            raise
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    # ---- what is to be made ------------------------------------------------------------------
+
+    def chosen(self, name: str | Recipe | None, changes: dict[str, str]) -> Recipe:
+        """The recipe: by name, by what there is, or as given; with changes."""
+        if isinstance(name, Recipe):
+            return name.replaced(changes)
+        if self.files is None:
+            if name not in (None, "one_stage"):
+                raise UserError(f"recipe {name}: a training run has one stage")
+            return self.recipe.replaced(changes)
+        recipe = recipes.choose(
+            self.files.version,
+            self.files.kind,
+            upsampler=self.files.upsampler is not None,
+            distilled_lora=self.distilled_lora is not None,
+            layers=self.weights.config.transformer.num_layers,
+            name=name,
+        )
+        return recipe.replaced(changes)
+
+    def make(
+        self,
+        prompts: Sequence[str],
+        *,
+        recipe: str | Recipe | None = None,
+        changes: dict[str, str] | None = None,
+        negative_prompt: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        duration: float | str | None = None,
+        auto_duration: Sequence[float] | None = None,
+        skip_stage_2: bool = False,
+        enhance_prompt: bool = False,
+        enhancer: Any = None,
+        batch_size: int = 1,
+        **given: Any,
+    ) -> list[Made]:
+        """See `Pipeline.make`."""
+        self.seconds = {}
+        seeds = _seeds(self.seed if seed is None else seed, len(prompts))
+        plan = self.chosen(recipe, changes or {})
+        if enhance_prompt:
+            prompts = self._enhanced(prompts, enhancer, seeds[0], given)
+        negative = negative_prompt
+        if negative is None:
+            negative = "" if self.files is None else NEGATIVE
+        if duration == "auto" or auto_duration is not None:
+            given["num_frames"] = self._auto_frames(
+                prompts, negative, auto_duration or SECONDS, given.get("fps") or tasks.FPS
+            )
+            duration = None
+        task, plan = self._task(Asked(duration=duration, **given), plan, skip_stage_2)
+        if task.fresh and task.picture and task.num_frames > self._longest(task.fps):
+            again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
+                     "skip_stage_2": skip_stage_2}  # fmt: skip
+            return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
+        self._tell(plan, task, seeds)
+        text = self._text([*prompts, negative])
+        if not self.keep and hasattr(self.texts, "free"):
+            self.texts.free()
+        latents = self._run_stages(plan, task, text, seeds, batch_size)
+        about = self._about(plan, task, negative)
+        return [
+            Made(video, audio, task, prompt, {**about, "prompt": prompt, "seed": s})
+            for (video, audio), prompt, s in zip(latents, prompts, seeds, strict=True)
+        ]
+
+    def _task(self, asked: Asked, plan: Recipe, skip_stage_2: bool) -> tuple[Task, Recipe]:
+        """The task, and the recipe as it fits it."""
+        strides = self.codec.video.strides
+        if asked.video is not None or not asked.picture:
+            # A part of a clip, or no picture: no small stage comes first.
+            plan = recipes.at_full_size(plan)
+        smallest = min(stage.size for stage in plan.stages)
+        size = self.size or (ONE_STAGE_SIZE if smallest == 1 else TWO_STAGE_SIZE)
+        if self.fps is not None and asked.fps is None and asked.video is None and asked.dub is None:
+            asked.fps = self.fps
+        lengths = (asked.num_frames, asked.duration, asked.video, asked.dub, asked.audio)
+        if self.frames is not None and all(x is None for x in lengths):
+            asked.num_frames = self.frames
+        scales = next((a.scales for a in self.adapters if a.scales is not None), (1, 1))
+        task = tasks.make_task(
+            asked,
+            strides=strides,
+            multiple=round(math.lcm(*strides[1:]) / smallest),
+            size=size,
+            scales=scales,
+            longest=self.weights.config.transformer.max_pos[0],
+        )
+        self._check(task, plan)
+        if skip_stage_2 and len(plan.stages) > 1:
+            share = plan.stages[0].size
+            task = dataclasses.replace(
+                task, height=round(task.height * share), width=round(task.width * share)
+            )
+            first = dataclasses.replace(plan.stages[0], size=1.0)
+            plan = dataclasses.replace(plan, stages=(first,), sound_of=-1)
+        return task, plan
+
+    def _check(self, task: Task, plan: Recipe) -> None:
+        config = self.weights.config.transformer
+        if task.picture:
+            for size in _sizes(plan, task):
+                tokens = math.prod(stages.Shapes.of(task, self.codec, *size).video)
+                check_mesh(config.num_heads, tokens, self.mesh)
+        for adapter in self.adapters:
+            if adapter.scales is not None and adapter.scales != (1, 1) and not task.references:
+                raise UserError(
+                    f"{adapter.lora.name}: is an IC-LoRA, which reads a reference clip: give "
+                    "--video-conditioning (references=)"
+                )
+        if task.references and not self.adapters:
+            raise UserError("references: only an IC-LoRA reads them; give --lora (loras=)")
+        if task.slots and not config.keyframe_embedding:
+            raise UserError("generated keyframes: only for models of LTX-2 2.5")
+        if not config.audio_video_attention and task.partial:
+            raise UserError("this model was trained without attention between sound and picture")
+
+    def _tell(self, plan: Recipe, task: Task, seeds: Sequence[int]) -> None:
+        """What is going to be made, before the work begins."""
+        for note in task.notes:
+            print(f"note: {note}")
+        distilled = plan.distilled or (self.files is not None and self.files.kind == "distilled")
+        if distilled and any(s.video.on or s.audio.on for s in plan.stages):
+            print("note: guidance on a distilled model, which was made to need none: colours and "
+                  "contrast become too strong; scales of 1 and stg 0 turn it off")  # fmt: skip
+        for adapter in self.adapters:
+            if adapter.scales == (1, 1) and not task.references:
+                print(f"note: {adapter.lora.name} says that it reads a reference clip, and none is "
+                      "given")  # fmt: skip
+        whole = f"{task.width}x{task.height}, " if task.picture else "sound alone, "
+        print(plan.described())
+        print(
+            f"{len(seeds)} clip{'s' if len(seeds) > 1 else ''}: {whole}{task.num_frames} frames at "
+            f"{task.fps:g} fps ({task.seconds:.2f} s), seed{'s' if len(seeds) > 1 else ''} "
+            f"{', '.join(map(str, seeds))}",
+            flush=True,
+        )
+
+    # ---- longer than the model knows -------------------------------------------------------------
+
+    def _longest(self, fps: float) -> int:
+        """Frames of the longest clip that the model was trained on."""
+        seconds = self.weights.config.transformer.max_pos[0]
+        return geometry.snap_frames(math.floor(seconds * fps + 1e-6), self.codec.video.strides[0])
+
+    def _long(
+        self, prompt: str, seed: int, task: Task, again: dict[str, Any], given: dict[str, Any]
+    ) -> Made:
+        """A clip in parts, each of which goes on from the end of the one before.
+
+        The model sees the last seconds of picture and sound, as it does when a clip is extended.
+        """
+        total, most, stride = task.num_frames, self._longest(task.fps), self.codec.video.strides[0]
+        shared = geometry.snap_frames(round(OVERLAP * task.fps), stride)
+        shared = min(max(shared, stride + 1), geometry.snap_frames(most - stride, stride))
+        parts = 1 + -(-(total - most) // (most - shared))
+        print(
+            f"note: {task.seconds:.1f} s are more than the {most / task.fps:.1f} s that the model "
+            f"was trained on: made in {parts} parts, each from the last {shared / task.fps:.1f} s "
+            "of the one before; what a part does not see, it does not keep to"
+        )
+        sizes = {"height": task.height, "width": task.width, "fps": task.fps}
+        first = {**given, **again, "num_frames": most, "seed": seed}
+        (made,) = self.make([prompt], **first)
+        clip, spent = made.clip(self.codec), dict(self.seconds)
+        again["skip_stage_2"] = False
+        for part in range(1, parts):
+            have = len(clip.video)
+            tail = _last(clip, shared)
+            seconds = min(most - shared, total - have) / task.fps
+            more = {**again, **sizes, "video": tail, "extend": seconds, "sound": task.sound}
+            (made,) = self.make([prompt], **more, seed=(seed + 7919 * part) % 2**32)
+            clip = _joined(clip, made.clip(self.codec), shared)
+            spent = {k: spent.get(k, 0) + self.seconds.get(k, 0) for k in {**spent, **self.seconds}}
+        self.seconds = spent
+        sound = None if clip.audio is None else KnownAudio(clip.audio, clip.sample_rate)
+        whole = dataclasses.replace(task, video=KnownVideo(clip.video), audio=sound)
+        return Made(None, None, whole, prompt, {**made.about, "prompt": prompt, "seed": seed})
+
+    # ---- text ----------------------------------------------------------------------------------
+
+    def _enhanced(
+        self, prompts: Sequence[str], gemma: Any, seed: int, given: dict[str, Any]
+    ) -> list[str]:
+        if gemma is None:
+            if self.files is None or self.files.version == "2.5":
+                raise UserError(
+                    "enhance_prompt: give --prompt-enhancer-gemma-root (enhancer=), an instruct "
+                    "Gemma: this text encoder does not write"
+                )
+            gemma = self.files.text_encoder
+        mode = "image-to-video" if given.get("image") is not None else "text-to-video"
+        with self.phase("enhancing prompts"):
+            settings = {"mode": mode, "seed": seed, "mesh": self.mesh, "dtype": self.dtype}
+            written = enhance(prompts, gemma, **settings)
+        for prompt in written:
+            print(f"prompt: {prompt}")
+        return written
+
+    def _text(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        with self.phase("text"):
+            return self.texts(prompts)
+
+    def _auto_frames(
+        self, prompts: Sequence[str], negative: str, limits: Sequence[float], fps: float
+    ) -> int:
+        """Frames of the duration that the model itself finds right for a prompt."""
+        if self.files is None or "duration_head" not in self.files.release.networks:
+            raise UserError(
+                'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
+                "own: --duration-head-path)"
+            )
+        if len(prompts) > 1:
+            raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
+        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+            raise UserError("auto_duration: give MIN and MAX seconds, or neither")
+        low, high = limits
+        text = self._text([*prompts, negative])
+        head = self.files.release.module("duration_head", self.mesh)
+        graph, params = self.weights.connectors()
+        first = {name: value[:1] for name, value in text.items()}
+        audio = first.get("audio_text", first["video_text"])
+        with jax.set_mesh(self.mesh):
+            model = nnx.merge(graph, params)
+            contexts = model(first["video_text"], audio, first["text_mask"])[:2]
+            seconds = float(np.asarray(head(*contexts))[0])
+        stride = self.codec.video.strides[0]
+        seconds = min(max(seconds, low), high)
+        lowest, highest = math.ceil(low * fps - 1e-6), math.floor(high * fps + 1e-6)
+        frames = geometry.seconds_to_frames(seconds, fps, max(1, lowest), max(1, highest), stride)
+        print(f"duration: {seconds:.2f} s by the model, {frames} frames")
+        return frames
+
+    # ---- stages ----------------------------------------------------------------------------------
+
+    def _run_stages(
+        self, plan: Recipe, task: Task, text: dict[str, np.ndarray], seeds: list[int], batch: int
+    ) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """Latents of every clip: [F', H', W', C] and [A, M, C]."""
+        sizes = _sizes(plan, task)
+        shapes = [stages.Shapes.of(task, self.codec, *size) for size in sizes]
+        with self.phase("encoding what is given"):
+            encoded = [
+                # References are for the first stage, as is the LoRA that reads them.
+                tasks.encode(task, self.codec, *size, plan.image_crf, references=number == 0)
+                for number, size in enumerate(sizes)
+            ]
+        self._free_codec()
+        videos: list[Any] = [None] * len(seeds)
+        audios: list[Any] = [None] * len(seeds)
+        kept = None
+        for number, stage in enumerate(plan.stages):
+            if number and task.picture:
+                videos = self._between(plan, number, videos)
+            with self.phase("loading weights"):
+                params = self.weights.params(self._loras(plan, number))
+            with self.phase(f"stage {number + 1}"):
+                videos, audios = stages.run(
+                    stage,
+                    self._sampler,
+                    self._graph,
+                    params,
+                    self.mesh,
+                    shapes[number],
+                    task,
+                    encoded[number],
+                    text,
+                    seeds,
+                    videos,
+                    audios,
+                    number=number,
+                    batch=batch,
+                    marked=self.weights.config.transformer.keyframe_embedding,
+                )
+            if number == plan.sound_of % len(plan.stages):
+                kept = audios
+        if not self.keep:
+            del params
+            self.weights.free()
+        return list(zip(videos, kept, strict=True))
+
+    def _between(self, plan: Recipe, number: int, videos: list[np.ndarray]) -> list[np.ndarray]:
+        """Video latents at the size of a stage, from those of the stage before."""
+        growth = plan.stages[number].size / plan.stages[number - 1].size
+        if growth == 1:
+            return videos
+        if growth != 2 or self.files is None or self.files.upsampler is None:
+            raise UserError(
+                f"stage{number + 1}.size: from x{plan.stages[number - 1].size:g} to "
+                f"x{plan.stages[number].size:g} needs the upsampler x2 (--spatial-upsampler-path)"
+            )
+        with self.phase("upsampling"):
+            return [self.files.upsample(video[None], self.dtype)[0] for video in videos]
+
+    def _loras(self, plan: Recipe, number: int) -> Used:
+        used = [(adapter.lora, adapter.at(number)) for adapter in self.adapters]
+        share = plan.stages[number].distilled_lora
+        if share and self.distilled_lora is not None:
+            lora, strength = self.distilled_lora
+            used.append((lora, Strength(*[share * strength] * 3)))
+        return tuple((lora, s) for lora, s in used if s != Strength(0, 0, 0))
+
+    def _free_codec(self) -> None:
+        if not self.keep and self.files is not None:
+            self._codec = None
+            gc.collect()
+
+    def _about(self, plan: Recipe, task: Task, negative: str) -> dict[str, Any]:
+        sizes = ("num_frames", "height", "width", "fps")
+        return {
+            "made_by": f"ltx2_jax {__version__}",
+            "model": None if self.files is None else self.files.named(),
+            "loras": [adapter.lora.name for adapter in self.adapters],
+            "recipe": dataclasses.asdict(plan),
+            "negative_prompt": negative,
+            "clip": {name: getattr(task, name) for name in sizes},
+        }
+
+
+def _sizes(plan: Recipe, task: Task) -> list[tuple[int, int]]:
+    """Height and width of every stage."""
+    return [(round(task.height * s.size), round(task.width * s.size)) for s in plan.stages]
+
+
+def _last(clip: Clip, frames: int) -> Clip:
+    """The end of a clip."""
+    audio = clip.audio
+    if audio is not None:
+        audio = audio[round((len(clip.video) - frames) / clip.fps * clip.sample_rate) :]
+    return dataclasses.replace(clip, video=clip.video[-frames:], audio=audio)
+
+
+def _joined(clip: Clip, longer: Clip, shared: int) -> Clip:
+    """A clip, and what comes after its last `shared` frames in another one."""
+    audio = clip.audio
+    if audio is not None:
+        rest = longer.audio[round(shared / clip.fps * clip.sample_rate) :]
+        audio = np.concatenate([audio, rest])
+    return dataclasses.replace(
+        clip, video=np.concatenate([clip.video, longer.video[shared:]]), audio=audio
+    )
+
+
+def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:
+    """One a clip: the one given and those that follow it, or as many as there are clips."""
+    if not clips:
+        raise UserError("no prompts")
+    seeds = [(seed + i) % 2**32 for i in range(clips)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != clips:
+        raise UserError(f"{len(seeds)} seeds for {clips} prompts: give one, or as many")
+    if any(not 0 <= s < 2**32 for s in seeds):
+        raise UserError(f"seed={seeds} is not from 0 to {2**32 - 1}")
+    return seeds
+
+
+def _explain(error: Exception, name: str) -> None:
+    """UserError in the place of an allocator's report."""
+    text = str(error)
+    if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
+        return
+    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
+    needs = f" ({asked[1]} more were asked for)" if asked else ""
+    raise UserError(
+        f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
+        "devices (--mesh), clips one at a time (--max-batch-size 1) or quantised weights need less"
+    ) from None

@@ -1,0 +1,271 @@
+"""One stage of a recipe: what is given becomes conditions, and the compiled sampler runs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ltx2_jax.codecs.interface import Codec
+from ltx2_jax.diffusion import conditioning, geometry
+from ltx2_jax.diffusion.conditioning import Conditions
+from ltx2_jax.diffusion.guidance import Guidance
+from ltx2_jax.diffusion.sampler import Given, rows_axis
+from ltx2_jax.sampling.programs import Pass, Request
+from ltx2_jax.sampling.recipes import Stage
+from ltx2_jax.sampling.tasks import Encoded, Placed, Task
+from ltx2_jax.sharding import sharding_of
+
+VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip
+Latents = np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of the latents of a stage."""
+
+    video: tuple[int, int, int]  # F', H', W'
+    audio: int  # A
+    channels: int
+    audio_channels: int
+    bins: int
+    strides: tuple[int, int, int]
+    clock: geometry.AudioClock
+
+    @classmethod
+    def of(cls, task: Task, codec: Codec, height: int, width: int) -> "Shapes":
+        strides, clock = codec.video.strides, codec.audio.clock
+        return cls(
+            geometry.video_latent_shape(task.num_frames, height, width, strides),
+            geometry.audio_latent_length(task.num_frames, task.fps, clock.latents_per_second),
+            codec.video.channels,
+            codec.audio.channels,
+            codec.audio.bins,
+            strides,
+            clock,
+        )
+
+    def request(self, fps: float) -> Request:
+        return Request(self.video, self.audio, self.bins, self.strides, fps, self.clock)
+
+
+# --------------------------------------------------------------------------------- what is given
+
+
+def conditions(
+    task: Task, given: Encoded, shapes: Shapes, *, marked: bool, rows: int, whole: bool = False
+) -> Given | None:
+    """What is known of both streams of `rows` clips; None: both are generated from nothing.
+
+    Args:
+      task: what is asked for.
+      given: its latents.
+      shapes: of the stage.
+      marked: whether the model has the keyframe embedding.
+      rows: clips.
+      whole: conditions even where nothing is known, for latents to start from.
+    """
+    video = audio = None
+    if task.picture:
+        video = _video(task, given, shapes, marked, rows)
+    if task.sound or task.audio is not None:
+        audio = _audio(given, shapes, rows)
+    both = video is not None and audio is not None
+    if both and not whole and not _known(video) and not _known(audio):
+        return None
+    return Given(video, audio)
+
+
+def _known(c: Conditions) -> bool:
+    return c.frozen or c.strength is not None or c.clip_tokens < c.clean.shape[1]
+
+
+def _video(task: Task, given: Encoded, shapes: Shapes, marked: bool, rows: int) -> Conditions:
+    clean = given.video
+    if clean is None:
+        clean = np.zeros((*shapes.video, shapes.channels), np.float32)
+    c = conditioning.of_video(_rows(clean, rows), task.fps, shapes.strides, marked=marked)
+    if given.video_given is not None:
+        if given.video_given.all():
+            return conditioning.freeze(c)
+        per_frame = math.prod(shapes.video[1:])
+        c = conditioning.give(c, np.repeat(given.video_given, per_frame))
+    beside = {"fps": task.fps, "strides": shapes.strides}
+    for image in given.images:
+        if image.frame == 0:
+            c = conditioning.frames(c, _rows(image.latents, rows), 0, _strength(image))
+        else:  # a latent stands for several frames, an image for one: it is given beside them
+            c = conditioning.keyframe(c, _rows(image.latents, rows), image.frame,
+                                      strength=_strength(image), **beside)  # fmt: skip
+    for image in given.keyframes:
+        c = conditioning.keyframe(c, _rows(image.latents, rows), image.frame,
+                                  strength=_strength(image), **beside)  # fmt: skip
+    for clip in given.references:
+        read = clip.reference
+        c = conditioning.reference_video(
+            c,
+            _rows(clip.latents, rows),
+            spatial_scale=read.downscale,
+            temporal_scale=read.time_scale,
+            strength=_strength(clip),
+            attention=None if read.attention == 1 else read.attention,
+            **beside,
+        )
+    if task.slots:
+        at = geometry.evenly_spaced_keyframes(task.slots, task.num_frames)
+        c = conditioning.keyframe_slots(c, at, **beside)
+    return c
+
+
+def _audio(given: Encoded, shapes: Shapes, rows: int) -> Conditions:
+    clean = given.audio
+    if clean is None:
+        clean = np.zeros((shapes.audio, shapes.bins, shapes.audio_channels), np.float32)
+    c = conditioning.of_audio(_rows(clean, rows), shapes.clock)
+    if given.audio_given is not None:
+        if given.audio_given.all():
+            return conditioning.freeze(c)
+        c = conditioning.give(c, given.audio_given)
+    if given.voice is not None:
+        times = geometry.audio_positions(len(given.voice), shapes.clock)
+        before = times - times[..., -1:, 1:] - np.float32(VOICE_GAP)
+        c = conditioning.reference_audio(c, _rows(given.voice, rows), before)
+    return c
+
+
+def _strength(placed: Placed) -> float | None:
+    return None if placed.strength == 1 else placed.strength
+
+
+def _rows(latents: np.ndarray, rows: int) -> np.ndarray:
+    return np.repeat(latents[None].astype(np.float32), rows, axis=0)
+
+
+# -------------------------------------------------------------------------------------- guidance
+
+
+def passes(stage: Stage, given: Given | None) -> tuple[tuple[Pass, ...], list[Any], Any, Guidance]:
+    """The passes beside that under the prompt, their strengths, rescale factors, and the rest.
+
+    A stream that is missing or frozen is not guided; without the other stream there is nothing to
+    be led away from.
+    """
+    streams = [stage.video, stage.audio]
+    runs, both = [True, True], True
+    if given is not None:
+        runs = [c is not None and not c.frozen for c in given]
+        both = all(c is not None for c in given)
+
+    def numbers(of: Callable[[Any], float]) -> tuple[np.float32, np.float32]:
+        return tuple(np.float32(of(s) if on else 0) for s, on in zip(streams, runs, strict=True))
+
+    blocks = [s.stg_blocks if s.stg and on else () for s, on in zip(streams, runs, strict=True)]
+    # A sound that is given is heard under the prompt in all passes.
+    heard = True if given is not None and given.audio is not None and not runs[1] else None
+    choices = [
+        (Pass(prompt=False, audio_prompt=heard), numbers(lambda s: s.cfg - 1)),
+        (Pass(skipped=blocks[0], audio_skipped=blocks[1]), numbers(lambda s: s.stg)),
+    ]
+    if both:
+        choices.append((Pass(exchange=False), numbers(lambda s: s.modality - 1)))
+    needed = [(p, pair) for p, pair in choices if any(pair)]
+    factors = numbers(lambda s: s.rescale)
+    rescales = factors if needed and any(factors) else None
+    how = Guidance(skip_steps=(stage.video.skip_step, stage.audio.skip_step))
+    return tuple(p for p, _ in needed), [pair for _, pair in needed], rescales, how
+
+
+# ------------------------------------------------------------------------------------- the stage
+
+
+def run(
+    stage: Stage,
+    sampler: Callable[..., Any],
+    graph: Any,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    shapes: Shapes,
+    task: Task,
+    encoded: Encoded,
+    text: dict[str, np.ndarray],
+    seeds: Sequence[int],
+    videos: Sequence[Latents],
+    audios: Sequence[Latents],
+    *,
+    number: int,
+    batch: int,
+    marked: bool,
+    noises: tuple[Any, Any] = (None, None),
+) -> tuple[list[Latents], list[Latents]]:
+    """Latents of every clip: [F', H', W', C] and [A, M, C], None of a stream that is not there.
+
+    Args:
+      stage: what to do.
+      sampler: `programs.make_sampler()`.
+      graph: of the model.
+      params: its weights.
+      mesh: where they are.
+      shapes: of the latents.
+      task: what is asked for.
+      encoded: what is given.
+      text: fields of all prompts, and of the negative one at the end.
+      seeds: one a clip.
+      videos: latents of the stage before, one a clip; None in the first.
+      audios: the same of the sound.
+      number: of the stage, from 0; its noise differs from that of others.
+      batch: clips at a time, at most.
+      marked: whether the model has the keyframe embedding.
+      noises: in the place of those drawn; see `programs.sample`.
+    """
+    first = all(x is None for x in (*videos, *audios))
+    known = conditions(task, encoded, shapes, marked=marked, rows=1)
+    others, strengths, rescales, how = passes(stage, known)
+    count, data = len(others) + 1, mesh.shape["data"]
+    shards = data // math.gcd(data, count)
+    size = -(-min(batch, len(seeds)) // shards) * shards
+    given = conditions(task, encoded, shapes, marked=marked, rows=size, whole=not first)
+    sigmas = stage.sigma_values(math.prod(shapes.video))
+    made: list[tuple[Latents, Latents]] = []
+    for start in tqdm(range(0, len(seeds), size), desc=f"stage {number + 1}", disable=None):
+        rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)
+        with jax.set_mesh(mesh), jax.enable_x64(False):
+            found = sampler(
+                params,
+                (
+                    {name: value[rows] for name, value in text.items()},
+                    {name: value[-1:] for name, value in text.items()},
+                ),
+                np.asarray(seeds, np.uint32)[rows],
+                jax.random.key(number),
+                sigmas,
+                tuple(strengths),
+                rescales,
+                given,
+                None if first else (_picked(videos, rows, mesh), _picked(audios, rows, mesh)),
+                noises,
+                graphdef=graph,
+                request=shapes.request(task.fps),
+                passes=others,
+                stepper=stage.step,
+                guidance=how,
+            )
+        streams = [None if x is None else np.asarray(x) for x in found[:2]]
+        made += [
+            tuple(None if x is None else x[i] for x in streams)
+            for i in range(min(size, len(seeds) - start))
+        ]
+    return [video for video, _ in made], [audio for _, audio in made]
+
+
+def _picked(
+    latents: Sequence[Latents], rows: np.ndarray, mesh: jax.sharding.Mesh
+) -> jax.Array | None:
+    """Latents of some clips, where the sampler leaves those that it makes in their place."""
+    if latents[0] is None:
+        return None
+    picked = np.stack([latents[i] for i in rows])
+    names = (rows_axis(len(rows)), *[None] * (picked.ndim - 1))
+    return jax.device_put(picked, sharding_of(mesh, *names))

@@ -1,0 +1,347 @@
+"""What cannot be is one line before the work begins; what is changed is said."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ltx2_jax import sample
+from ltx2_jax.errors import UserError
+from ltx2_jax.media import media
+from ltx2_jax.sampling import loading, making, recipes, tasks
+from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.sampling.tasks import Asked, make_task
+from ltx2_jax.weights.lora_files import Lora, read_lora, write_lora
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+V20 = GOLDEN / "v2.0" / "checkpoint.safetensors"
+GEMMA = GOLDEN / "v2.0" / "gemma"
+STRIDES = (8, 32, 32)
+
+
+def task(**asked):
+    return make_task(Asked(**asked), strides=STRIDES, multiple=32, size=(64, 96))
+
+
+def clip(frames=17, height=64, width=64, fps=24.0, sound=True):
+    audio = np.zeros((round(frames / fps * 16000), 2), np.float32) if sound else None
+    return media.Clip(np.zeros((frames, height, width, 3), np.uint8), fps, audio, 16000)
+
+
+def pixels(height=64, width=96):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_frames": 10}, "num_frames=10 is not 8*k+1: use 9 or 17"),
+        ({"height": 65, "width": 96}, "height=65 is not a multiple of 32: use 64 or 96"),
+        ({"height": 64, "width": 20}, "width=20 is not a multiple of 32: use 32"),
+        ({"height": 64}, "height and width: give both"),
+        ({"fps": -24.0}, "fps=-24 must be above 0"),
+        ({"fps": float("nan")}, "fps=nan must be above 0"),
+        ({"num_frames": 9, "duration": 1.0}, "num_frames and duration: give one"),
+        ({"duration": -1.0}, "duration=-1 must be above 0"),
+        ({"image": "nowhere.png"}, "nowhere.png: no such file"),
+        ({"image": __file__}, "not a readable video file"),
+        ({"image": (pixels(), 121)}, "frame 121 is not one of the clip's 121, 0 to 120"),
+        ({"image": (pixels(), 0, 1.5)}, "strength 1.5 is not from 0 to 1"),
+        ({"image": (pixels(), 0, 1.0, 99)}, "CRF 99 is not from 0 to 51"),
+        ({"image": np.zeros((4, 4, 3))}, "not uint8 [H, W, 3], but float64"),
+        ({"audio": __file__}, "not a readable"),
+        ({"audio": (np.zeros((100, 2)), 16000), "audio_start": 1.0}, "nothing is left from 1 s on"),
+        ({"audio": (np.zeros((100, 2)), 16000), "sound": False}, "audio and voice need sound"),
+        ({"start": 0.1, "end": 0.2}, "start and end: of which clip?"),
+        ({"extend": 1.0}, "extend: of which clip?"),
+        ({"video": clip(), "start": 0.1}, "start and end: give both"),
+        ({"video": clip(), "start": 0.5, "end": 0.4}, "not a span of the clip"),
+        ({"video": clip(), "start": 0.5, "end": 1.5}, "which lasts 0.708 s"),
+        ({"video": clip(), "start": -0.5, "end": 0.5}, "not a span of the clip"),
+        ({"video": clip(), "num_frames": 25}, "the given clip has 17 frames"),
+        ({"video": clip(), "image": pixels()}, "video with image or keyframes"),
+        ({"video": clip(), "sound": False}, "nothing is left to make"),
+        ({"picture": False, "sound": False}, "neither picture nor sound"),
+        ({"picture": False, "image": pixels()}, "need a picture"),
+        ({"retake": "all"}, "retake='all': choose from both, video, audio"),
+        ({"num_generated_keyframes": 8, "num_frames": 9}, "8 keyframes need num_frames >= 10"),
+    ],
+)
+def test_what_cannot_be_is_named(asked, message):
+    with pytest.raises(UserError) as caught:
+        task(**asked)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "note"),
+    [
+        ({"image": pixels(64, 64)}, "image is 64x64, the clip 96x64: 33% of it is cropped, at top"),
+        ({"image": pixels(64, 128)}, "25% of it is cropped, at left and right"),
+        ({"video": clip(20)}, "20 frames are not 8 k + 1: the first 17 are used"),
+        ({"video": clip(height=70)}, "the given clip is 64x70: it is made 64x64"),
+        (
+            {"num_frames": 17, "audio": (np.zeros((8000, 2), np.float32), 16000)},
+            "the sound lasts 0.50 s, the clip 0.71: silence follows it",
+        ),
+        (
+            {"num_frames": 17, "audio": (np.zeros((16000, 2), np.float32), 16000)},
+            "the sound lasts 1.00 s, the clip 0.71: its end is left out",
+        ),
+        ({"references": [clip(9)]}, "the reference has 9 frames, the clip 121: its last one is"),
+        ({"duration": 30.0, "picture": False}, "are more than the 20 s that the model was trained"),
+    ],
+)
+def test_what_is_changed_is_said(asked, note):
+    assert any(note in said for said in task(**asked).notes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "frames"),
+    [
+        ({}, 121),
+        ({"duration": 1.0}, 25),
+        ({"duration": 0.01}, 1),
+        ({"duration": 1.0, "fps": 50.0}, 49),
+        ({"audio": (np.zeros((16000, 2), np.float32), 16000)}, 25),
+        ({"video": clip(20)}, 17),
+        ({"video": clip(17), "extend": 0.4, "extend_before": 0.01}, 17 + 8 + 8),
+    ],
+)
+def test_lengths_are_legal_and_near_what_is_asked(asked, frames):
+    assert task(**asked).num_frames == frames
+
+
+# ---------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage1.stpes": "3"}, "no field 'stpes'"),
+        ({"stage1.steps": "many"}, "stage1.steps=many: expected int"),
+        ({"stage1.steps": "0"}, "steps=0 must be at least 1"),
+        ({"stage2.steps": "3"}, "has stage1, not that"),
+        ({"stage1.stepper": "rk4"}, "stepper='rk4': choose from euler"),
+        ({"stage1.sigmas": "(0.5, 0.7, 0)"}, "do not fall from at most 1 to 0"),
+        ({"stage1.schedule": "cosine"}, "schedule='cosine': choose from ltx2"),
+        ({"stage1.size": "0.3"}, "1 is the full size, 0.5 half of it"),
+    ],
+)
+def test_a_number_of_a_recipe_that_cannot_be_is_named(change, message):
+    with pytest.raises(UserError, match=r".") as caught:
+        recipes.one_stage("2.3").replaced(change)
+    assert message in str(caught.value)
+
+
+def test_any_number_of_a_recipe_is_replaced():
+    changes = {"stage1.video.cfg": "5", "stage2.sigmas": "0.8,0.3,0", "image_crf": "0"}
+    recipe = recipes.distilled("2.5").replaced(changes)
+    assert recipe.stages[0].video.cfg == 5
+    assert recipe.stages[1].sigmas == (0.8, 0.3, 0.0)
+    assert recipe.image_crf == 0
+    assert "2 steps of euler, sigmas 0.8 0.3 0" in recipe.described()
+
+
+def test_the_recipe_follows_release_kind_and_what_is_given():
+    choose = recipes.choose
+    assert choose("2.0", "dev", upsampler=False).stages[0].steps == 40
+    assert choose("2.0", "dev", upsampler=False).stages[0].video.stg_blocks == (29,)
+    assert choose("2.3", "dev", upsampler=False).stages[0].video.stg_blocks == (28,)
+    assert [choose(r, "dev", upsampler=False).image_crf for r in ("2.0", "2.3", "2.5")] == [
+        33,
+        33,
+        18,
+    ]
+    two = choose("2.3", "dev", upsampler=True, distilled_lora=True)
+    assert (two.name, two.sound_of) == ("two_stage", 0)
+    assert [s.distilled_lora for s in two.stages] == [0, 1]
+    steppers = [choose(r, "distilled", upsampler=True).stages[0].stepper for r in ("2.3", "2.5")]
+    assert steppers == ["euler", "ancestral"]
+    assert choose("2.3", "distilled", upsampler=True).sound_of == -1
+    hq = choose("2.3", "dev", upsampler=True, distilled_lora=True, name="hq")
+    assert [s.distilled_lora for s in hq.stages] == [0.25, 0.5]
+    for name, missing in (("two_stage", "upsampler"), ("hq", "upsampler"), ("best", "choose from")):
+        with pytest.raises(UserError, match=missing):
+            choose("2.3", "dev", upsampler=False, name=name)
+    with pytest.raises(UserError, match="needs the distilled LoRA"):
+        choose("2.3", "dev", upsampler=True, name="two_stage")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_pretrained(V20, text_encoder=GEMMA, dtype="float32")
+
+
+def test_a_lora_of_another_release_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not fit these weights"):
+        Pipeline.from_pretrained(V20, text_encoder=GEMMA,
+                                 loras=[GOLDEN / "v2.3" / "lora.safetensors"])  # fmt: skip
+    ours = read_lora(GOLDEN / "v2.0" / "lora.safetensors")
+    write_lora(tmp_path / "new.safetensors", Lora(ours.targets, {"model_version": "2.3.0"}))
+    with pytest.raises(UserError, match=r"is for LTX-2 2.3, these weights are 2.0"):
+        Pipeline.from_pretrained(V20, text_encoder=GEMMA, loras=[tmp_path / "new.safetensors"])
+
+
+def test_a_text_encoder_of_another_release_is_refused():
+    with pytest.raises(UserError, match="needs a Gemma 3 text encoder"):
+        Pipeline.from_pretrained(V20, text_encoder=GOLDEN / "v2.5" / "gemma")
+    with pytest.raises(UserError, match="has no text encoder: give --text-encoder-path"):
+        Pipeline.from_pretrained(V20)
+
+
+def test_parts_of_a_model_that_are_missing_or_of_another_are_refused():
+    split = GOLDEN / "v2.5" / "split"
+    with pytest.raises(UserError, match="has no video vae"):
+        Pipeline.from_pretrained(split / "transformer.safetensors", text_encoder=GEMMA)
+    with pytest.raises(UserError, match="needs the spatial upsampler x2"):
+        Pipeline.from_pretrained(
+            GOLDEN / "v2.3" / "checkpoint.safetensors",
+            text_encoder=GOLDEN / "v2.3" / "gemma",
+            upsampler=GOLDEN / "v2.3" / "upsampler_temporal.safetensors",
+        )
+
+
+def test_an_ic_lora_without_its_reference_is_refused(tmp_path):
+    ours = read_lora(GOLDEN / "v2.0" / "lora.safetensors")
+    metadata = {"reference_spatial_scale_factor": "2"}
+    write_lora(tmp_path / "ic.safetensors", Lora(ours.targets, metadata))
+    pipe = Pipeline.from_pretrained(V20, text_encoder=GEMMA, loras=[tmp_path / "ic.safetensors"])
+    with pytest.raises(UserError, match="is an IC-LoRA, which reads a reference clip"):
+        pipe.make(["a dog"], num_frames=9, height=64, width=64)
+
+
+def test_references_without_an_ic_lora_and_slots_of_older_models_are_refused(pipe):
+    size = {"num_frames": 9, "height": 64, "width": 64}
+    with pytest.raises(UserError, match="only an IC-LoRA reads them"):
+        pipe.make(["a dog"], references=[clip(9)], **size)
+    with pytest.raises(UserError, match=r"only for models of LTX-2 2\.5"):
+        pipe.make(["a dog"], num_generated_keyframes=2, **size)
+    with pytest.raises(UserError, match="has no duration head"):
+        pipe.make(["a dog"], duration="auto")
+
+
+def test_guidance_on_a_distilled_model_is_said(pipe, capsys):
+    recipe = recipes.distilled("2.0", upsampler=False).replaced({"stage1.video.cfg": "3"})
+    pipe.maker._tell(recipe, task(num_frames=9), [1])
+    assert "guidance on a distilled model" in capsys.readouterr().out
+    pipe.maker._tell(recipes.distilled("2.0", upsampler=False), task(num_frames=9), [1])
+    assert "guidance on" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strength", ["much", "1,2", "nan", "1/x"])
+def test_a_strength_that_is_none_is_named(strength):
+    with pytest.raises(UserError, match="is not a number, VIDEO,AUDIO,CROSS"):
+        making.adapter(Lora({}), strength)
+
+
+def test_strengths_are_of_streams_and_stages():
+    strengths = making.adapter(Lora({}), "1,0.5,0/0.3").strengths
+    assert strengths == (loading.Strength(1, 0.5, 0), loading.Strength(0.3, 0.3, 0.3))
+    lora = read_lora(GOLDEN / "v2.0" / "lora.safetensors")
+    parts = loading.by_stream(lora, loading.Strength(1, 0.5, 0.25))
+    names = {strength: set(part.targets) for part, strength in parts}
+    assert sum(map(len, names.values())) == len(lora.targets)
+    for strength, modules in names.items():
+        for module in modules:
+            cross = any(name in module for name in ("audio_to_video", "video_to_audio", "av_ca"))
+            assert strength == (0.25 if cross else 0.5 if "audio" in module else 1)
+    assert {s for _, s in loading.by_stream(lora, loading.Strength(1, 0, 0))} == {1}
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_weights_that_need_more_than_a_device_are_split_and_too_large_ones_refused(pipe):
+    release = pipe.maker.files.release
+    needed = loading.weight_bytes(release, "transformer", "connectors")
+    room = round(needed / loading.SHARE) + 8
+    assert dict(loading.fitting_mesh(release, 8, room).shape)["model"] == 1
+    assert dict(loading.fitting_mesh(release, 8, room // 2 + 8).shape)["model"] == 2
+    assert dict(loading.fitting_mesh(release, 8, room // 8 + 8).shape)["model"] == 8
+    with pytest.raises(UserError, match=r"too little memory: .* GiB are missing; use more devices"):
+        loading.fitting_mesh(release, 8, room // 9)
+
+
+def test_a_lack_of_memory_is_one_line(pipe):
+    with pytest.raises(UserError) as caught, pipe.phase("stage 1"):
+        raise RuntimeError(
+            "RESOURCE_EXHAUSTED: Attempting to allocate 12.5G. That was not possible"
+        )
+    assert str(caught.value).startswith("too little memory for stage 1")
+    assert "fewer frames" in str(caught.value)
+    with pytest.raises(RuntimeError), pipe.phase("stage 1"):
+        raise RuntimeError("another")
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["a dog", "--output-path=clip.avi"],
+            "cannot write .avi; use .mp4, .png, .wav or a folder",
+        ),
+        (
+            ["a dog", "--output-path=/proc/none/clip.mp4"],
+            "--output-path: /proc/none/clip.mp4 cannot",
+        ),
+        (["  "], "prompt 1 is blank"),
+        (["--prompts=prompts.txt"], "--prompts: line 2 of prompts.txt is blank"),
+        (["--prompts=none.txt"], "--prompts: none.txt cannot be read"),
+        (["--again=clip.mp4"], "--again: clip.mp4 does not say what made it"),
+        (["--from-latents=prompts.txt"], "prompts.txt"),
+        (["--from-latents=none"], "none: no such file"),
+    ],
+)
+def test_the_command_refuses_before_it_loads_anything(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    Path("prompts.txt").write_text("a dog\n\na cat\n")
+    media.write_mp4("clip.mp4", clip(2))
+    assert sample.cli([str(V20), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sample: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--image", "dog.png"],
+        ["--image", "dog.png", "first", "1"],
+        ["--video-conditioning", "pose.mp4"],
+        ["--lora", "a.safetensors", "1", "2"],
+        ["--stage=3"],
+        ["--stage1.steps"],
+        ["--sceed=3"],
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_named(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.cli(["model.safetensors", "a dog", *flags])
+    assert caught.value.code == 2
+    assert flags[0].split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_known_sound_stays_and_meets_the_new_one_without_a_jump():
+    rate, rng = 1000, np.random.default_rng(0)
+    known = tasks.KnownAudio(rng.normal(size=(1000, 2)).astype(np.float32), rate, redo=(0.3, 0.6))
+    asked = tasks.Task(25, 64, 64, 25.0, audio=known)
+    made = np.ones((1000, 2), np.float32)
+    heard, heard_rate = tasks.with_known_sound(asked, made, rate)
+    assert heard_rate == rate
+    np.testing.assert_array_equal(heard[:300], known.samples[:300])
+    np.testing.assert_array_equal(heard[600:], known.samples[600:])
+    np.testing.assert_array_equal(heard[310:590], made[310:590])
+    steps = np.abs(np.diff(heard[[299, 300]], axis=0)), np.abs(np.diff(heard[[599, 600]], axis=0))
+    assert max(map(np.max, steps)) < 0.1 * np.abs(known.samples[[299, 600]] - 1).max() + 1e-6
