@@ -117,6 +117,6 @@ def get_config(arg: str | None = None) -> Config:
         optim=optim,
         checkpoint=CheckpointConfig(every_steps=250, keep=2),
         init_from=weights,
-        tune=TuneConfig(lora=LoraConfig(TARGETS[targets], rank)),
+        tune=TuneConfig(lora=LoraConfig(TARGETS[targets], rank, float(rank))),
         num_steps=steps,
     )

@@ -411,6 +411,19 @@ def _check_used(config: Config, overrides: dict[str, str]) -> None:
     }.items():
         if config.optim.schedule not in readers:
             idle[f"optim.{name}"] = f"optim.schedule is {config.optim.schedule}"
+    for sampler, names in {
+        "shifted_logit_normal": ("sigma_std", "sigma_uniform_prob", "sigma_eps"),
+        "uniform": ("sigma_min", "sigma_max"),
+    }.items():
+        if config.flow.sigma != sampler:
+            idle |= {f"flow.{name}": f"flow.sigma is {config.flow.sigma}" for name in names}
+    for stream, names in {
+        "video": ("video_weight", "first_frame_prob", "shared_sigma_prob"),
+        "audio": ("audio_weight", "shared_sigma_prob"),
+    }.items():
+        if stream not in config.flow.generated:
+            why = f"flow.{stream}.role is {getattr(config.flow, stream).role}"
+            idle |= {f"flow.{name}": why for name in names}
     for flag in overrides:
         for name, why in idle.items():
             if flag.startswith(name):

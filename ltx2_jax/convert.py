@@ -15,10 +15,11 @@ import numpy as np
 from ltx2_jax import command
 from ltx2_jax.command import count
 from ltx2_jax.config import Config
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.training import checkpoint, initial, objective
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.loading import FLOAT8
@@ -134,7 +135,10 @@ def convert_adapters(sources: Sequence[str], dst: str, args: argparse.Namespace)
     check_writable(Path(dst))
     mesh = make_mesh(devices=jax.devices()[:1])
     config, trained, step = checkpoint.weights_of_run(workdir, mesh, step=args.step, adapters=True)
-    lora = initial.as_lora(config, trained)
+    fields = read_schema(Path(workdir) / checkpoint.ASSETS).fields
+    shapes = {name: field.shape for name, field in fields.items()}
+    factors = objective.reference_factors(config.flow, shapes)
+    lora = initial.as_lora(config, trained, **loras.reference_metadata(*factors))
     print(f"{workdir}: adapters of step {step}, {len(lora.targets)} matrices")
     if args.base is None:
         loras.write_lora(dst, lora, dtype=args.dtype or "bfloat16")

@@ -14,6 +14,7 @@ from ltx2_jax import config as config_lib
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.training import trainer_yaml
 
 DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.
@@ -102,7 +103,7 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
 def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     if args.config is None:
         raise UserError(f"--what={args.what} needs --config=FILE.py")
-    config = config_lib.load(args.config, overrides)
+    config = trainer_yaml.load(args.config, overrides)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig(*args.mesh))
     request = planning.request_of(
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     what = ("train", "sample", "vae", "text")
     add("--what", choices=what, default="train", help="the program (default: %(default)s)")
     add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x4 or v6e:2x4")
-    add("--config", metavar="FILE.py[:ARG]", help="of train and sample, as for train")
+    add("--config", metavar="FILE[:ARG]", help="of train and sample, as for train")
     add(
         "--mesh",
         type=mesh_flag,

@@ -29,6 +29,7 @@ example:
   python -m ltx2_jax.train --config=configs/quickstart.py
   python -m ltx2_jax.train --config=configs/quickstart.py --config.num_steps=100 \\
       --config.workdir=/tmp/short
+  python -m ltx2_jax.train --config=t2v_lora.yaml   # a file of the official trainer
 
 Every field of the config can be changed with --config.FIELD=VALUE. Running the same command again
 resumes from the newest checkpoint of the workdir.
@@ -90,7 +91,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE.py[:ARG]",
+        metavar="FILE[:ARG]",
         help="a file with get_config(arg), or one of the official trainer (.yaml)",
     )
     args, rest = parser.parse_known_args(argv)

@@ -1,4 +1,17 @@
-"""Golden training cases of what a step learns: `objective`, `sigma_sampler`, `lr_schedule`."""
+"""Golden training cases of what a step learns: `objective`, `sigma_sampler`, `lr_schedule`.
+
+Where we differ on purpose, a case is asked this; docs/finetuning.md has the same list.
+
+- One latent frame: a first frame that is all of a clip is not given here. The official trainer
+  gives it, which is our prefix of 1.
+- Frame rates: each sample has its own here. The official trainer takes the first for all.
+- Reference factors: found here from the batch at hand. Where the official trainer finds none, or
+  its deprecated strategy reads none, its positions are those of a factor of 1.
+- Uneven references: refused here. The official trainer rounds their factor down.
+- Marks: latent frame 0 is marked here, for models that know marks. The official trainer marks none.
+- Noise: drawn in float32 here. The cases with latents in bfloat16 feed noise in bfloat16, which
+  rounds the target.
+"""
 
 import contextlib
 import dataclasses
@@ -11,22 +24,12 @@ import tiny
 from golden_case import Case
 
 from ltx2_jax.config import Condition, FlowConfig, OptimConfig
-from ltx2_jax.diffusion import conditioning, flow
+from ltx2_jax.diffusion import flow, geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.training import objective
 from ltx2_jax.training.state import learning_rate
 from ltx2_jax.training.trainer_yaml import Keys, flow_of, schedule_of
 
-# Where we differ on purpose, and what a case is asked then. docs/finetuning.md has the same list.
-ON_PURPOSE = {
-    "one latent frame": "a first frame that is all of a clip is not given; the official trainer "
-    "gives it, which is our prefix of 1",
-    "frame rates": "each sample has its own; the official trainer takes the first for all",
-    "reference factors": "found from the batch at hand; where the official trainer finds none, or "
-    "its deprecated strategy reads none, its positions are those of a factor of 1",
-    "uneven references": "refused; the official trainer rounds their factor down",
-    "marks": "latent frame 0 is marked to models that know marks; the official trainer marks none",
-}
 PREFIX = {"video": "v", "audio": "a"}
 
 
@@ -98,10 +101,10 @@ def batch_of(given, dtypes, legacy):
             batch[f"{name}_mask"] = given[f"{p}_mask"]
     if "video" in batch:
         rows = len(batch["video"])
-        # "frame rates": the first sample's. Where files do not say, loaders take 24.
+        # The first sample's rate for all. Where files do not say, loaders take 24.
         batch["fps"] = np.full(rows, given["fps"][0] if "fps" in given else 24.0, np.float32)
-        if "v_reference_fps" in given:
-            rate = batch["fps"][0] if legacy else given["v_reference_fps"][0]
+        if "v_reference_latents" in given:
+            rate = batch["fps"][0] if legacy else given.get("v_reference_fps", [24.0])[0]
             batch["video_reference_fps"] = np.full(rows, rate, np.float32)
     text = {"video_text": "v_context", "audio_text": "a_context", "text_mask": "context_mask"}
     if "prompt_embeds" in given:
@@ -110,7 +113,7 @@ def batch_of(given, dtypes, legacy):
 
 
 def as_official(run: FlowConfig, batch, legacy) -> FlowConfig:
-    """The run with our own defaults turned off, as `ON_PURPOSE` has them."""
+    """The run without the first frame of one latent frame, and without marks, that are ours."""
     video = run.video
     if "video" in batch and batch["video"].shape[1] == 1 and not legacy:
         prefix = Condition("prefix", length=1)
@@ -238,7 +241,7 @@ def outputs(case: Case, batch, drawn, config, given):
 
 
 def refused(batch) -> bool:
-    """Whether a video reference is "uneven references"."""
+    """Whether a video reference is uneven, which we refuse."""
     return "video_reference" in batch and "error" in factors(
         batch["video"].shape[1:4], batch["video_reference"].shape[1:4]
     )
@@ -247,7 +250,7 @@ def refused(batch) -> bool:
 def factors(grid, reference) -> list:
     """Our spatial and temporal factor, "error" for one that is refused."""
     found = []
-    for factor in (conditioning.spatial_factor, conditioning.temporal_factor):
+    for factor in (geometry.spatial_factor, geometry.temporal_factor):
         try:
             found.append(factor(tuple(grid), tuple(reference)))
         except UserError:
@@ -262,7 +265,7 @@ def with_factors(stream, batch, theirs, strides):
     if factors(grid, reference) == theirs:
         return stream
     conditions, rates = stream.conditions, (batch["fps"], batch["video_reference_fps"])
-    positions = conditioning.reference_positions(
+    positions = geometry.reference_positions(
         reference, *map(jnp.asarray, rates), strides, spatial=theirs[0], temporal=theirs[1]
     )
     own = conditions.positions[:, :, : conditions.clip_tokens]
@@ -276,4 +279,4 @@ def compare_factors(rows):
         ours = factors(row["target"], row["reference"])
         assert ours == [row["legacy_spatial"], row["temporal"]], row
         if row["spatial"] != row["legacy_spatial"]:
-            assert ours[0] == "error", ("uneven references", row)
+            assert ours[0] == "error", row

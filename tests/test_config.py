@@ -260,6 +260,12 @@ def test_difference_names_dotted_paths_and_both_values():
             {"optim__schedule": "constant", "optim__final_fraction": "0.5"},
             "optim.schedule is constant",
         ),
+        ({"flow__sigma_max": "0.9"}, "flow.sigma is shifted_logit_normal"),
+        ({"flow__sigma": "uniform", "flow__sigma_std": "2"}, "flow.sigma is uniform"),
+        (
+            {"flow__video__role": "frozen", "flow__first_frame_prob": "0.5"},
+            "flow.video.role is frozen",
+        ),
     ],
 )
 def test_a_flag_that_would_not_be_read_is_refused(flags, why):

@@ -11,6 +11,7 @@ import golden_audio
 import golden_diffusion
 import golden_diffusion_decoder
 import golden_lora
+import golden_sampling
 import golden_text_features
 import golden_text_lm
 import golden_tiling
@@ -24,10 +25,6 @@ from golden_case import Case
 
 # Groups of parts that are not built yet. Their cases are reported as skipped, under this reason.
 NOT_YET_BUILT = {
-    "step": "sampling pipelines",
-    "guider": "sampling pipelines",
-    "conditioning": "sampling pipelines",
-    "loop": "sampling pipelines",
     "pipeline": "sampling pipelines",
 }
 
@@ -39,6 +36,7 @@ RUNNERS = (
     | golden_upsampler.RUNNERS
     | golden_diffusion_decoder.RUNNERS
     | golden_lora.RUNNERS
+    | golden_sampling.RUNNERS
 )
 
 

@@ -1,13 +1,17 @@
-"""Clips and captions to a dataset: table -> codec, text encoder -> records, in one folder."""
+"""Films and captions to a dataset: table -> codec, text encoder -> records, in one folder.
+
+The work is cut into shards of rows and of captions (`data.staging`), which may be done by several
+processes and in several runs; the folder appears when all are done.
+"""
 
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,269 +19,35 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from ltx2_jax.blobs import content_hash
+from ltx2_jax.blobs import content_hash, serialize
+from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
-from ltx2_jax.data.records import (
-    EMPTY_CAPTION_NAME,
-    INDEX_NAME,
-    Records,
-    RecordWriter,
-)
-from ltx2_jax.data.schema import Field, Schema
+from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates
+from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
+from ltx2_jax.data.records import EMPTY_CAPTION_NAME, INDEX_NAME, VERSION, Records
+from ltx2_jax.data.schema import BucketFields, Field, Schema
+from ltx2_jax.data.shards import TABLE_NAME
+from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, Staging
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.demo.random_encoder import RandomEncoder
-from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
+from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.clip_files import fingerprints
-from ltx2_jax.media.media import Clip, check_even, read_clip
-from ltx2_jax.text.captions import FeatureEncoder, caption_features, tell_cut
+from ltx2_jax.media.media import Clip, check_even
+from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 
 CODEC_NAME = "codec.safetensors"
 TEXT_ENCODER_NAME = "text_encoder.safetensors"
 CLIPS_NAME = "clips.json"  # {"files": name -> fingerprint, "notes": note -> number of clips}
-
-
-# ---- reading clips -------------------------------------------------------------------------------
+MADE_NAME = "prepare.json"  # the shards, so that clips that come later can be added
+SHARD_ROWS = 64
+SHARD_CAPTIONS = 256
 
 
 class OtherDataset(UserError):
     """The folder holds a dataset that was made with other settings."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareConfig:
-    """What to make of every clip.
-
-    Attributes:
-      num_frames, height, width: size in pixels; the codec's strides must fit.
-      fps: frames per second to resample to; None keeps the rate of each file. All clips must have
-        the same number of audio latents, so other rates than the first clip's are skipped then.
-      text_length: tokens per caption; `prepare_dataset` asks the text encoder, if it gets one.
-      release: whose latents these are, see `Schema`; `prepare_dataset` asks the codec.
-      text_release: whose text features; it asks the text encoder.
-      batch_size: clips encoded at once, fewer where they are large; no effect on the result.
-    """
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float | None = None
-    text_length: int = 32
-    release: str = "linear"
-    text_release: str = "random"
-    batch_size: int = 16
-
-
-class ClipReader:
-    """The usable clips of a table, decoded by threads; can be iterated several times.
-
-    Yields (index of the row, clip) in the table's order. Clips have exactly `num_frames` frames,
-    finite stereo sound, and sound for a whole number of audio latents: cut or padded with silence.
-    Decoded clips stay in memory until `cache_bytes` are used up; the others are decoded again.
-
-    Attributes:
-      rows: the table.
-      bad: index to reason, for the clips found unusable so far.
-      notes: index to what the user should know of a clip, see `Clip`, for those read so far.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        config: PrepareConfig,
-        *,
-        sample_rate: int,
-        latents_per_second: float,
-        cache_bytes: int = 2 * 2**30,
-    ):
-        """Takes what the audio codec needs: Hz and latents per second."""
-        self.rows = rows
-        self.bad: dict[int, str] = {}
-        self.notes: dict[int, tuple[str, ...]] = {}
-        self._config = config
-        self._sample_rate = sample_rate
-        self._latents_per_second = latents_per_second
-        self._cache: dict[int, Clip] = {}
-        self._room = cache_bytes
-        self._samples: int | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, Clip]]:
-        # Decoding releases the GIL. The window bounds the number of decoded clips that wait.
-        threads = min(8, os.cpu_count() or 1)
-        waiting: deque[tuple[int, Future]] = deque()
-        pool = ThreadPoolExecutor(threads)
-        try:
-            for index in [i for i in range(len(self.rows)) if i not in self.bad]:
-                waiting.append((index, pool.submit(self._load, index)))
-                if len(waiting) > _fitting(2 * threads, self._config):
-                    yield from self._take(*waiting.popleft())
-            while waiting:
-                yield from self._take(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)  # who is interrupted does not wait for all of them
-        if len(self.bad) == len(self.rows):
-            first = f"{self.rows[0].name}: {self.bad[0]}"
-            raise UserError(f"none of the {len(self.rows)} clips can be used; the first: {first}")
-
-    def _take(self, index: int, future: Future) -> Iterator[tuple[int, Clip]]:
-        try:
-            clip = future.result()
-            self._same_length(clip)
-        except UserError as error:
-            # Listed under the name the table gives it; the path once more would only be noise.
-            self.bad[index] = str(error).removeprefix(f"{self.rows[index].path}: ")
-            return
-        self.notes[index] = clip.notes
-        size = clip.video.nbytes + clip.audio.nbytes
-        if index not in self._cache and size <= self._room:
-            self._room -= size
-            self._cache[index] = clip
-        yield index, clip
-
-    def _load(self, index: int) -> Clip:
-        if index in self._cache:
-            return self._cache[index]
-        config = self._config
-        clip = read_clip(
-            self.rows[index].path,
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            fps=config.fps,
-            sample_rate=self._sample_rate,
-        )
-        return dataclasses.replace(clip, audio=self._whole_latents(clip))
-
-    def _whole_latents(self, clip: Clip) -> np.ndarray:  # [samples, 2]
-        if clip.audio is None or clip.audio.size == 0:
-            raise UserError("no sound")
-        if not np.isfinite(clip.audio).all():
-            raise UserError("sound has NaN or infinite samples")
-        latents = audio_latent_length(self._config.num_frames, clip.fps, self._latents_per_second)
-        if latents == 0:
-            raise UserError("too short for one audio latent")
-        samples = round(latents / self._latents_per_second * self._sample_rate)
-        audio = np.zeros((samples, 2), np.float32)
-        audio[: len(clip.audio)] = clip.audio[:samples]
-        return audio
-
-    def _same_length(self, clip: Clip) -> None:
-        if self._samples is None:
-            self._samples = len(clip.audio)
-        if len(clip.audio) != self._samples:
-            ours, theirs = (
-                round(n / self._sample_rate, 3) for n in (len(clip.audio), self._samples)
-            )
-            raise UserError(
-                f"at {clip.fps:g} frames per second its sound lasts {ours:.2f} s, that of the "
-                f"first clip {theirs:.2f} s; give one frame rate for all (--fps)"
-            )
-
-
-# ---- encoding ------------------------------------------------------------------------------------
-
-
-def encode_clips(
-    clips: ClipReader,
-    *,
-    codec: Codec,
-    encoder: FeatureEncoder,
-    config: PrepareConfig,
-    writer: RecordWriter,
-) -> None:
-    """Encodes every usable clip and its caption, and writes one record each.
-
-    The codec and the text encoder are in `writer.staging` already, as CODEC_NAME and
-    TEXT_ENCODER_NAME. Clips that cannot be used go to `writer.skip` with the reason.
-
-    Args:
-      clips: the clips; see `ClipReader`.
-      codec: any codec, see `ltx2_jax.codecs.codec`.
-      encoder: for the captions.
-      config: sizes, text length, release.
-      writer: entered, not started.
-
-    Raises:
-      UserError: no clip can be used.
-    """
-    schema, masks = None, []
-    usable = len(clips.rows) - len(clips.bad)
-    with tqdm(desc="encoding clips", total=usable, unit="clip", disable=None) as bar:
-        for batch in _batches(iter(clips), _fitting(config.batch_size, config)):
-            for record in _encode(batch, clips.rows, codec, encoder):
-                if not all(np.isfinite(record[name]).all() for name in ("video", "audio")):
-                    clips.bad[int(record["id"])] = "its latents are not finite"
-                    continue
-                if schema is None:
-                    schema = _schema(record, writer.staging, config)
-                    writer.start(schema)
-                writer.write(record)
-                masks.append(record["text_mask"])
-            bar.update(len(batch))
-    tell_cut(masks, "captions", "--text-length of prepare, text.length of train")
-    for index, reason in sorted(clips.bad.items()):
-        writer.skip(clips.rows[index].name, reason)
-    if schema is None:
-        raise UserError(f"none of the {len(clips.rows)} clips has finite latents")
-
-
-def _fitting(count: int, config: PrepareConfig, limit: int = 2**29) -> int:
-    """At most `count` clips whose pixels together stay within `limit` bytes; at least one."""
-    clip = config.num_frames * config.height * config.width * 3
-    return max(1, min(count, limit // clip))
-
-
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _encode(
-    batch: list, rows: Sequence[Row], codec: Codec, encoder: FeatureEncoder
-) -> Iterator[dict[str, Any]]:
-    pixels = np.stack([clip.video for _, clip in batch])  # uint8 [B, F, H, W, 3]
-    video = np.asarray(codec.video.encode(pixels))  # [B, F', H', W', C]
-    audio = np.asarray(codec.audio.encode(np.stack([clip.audio for _, clip in batch])))  # [B,A,M,C]
-    captions = [rows[index].caption for index, _ in batch]
-    text = caption_features(encoder, captions)
-    for i, (index, clip) in enumerate(batch):
-        yield {
-            "id": np.int64(index),
-            "video": video[i],
-            "audio": audio[i],
-            **{name: value[i] for name, value in text.items()},
-            "fps": np.float32(clip.fps),
-            "caption": captions[i],
-            "source": rows[index].name,
-        }
-
-
-def _schema(record: dict[str, Any], folder: Path, config: PrepareConfig) -> Schema:
-    return Schema(
-        release=config.release,
-        text="features",
-        text_release=config.text_release,
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        fps=float(record["fps"]),
-        codec=CODEC_NAME,
-        codec_hash=content_hash(folder / CODEC_NAME),
-        text_encoder=TEXT_ENCODER_NAME,
-        text_encoder_hash=content_hash(folder / TEXT_ENCODER_NAME),
-        fields={name: Field.of(value) for name, value in record.items()},
-    )
-
-
-# ---- all of it -----------------------------------------------------------------------------------
 
 
 def prepare_dataset(
@@ -288,12 +58,16 @@ def prepare_dataset(
     codec: Codec | LinearCodecConfig | None = None,
     text_encoder: FeatureEncoder | RandomEncoderConfig | None = None,
     overwrite: bool = False,
-) -> Records:
+    process: int = 0,
+    processes: int = 1,
+) -> Records | None:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
 
-    A dataset that is there already and was made with the same settings is returned as it is. The
-    settings include the table's rows, and the clips must not have changed under their names since;
-    those that are gone since do not matter.
+    What was done when it is interrupted is kept beside the folder, and the same call goes on with
+    it. A dataset that is there already and was made with the same settings is returned as it is,
+    but for clips that could not be used then and may be now: those that are there by now, or have
+    changed, are added. The settings include the table's rows; clips that were used must not have
+    changed under their names since, and those that are gone do not matter.
 
     Args:
       table: see `read_table`.
@@ -304,57 +78,394 @@ def prepare_dataset(
       text_encoder: of a release or of another dataset, or a `RandomEncoderConfig` to make one for
         these captions; None makes one with the defaults.
       overwrite: replace a dataset made with other settings.
+      process, processes: which of how many are at work on it; all are called alike, on one disk.
+
+    Returns:
+      The dataset; None for processes other than the first, when their part is done.
 
     Raises:
       UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
-        clip; `out` holds something else. `OtherDataset` if that is one made with other settings or
-        of other clips.
+        clip; `out` holds something else, or another call is at work on it. `OtherDataset` if that
+        is one made with other settings or of other clips.
     """
     codec = LinearCodecConfig() if codec is None else codec
-    fits = isinstance(codec, LinearCodecConfig)
-    config = dataclasses.replace(config, release="linear" if fits else codec.release)
     text_encoder = RandomEncoderConfig() if text_encoder is None else text_encoder
-    given = not isinstance(text_encoder, RandomEncoderConfig)
-    if given:
-        config = dataclasses.replace(
-            config, text_length=text_encoder.length, text_release=text_encoder.release
-        )
-    _check_sizes(config, codec.video_strides if fits else codec.video.strides)
+    config = _resolved(config, codec, text_encoder)
     rows = read_table(table)
     settings = _settings(rows, config, codec, text_encoder)
+    made = None
     if (Path(out) / INDEX_NAME).exists() and not overwrite:
-        records = Records(out)
-        _check_settings(records, settings)
-        _check_clips(records, rows)
-        print(f"{out}: {len(records)} records are there already, made with the same settings")
-        return records
-
-    if fits:
-        mel = codec.mel
-        rates = mel.sample_rate, mel.sample_rate / mel.hop / codec.mel_frames_per_latent
-    else:
-        rates = codec.audio.sample_rate, codec.audio.latents_per_second
-    # Before they are read, so that a change while they are is seen next time.
-    names = [row.name for row in rows]
-    files = dict(zip(names, fingerprints(row.path for row in rows), strict=True))
-    clips = ClipReader(rows, config, sample_rate=rates[0], latents_per_second=rates[1])
-    with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
-        encoder_path = writer.staging / TEXT_ENCODER_NAME
-        if given:
-            text_encoder.save(encoder_path)
-        else:
-            captions = [row.caption for row in rows]
-            length = config.text_length
-            text_encoder = RandomEncoder.make(encoder_path, text_encoder, captions, length)
-        empty = {name: value[0] for name, value in caption_features(text_encoder, [""]).items()}
-        (writer.staging / EMPTY_CAPTION_NAME).write_bytes(safetensors.numpy.save(empty))
-        if fits:
-            bar = tqdm(clips, "fitting the codec", total=len(rows), unit="clip", disable=None)
-            codec = LinearCodec.fit(codec, (clip for _, clip in bar))
-        codec.save(writer.staging / CODEC_NAME)
-        encode_clips(clips, codec=codec, encoder=text_encoder, config=config, writer=writer)
-        _write_clips(writer.staging / CLIPS_NAME, files, clips)
+        made = Records(out)
+        _check_settings(made, settings)
+        if not _check_clips(made, rows):
+            if process == 0:
+                print(f"{out}: {len(made)} records are there already, made with the same settings")
+            return made
+    work = _Work(rows, config, codec, text_encoder, process, processes)
+    with Staging(out, settings, process=process, overwrite=overwrite) as staging:
+        try:
+            if process == 0 and made is not None and staging.read_json(READY) is None:
+                _adopt(staging, made)
+            work.make(staging)
+            if process > 0:
+                return None
+            work.wait_for_all(staging)
+            _finish(staging, work, settings, overwrite or made is not None)
+        except UserError:
+            if process == 0 and made is None and not _has_records(staging, work):
+                staging.remove()
+            raise
     return Records(out)
+
+
+class _Work:
+    """What is to be done, and the makers that do it."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        config: PrepareConfig,
+        codec: Codec | LinearCodecConfig,
+        text_encoder: FeatureEncoder | RandomEncoderConfig,
+        process: int,
+        processes: int,
+    ):
+        self.rows, self.config = rows, config
+        self.captions = list(dict.fromkeys(text for row in rows for text, _ in row.captions))
+        self._codec, self._encoder = codec, text_encoder
+        self._process, self._processes = process, processes
+        self._waited = 0.0  # seconds, for decoded clips
+        fits = isinstance(codec, LinearCodecConfig)
+        self.rates = rates_of(codec)
+        self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
+
+    def shards(self, kind: str) -> int:
+        """Number of shards of rows or of captions."""
+        of, size = (self.rows, SHARD_ROWS) if kind == CLIPS else (self.captions, SHARD_CAPTIONS)
+        return -(-len(of) // size)
+
+    def make(self, staging: Staging) -> None:
+        """Does this process's part of what is not done."""
+        if self._process == 0:
+            self._make_makers(staging)
+        staging.wait(lambda: staging.read_json(READY) is not None, "makes codec and text encoder")
+        self.reader.audio_samples = staging.read_json(READY)["audio_samples"]
+        self._make_captions(staging)
+        self._make_clips(staging)
+
+    def wait_for_all(self, staging: Staging) -> None:
+        """Until the other processes have done theirs."""
+        for kind in (CAPTIONS, CLIPS):
+            for shard in range(self.shards(kind)):
+                staging.wait(lambda k=kind, s=shard: staging.done(k, s) is not None, "finishes")
+
+    def _mine(self, staging: Staging, kind: str) -> list[int]:
+        shards = range(self._process, self.shards(kind), self._processes)
+        return [shard for shard in shards if staging.done(kind, shard) is None]
+
+    # ---- codec and text encoder
+
+    def _make_makers(self, staging: Staging) -> None:
+        if staging.read_json(READY) is None:
+            path = staging.folder / TEXT_ENCODER_NAME
+            if isinstance(self._encoder, RandomEncoderConfig):
+                length = self.config.text_length
+                self._encoder = RandomEncoder.make(path, self._encoder, self.captions, length)
+            else:
+                self._encoder.save(path)
+            write_empty_caption(staging.folder, self._encoder)
+            if isinstance(self._codec, LinearCodecConfig):
+                self._codec = LinearCodec.fit(self._codec, self._clips_to_fit())
+            self._codec.save(staging.folder / CODEC_NAME)
+            samples = self._first_length() if self.reader.one_length else None
+            staging.write_json(READY, {"audio_samples": samples})
+        for shard in range(self.shards(CLIPS)):
+            about = staging.done(CLIPS, shard)
+            if about is not None and may_succeed_now(about["failures"], self.rows):
+                staging.undo(CLIPS, shard)
+
+    def _clips_to_fit(self) -> Iterator[Clip]:
+        count = 0
+        for sample in tqdm(self.reader, "fitting the codec", unit="clip", disable=None):
+            if sample.video is not None:
+                count += 1
+                yield Clip(sample.video, sample.fps, sample.audio, self.rates.sample_rate)
+        if not count:
+            raise self.none_usable(list(self.reader.failures.values()))
+
+    def _first_length(self) -> int | None:
+        """Samples of sound of the first usable clip."""
+        for row in range(len(self.rows)):
+            if self.reader.audio_samples is None:
+                next(self.reader.read([row]), None)
+        return self.reader.audio_samples
+
+    def none_usable(self, failures: Sequence[Failure]) -> UserError:
+        """What to say when there is no record."""
+        first = min(failures, key=lambda failure: failure.row)
+        return UserError(
+            f"none of the {len(self.rows)} clips can be used; the first: "
+            f"{self.rows[first.row].name}: {first.reason}"
+        )
+
+    # ---- shards
+
+    def _make_captions(self, staging: Staging) -> None:
+        shards = self._mine(staging, CAPTIONS)
+        if not shards:
+            return
+        if isinstance(self._encoder, RandomEncoderConfig):
+            self._encoder = load_caption_encoder(staging.folder / TEXT_ENCODER_NAME)
+        with tqdm(
+            desc="encoding captions", total=len(shards) * SHARD_CAPTIONS, disable=None
+        ) as bar:
+            for shard in shards:
+                part = self.captions[shard * SHARD_CAPTIONS : (shard + 1) * SHARD_CAPTIONS]
+                records = list(encode_captions(part, self._encoder, self.config.batch_size))
+                full = sum(bool(record["text_mask"].all()) for record in records)
+                about = {
+                    "full": full,
+                    "fields": {k: dataclasses.asdict(Field.of(v)) for k, v in records[0].items()},
+                }
+                staging.finish(CAPTIONS, shard, map(serialize, records), about)
+                bar.update(SHARD_CAPTIONS)
+
+    def _make_clips(self, staging: Staging) -> None:
+        shards = self._mine(staging, CLIPS)
+        if not shards:
+            return
+        if isinstance(self._codec, LinearCodecConfig):
+            self._codec = load_codec(staging.folder / CODEC_NAME)
+        total = sum(len(self._rows_of(shard)) for shard in shards)
+        began = time.perf_counter()
+        with tqdm(desc="encoding clips", total=total, unit="row", disable=None) as bar:
+            for shard in shards:
+                rows = self._rows_of(shard)
+                self._make_shard(staging, shard, rows)
+                bar.update(len(rows))
+                seconds = time.perf_counter() - began
+                bar.set_postfix_str(f"{self._waited / seconds:.0%} of the time waits for decoding")
+
+    def _rows_of(self, shard: int) -> range:
+        return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(self.rows)))
+
+    def _make_shard(self, staging: Staging, shard: int, rows: range) -> None:
+        # Before they are read, so that a change while they are is seen next time.
+        prints = fingerprints(self.rows[row].path for row in rows)
+        notes: dict[tuple[int, int], tuple[str, ...]] = {}
+
+        def noted() -> Iterator:
+            began = time.perf_counter()
+            for sample in self.reader.read(rows):
+                notes[sample.item.row, sample.item.window] = sample.notes
+                self._waited += time.perf_counter() - began
+                yield sample
+                began = time.perf_counter()
+
+        made, failures = {}, {}
+        for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
+            place = item.row, item.window
+            if isinstance(record, Failure):
+                failures[place] = record
+            else:
+                made[place] = bucket_of(record, item.bucket or (0, 0, 0)), serialize(record)
+        failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
+        buckets = list(dict.fromkeys(map(_key, (bucket for bucket, _ in made.values()))))
+        places = sorted(made)
+        firsts = {_key(made[place][0]): made[place][0] for place in reversed(places)}
+        about = {
+            "records": [[row, buckets.index(_key(made[row, n][0]))] for row, n in places],
+            "buckets": [firsts[key].to_json() for key in buckets],
+            "seconds": sum(_seconds(made[place][0], self.rates) for place in places),
+            "failures": [
+                dataclasses.asdict(failures[place])
+                | {"file": prints[failures[place].row - rows[0]]}
+                for place in sorted(failures)
+            ],
+            "files": {
+                self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
+            },
+            "notes": Counter(note for place in places for note in notes[place]),
+        }
+        staging.finish(CLIPS, shard, (made[place][1] for place in places), about)
+
+
+def _key(bucket: BucketFields) -> tuple:
+    """Equal for buckets of equal records."""
+    size = bucket.num_frames, bucket.height, bucket.width
+    return *size, tuple(sorted((k, f.dtype, f.shape) for k, f in bucket.fields.items()))
+
+
+def _seconds(bucket: BucketFields, rates: Rates) -> float:
+    if bucket.num_frames:
+        return bucket.num_frames / bucket.fps if bucket.num_frames > 1 else 0.0
+    return bucket.fields["audio"].shape[0] / rates.latents_per_second
+
+
+def may_succeed_now(failures: Sequence[dict[str, Any]], rows: Sequence[Row]) -> bool:
+    """Whether a clip that failed is worth another try: the disk was at fault, or it has changed."""
+    if any(failure["passing"] for failure in failures):
+        return True
+    now = fingerprints(rows[failure["row"]].path for failure in failures)
+    return any(
+        file is not None and file != failure["file"]
+        for file, failure in zip(now, failures, strict=True)
+    )
+
+
+# ---- the end -------------------------------------------------------------------------------------
+
+
+def _has_records(staging: Staging, work: _Work) -> bool:
+    abouts = [staging.done(CLIPS, shard) for shard in range(work.shards(CLIPS))]
+    return any(about and about["count"] for about in abouts)
+
+
+def _finish(staging: Staging, work: _Work, settings: dict[str, Any], overwrite: bool) -> None:
+    """Makes one dataset of all shards."""
+    clips = [staging.done(CLIPS, shard) for shard in range(work.shards(CLIPS))]
+    captions = [staging.done(CAPTIONS, shard) for shard in range(work.shards(CAPTIONS))]
+    failures = [failure for about in clips for failure in about["failures"]]
+    if not any(about["count"] for about in clips):
+        raise work.none_usable(
+            [Failure(f["row"], f["reason"], f["start"], f["passing"]) for f in failures]
+        )
+    full = sum(about["full"] for about in captions)
+    tell_cut([np.ones(work.config.text_length, bool)] * full, "captions", _CUT)
+    shards = {CLIPS: _named(staging, "data", CLIPS, clips)}
+    shards[CAPTIONS] = _named(staging, "captions", CAPTIONS, captions)
+    schema = _schema(staging.folder, work.config, clips, captions[0]["fields"])
+    _write_table(staging.folder, work, clips, schema)
+    files = {name: file for about in clips for name, file in about["files"].items()}
+    notes = sum((Counter(about["notes"]) for about in clips), Counter())
+    staging.write_json(CLIPS_NAME, {"files": files, "notes": notes})
+    parts = [{"kind": CLIPS, "about": about} for about in clips]
+    parts += [{"kind": CAPTIONS, "about": about} for about in captions]
+    staging.write_json(MADE_NAME, {"rows": SHARD_ROWS, "parts": parts})
+    index = {
+        "version": VERSION,
+        "num_records": sum(about["count"] for about in clips),
+        "seconds": sum(about["seconds"] for about in clips),
+        "schema": schema.to_json(),
+        "shards": shards[CLIPS],
+        "captions": shards[CAPTIONS],
+        "skipped": [{"source": work.rows[f["row"]].name, "reason": _reason(f)} for f in failures],
+        "settings": settings,
+    }
+    staging.publish(index, overwrite)
+
+
+_CUT = "--text-length of prepare, text.length of train"
+
+
+def _reason(failure: dict[str, Any]) -> str:
+    return f"from {failure['start']:g} s: " * bool(failure["start"]) + failure["reason"]
+
+
+def _named(staging: Staging, name: str, kind: str, abouts: list[dict]) -> list[dict[str, Any]]:
+    """Gives the files of shards with records their names in the dataset: {file, records, bytes}."""
+    there = [shard for shard, about in enumerate(abouts) if about["count"]]
+    shards = []
+    for number, shard in enumerate(there):
+        about = abouts[shard]
+        about["file"] = f"{name}-{number:05d}-of-{len(there):05d}.arrayrecord"
+        # Under both names, until the folder is published: a crash here costs nothing.
+        target = staging.folder / about["file"]
+        target.unlink(missing_ok=True)
+        os.link(staging.path(kind, shard), target)
+        shards.append({"file": about["file"], "records": about["count"], "bytes": about["bytes"]})
+    return shards
+
+
+def _schema(folder: Path, config: PrepareConfig, clips: list[dict], text: dict) -> Schema:
+    """All sizes, largest first; `text` are the fields of a caption."""
+    found: dict[tuple, BucketFields] = {}
+    for values in (bucket for about in clips for bucket in about["buckets"]):
+        fields = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in values["fields"].items()}
+        bucket = BucketFields(**{**values, "fields": fields})
+        found.setdefault(_key(bucket), bucket)
+    captions = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in text.items()}
+    buckets = [
+        dataclasses.replace(bucket, fields=bucket.fields | captions)
+        for _, bucket in sorted(found.items(), key=lambda entry: _largest_first(entry[1]))
+    ]
+    return Schema.of_buckets(
+        buckets,
+        release=config.release,
+        text="features",
+        text_release=config.text_release,
+        codec=CODEC_NAME,
+        codec_hash=content_hash(folder / CODEC_NAME),
+        text_encoder=TEXT_ENCODER_NAME,
+        text_encoder_hash=content_hash(folder / TEXT_ENCODER_NAME),
+    )
+
+
+def _largest_first(bucket: BucketFields) -> tuple:
+    pixels = bucket.num_frames * bucket.height * bucket.width
+    audio = bucket.fields["audio"].shape if "audio" in bucket.fields else (0,)
+    return -pixels, -audio[0], _key(bucket)
+
+
+def _write_table(folder: Path, work: _Work, clips: list[dict], schema: Schema) -> None:
+    text = {"video_text", "audio_text", "text_mask", "caption"}
+    order = {
+        _key(dataclasses.replace(b, fields={k: f for k, f in b.fields.items() if k not in text})): i
+        for i, b in enumerate(schema.buckets)
+    }
+    number = {caption: i for i, caption in enumerate(work.captions)}
+    buckets, starts, ids, weights = [], [0], [], []
+    for about in clips:
+        keys = []
+        for values in about["buckets"]:
+            fields = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in values["fields"].items()}
+            keys.append(_key(BucketFields(**{**values, "fields": fields})))
+        for row, bucket in about["records"]:
+            buckets.append(order[keys[bucket]])
+            captions = work.rows[row].captions
+            ids += [number[text] for text, _ in captions]
+            weights += [weight for _, weight in captions]
+            starts.append(len(ids))
+    table = {
+        "bucket": np.array(buckets, np.int32),
+        "caption_start": np.array(starts, np.int64),
+        "caption": np.array(ids, np.int32),
+        "weight": np.array(weights, np.float32),
+    }
+    (folder / TABLE_NAME).write_bytes(serialize(table))
+
+
+def _adopt(staging: Staging, made: Records) -> None:
+    """Takes what a finished dataset holds, to add to it."""
+    parts = _made_of(made)
+    if parts is None:
+        return
+    numbers: Counter[str] = Counter()
+    taken = []
+    for part in parts:
+        kind, about = part["kind"], part["about"]
+        taken.append((kind, numbers[kind], about.get("file"), about))
+        numbers[kind] += 1
+    staging.adopt(Path(made.folder), taken)
+    for name in (CODEC_NAME, TEXT_ENCODER_NAME, EMPTY_CAPTION_NAME):
+        (staging.folder / name).write_bytes((Path(made.folder) / name).read_bytes())
+    staging.write_json(READY, {"audio_samples": None})
+
+
+def _made_of(records: Records) -> list[dict[str, Any]] | None:
+    """The shards of a dataset; None if another version made it, which cannot be added to."""
+    try:
+        values = json.loads((Path(records.folder) / MADE_NAME).read_text(encoding="utf-8"))
+        return values["parts"] if values["rows"] == SHARD_ROWS else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_empty_caption(folder: Path, encoder: FeatureEncoder) -> dict[str, np.ndarray]:
+    """The text fields of the empty caption, of which one file goes into a dataset's folder."""
+    empty = {name: value[0] for name, value in caption_features(encoder, [""]).items()}
+    (folder / EMPTY_CAPTION_NAME).write_bytes(safetensors.numpy.save(empty))
+    return empty
 
 
 def clip_notes(records: Records) -> dict[str, int]:
@@ -365,12 +476,6 @@ def clip_notes(records: Records) -> dict[str, int]:
     return _clips_of(records)["notes"]
 
 
-def _write_clips(path: Path, files: dict[str, str | None], clips: ClipReader) -> None:
-    notes = Counter(n for i, of in clips.notes.items() if i not in clips.bad for n in of)
-    contents = json.dumps({"files": files, "notes": notes}, indent=1)
-    path.write_text(contents + "\n", encoding="utf-8")
-
-
 def _clips_of(records: Records) -> dict[str, dict]:
     try:
         return json.loads((Path(records.folder) / CLIPS_NAME).read_text(encoding="utf-8"))
@@ -378,14 +483,51 @@ def _clips_of(records: Records) -> dict[str, dict]:
         return {"files": {}, "notes": {}}
 
 
-def _check_sizes(config: PrepareConfig, strides: tuple[int, int, int]) -> None:
-    video_latent_shape(config.num_frames, config.height, config.width, strides)
-    check_even(config.height, config.width)
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def _resolved(
+    config: PrepareConfig,
+    codec: Codec | LinearCodecConfig,
+    text_encoder: FeatureEncoder | RandomEncoderConfig,
+) -> PrepareConfig:
+    """With what codec and text encoder decide, checked."""
+    if not isinstance(text_encoder, RandomEncoderConfig):
+        config = dataclasses.replace(
+            config, text_length=text_encoder.length, text_release=text_encoder.release
+        )
+    return checked(config, codec)
+
+
+def checked(config: PrepareConfig, codec: Codec | LinearCodecConfig) -> PrepareConfig:
+    """With the release of the codec; UserError for what it cannot encode."""
+    fits = isinstance(codec, LinearCodecConfig)
+    config = dataclasses.replace(config, release="linear" if fits else codec.release)
+    strides = codec.video_strides if fits else codec.video.strides
+    for bucket in config.sizes:
+        video_latent_shape(*bucket, strides)
+        check_even(bucket.height, bucket.width)
     if config.fps is not None and not 0 < config.fps < float("inf"):
         raise UserError(f"fps {config.fps} must be above 0")
-    for name in ("text_length", "batch_size"):
+    for name in ("text_length", "batch_size", "reference_downscale", "reference_slowdown"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} must be at least 1")
+    if config.stride is not None and config.stride < 1:
+        raise UserError(f"stride {config.stride} must be at least 1")
+    return config
+
+
+def rates_of(codec: Codec | LinearCodecConfig) -> Rates:
+    """What a codec asks of clips."""
+    if isinstance(codec, LinearCodecConfig):
+        mel = codec.mel
+        per_second = mel.sample_rate / mel.hop / codec.mel_frames_per_latent
+        return Rates(mel.sample_rate, per_second, codec.video_strides)
+    return Rates(codec.audio.sample_rate, codec.audio.latents_per_second, codec.video.strides)
+
+
+_ONCE = {"buckets": (), "stride": None, "incomplete": False,
+         "reference_downscale": 1, "reference_slowdown": 1}  # fmt: skip
 
 
 def _settings(
@@ -395,7 +537,9 @@ def _settings(
     text_encoder: FeatureEncoder | RandomEncoderConfig,
 ) -> dict[str, Any]:
     """What a dataset's contents depend on, as JSON values."""
-    names_and_captions = json.dumps([[row.name, row.caption] for row in rows])
+    plain = [[row.name, row.caption] for row in rows]
+    more = [str(dataclasses.replace(row, path=Path())) for row in rows if row.has_more]
+    names_and_captions = json.dumps(plain + more)
     settings = {
         "table": hashlib.sha256(names_and_captions.encode()).hexdigest()[:16],
         **dataclasses.asdict(config),
@@ -403,6 +547,9 @@ def _settings(
         "text_encoder": _identity(text_encoder),
     }
     del settings["batch_size"]
+    for name, neutral in _ONCE.items():  # as datasets of version 2 have them: not at all
+        if settings[name] == neutral:
+            del settings[name]
     return json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
 
 
@@ -430,17 +577,23 @@ def _check_settings(records: Records, settings: dict[str, Any]) -> None:
         )
 
 
-def _check_clips(records: Records, rows: Sequence[Row]) -> None:
-    """OtherDataset for a clip that is another file now, or was not there when it was made."""
-    then = _clips_of(records)["files"]
+def _check_clips(records: Records, rows: Sequence[Row]) -> bool:
+    """Whether clips that could not be used may be now.
+
+    Raises:
+      OtherDataset: a clip that was used is another file now.
+    """
+    then, parts = _clips_of(records)["files"], _made_of(records) or []
+    failures = [f for part in parts for f in part["about"].get("failures", [])]
+    failed = {rows[f["row"]].name for f in failures}
     for row, now in zip(rows, fingerprints(row.path for row in rows), strict=True):
-        if now is None or row.name not in then or now == then[row.name]:
+        if now is None or row.name in failed or row.name not in then or now == then[row.name]:
             continue
-        changed = "was not there" if then[row.name] is None else "was another file"
         raise OtherDataset(
-            f"{records.folder}: {row.name} {changed} when this dataset was made; "
+            f"{records.folder}: {row.name} was another file when this dataset was made; "
             "choose another folder or make it anew (--overwrite)"
         )
+    return may_succeed_now(failures, rows)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

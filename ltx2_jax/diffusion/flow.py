@@ -178,12 +178,18 @@ def masked_loss(
     return jnp.mean(mask * per_token, axis=1) / jnp.maximum(jnp.mean(mask, axis=1), 1e-8)
 
 
-def sigma_quarters(loss: Array, sigma: Array) -> tuple[Array, Array]:
-    """Sums of `loss` [B] and sample counts by quarter of sigma [B] in [0, 1]: float32 [4], [4].
+def sigma_quarters(
+    loss: Array,  # [B]
+    sigma: Array,  # [B], in [0, 1]
+    counted: Array | None = None,  # bool [B]; None: all
+) -> tuple[Array, Array]:
+    """Sums of `loss` and counts of samples by quarter of sigma: float32 [4], [4].
 
     The loss at sigma 0.1 and at 0.9 differ by far more than training moves either, so only the
     quarters show progress. Sums and counts, not means, so that they add up over steps.
     """
     quarter = jnp.clip(jnp.floor(sigma * 4), 0, 3)
     member = (quarter[:, None] == jnp.arange(4)).astype(jnp.float32)  # [B, 4]
+    if counted is not None:
+        member = member * counted[:, None]
     return jnp.sum(member * loss.astype(jnp.float32)[:, None], axis=0), jnp.sum(member, axis=0)

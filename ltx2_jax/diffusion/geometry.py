@@ -176,11 +176,19 @@ def video_positions(
     result is float32, a numpy array unless `fps` is a jax array. Keep it float32 up to the rotary
     angles: bfloat16 cannot tell neighbouring frames of a long clip apart.
     """
+    return in_seconds(pixel_bounds(latent_shape, strides, causal), fps)
+
+
+def in_seconds(bounds: np.ndarray, fps: float | np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Bounds [1, 3, T, 2] in pixel frames, rows and columns -> in seconds, rows and columns.
+
+    [B, 3, T, 2] for one rate per clip; see `video_positions`.
+    """
     xp = jnp if isinstance(fps, jax.Array) else np
     rate = xp.asarray(fps, np.float32).reshape(-1)  # [1] or [B]
     one = xp.ones_like(rate)
     divisor = xp.stack([rate, one, one], axis=-1)[:, :, None, None]  # [1 or B, 3, 1, 1]
-    return pixel_bounds(latent_shape, strides, causal) / divisor
+    return bounds / divisor
 
 
 def audio_positions(
@@ -200,6 +208,111 @@ def audio_positions(
         mel = np.maximum(mel + 1 - clock.downsample, 0)
     seconds = mel * clock.hop / clock.sample_rate
     return np.stack([seconds[:-1], seconds[1:]], axis=-1).astype(np.float32)[None, None]
+
+
+def spatial_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many pixels of a clip lie behind one of its reference, both given as (F', H', W').
+
+    Raises:
+      UserError: the reference is larger, or the sides are not the same whole multiple of its own.
+    """
+    for factor in range(1, grid[1] + 1):
+        if grid[1:] == (reference[1] * factor, reference[2] * factor):
+            return factor
+    raise UserError(
+        f"a reference of {reference[1]}x{reference[2]} latents for a clip of {grid[1]}x{grid[2]}: "
+        "both sides must be the same whole multiple of the reference's"
+    )
+
+
+def temporal_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many frames of a clip pass in one of its reference; 1 for a reference of one frame.
+
+    Raises:
+      UserError: the frames behind the first are not a whole multiple of the reference's.
+    """
+    ours, theirs = grid[0] - 1, reference[0] - 1
+    if theirs == 0:
+        return 1
+    if ours < theirs or ours % theirs:
+        raise UserError(
+            f"a reference of {theirs + 1} latent frames for a clip of {ours + 1}: the frames "
+            "behind the first must be a whole multiple of the reference's"
+        )
+    return ours // theirs
+
+
+def reference_positions(
+    reference: tuple[int, int, int],  # F', H', W' of the reference
+    fps: float | jax.Array,  # of the clip: one for all, or [B]
+    reference_fps: float | jax.Array,  # of the reference: the clip's over `temporal`
+    strides: tuple[int, int, int],
+    *,
+    spatial: int,
+    temporal: int,
+) -> np.ndarray | jax.Array:
+    """Where the tokens of a reference lie in its clip: float32 [B or 1, 3, R, 2].
+
+    Rows and columns are stretched over the clip's pixels. A latent frame of the reference stands
+    for `temporal` times as many frames, and ends where the last of them ends. A numpy array unless
+    a rate is a jax array.
+    """
+    positions = video_positions(reference, reference_fps, strides)
+    xp = jnp if isinstance(positions, jax.Array) or isinstance(fps, jax.Array) else np
+    late = (temporal - 1) / xp.asarray(fps, np.float32).reshape(-1, 1, 1)
+    seconds = xp.maximum(positions[:, 0] - late, 0)  # [B or 1, R, 2]
+    pixels = xp.broadcast_to(positions[:, 1:] * spatial, (len(seconds), 2, *seconds.shape[1:]))
+    return xp.concatenate([seconds[:, None], pixels], axis=1)
+
+
+# ------------------------------------------------------------------------------------------ masks
+
+
+def latent_mask(mask: np.ndarray, latent_shape: tuple[int, int, int]) -> np.ndarray:
+    """A mask of pixels [B, F, H, W] in [0, 1] -> of latents, the mean of what is behind each.
+
+    float32 [B, F', H', W']. The first frame stands alone, as in the codec.
+    """
+    batch, frames, height, width = mask.shape
+    F, H, W = latent_shape
+    if height % H or width % W or (frames - 1) % max(F - 1, 1):
+        raise UserError(
+            f"a mask of {frames} frames of {width}x{height} does not divide into {F} of {W}x{H}"
+        )
+    cells = np.asarray(mask, np.float32).reshape(batch, frames, H, height // H, W, width // W)
+    cells = cells.mean((3, 5))
+    if F == 1:
+        return cells[:, :1]
+    later = cells[:, 1:].reshape(batch, F - 1, (frames - 1) // (F - 1), H, W).mean(2)
+    return np.concatenate([cells[:, :1], later], 1)
+
+
+def first_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the first latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) < count
+
+
+def last_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the last latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) >= latent_shape[0] - count
+
+
+def rectangle(
+    latent_shape: tuple[int, int, int],
+    region: tuple[int, int, int, int],
+    strides: tuple[int, int, int] = VIDEO_STRIDES,
+) -> np.ndarray:
+    """bool [1, F', H', W']: the latents of the pixels from (top, left) up to (bottom, right).
+
+    `region` is top, left, bottom, right; a latent counts by its first pixel. Raises UserError if
+    nothing of the clip lies in it.
+    """
+    top, left, bottom, right = (edge // strides[1 + i % 2] for i, edge in enumerate(region))
+    inside = np.zeros((1, *latent_shape), bool)
+    inside[:, :, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
+    if not inside.any():
+        raise UserError(f"no latents lie in the region {region} (top, left, bottom, right)")
+    return inside
 
 
 def _either(below: int, above: int) -> str:

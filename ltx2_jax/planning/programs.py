@@ -52,13 +52,15 @@ def request_of(config: Config, **given: int | None) -> Request:
         size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
     if schema is not None:
         checks.check_schema(config, schema, Path(path))
-        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
-        frames, rows, columns, _ = schema.fields["video"].shape
-        length, bins, _ = schema.fields["audio"].shape
-        first = (size.num_frames - 1) // max(1, frames - 1)
-        strides = (first or strides[0], size.height // rows, size.width // columns)
-        if schema.release == "linear":
-            rate = length / (size.num_frames / size.fps)
+        if "video" in schema.fields:
+            size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
+            frames, rows, columns, _ = schema.fields["video"].shape
+            first = (size.num_frames - 1) // max(1, frames - 1)
+            strides = (first or strides[0], size.height // rows, size.width // columns)
+        if "audio" in schema.fields:
+            length, bins, _ = schema.fields["audio"].shape
+            if schema.release == "linear" or "video" not in schema.fields:
+                rate = length / (size.num_frames / size.fps)
     elif config.model.audio_in_channels % bins:
         raise UserError(
             f"model.audio_in_channels={config.model.audio_in_channels} is not a multiple of the "

@@ -18,6 +18,10 @@ and where a condition of the run reads them, with F" H" W" and A' of a reference
     video_reference_fps   float32 [B]                     absent: fps over the temporal factor
     audio_reference       float   [B, A', M, C]
 
+and where not every sample has both streams (zeros stand for one that it has not):
+
+    has_video, has_audio  bool    [B]
+
 A stream that is absent from a run need not be in its batches. The text fields
 (`models.ltx2.TEXT_FIELDS`) without their first axis are those of one caption.
 """

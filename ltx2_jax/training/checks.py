@@ -11,7 +11,7 @@ import jax
 
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import Records, open_records, read_schema
-from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
@@ -116,25 +116,33 @@ def check_codec(config: Config) -> None:
 def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
     check_schema(config, records.schema, records.folder)
-    fields = records.schema.fields
-    for name in ("video", "video_reference"):
-        if name in fields and "video" in config.flow.streams:
-            *grid, _ = fields[name].shape
-            check_mesh(config.model.num_heads, math.prod(grid), mesh)
+    for bucket in records.schema.buckets:
+        for name in ("video", "video_reference"):
+            if name in bucket.fields and "video" in config.flow.streams:
+                *grid, _ = bucket.fields[name].shape
+                check_mesh(config.model.num_heads, math.prod(grid), mesh)
 
 
 def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
     model, streams = config.model, config.flow.streams
-    shapes = {name: field.shape for name, field in schema.fields.items()}
-    try:
-        objective.check_fields(config.flow, shapes, strides_of(schema))
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+    factors = set()
+    for bucket in schema.buckets:
+        shapes = {name: field.shape for name, field in bucket.fields.items()}
+        try:
+            objective.check_fields(config.flow, shapes, strides_of(bucket))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        factors.add(objective.reference_factors(config.flow, shapes))
+        if "video" in streams:  # what is learned is written as mp4
+            check_even(bucket.height, bucket.width, str(folder))
+    if len(factors) > 1:
+        raise UserError(
+            f"{folder}: references of several factors (space, time), {sorted(factors)}: a model "
+            "learns one"
+        )
     ranks = {"video": (None,) * 4, "audio": (None,) * 3}
     schema.require(folder, **{name: ranks[name] for name in streams})
-    if "video" in streams:
-        check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
     if schema.release != config.data.release:
         raise UserError(
             f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
@@ -142,7 +150,8 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
         )
     for name, axes, wanted in (("video", 1, "in_channels"), ("audio", 2, "audio_in_channels")):
         if name in streams:
-            channels, ours = math.prod(shapes[name][-axes:]), getattr(model, wanted)
+            shape, ours = schema.fields[name].shape, getattr(model, wanted)
+            channels = math.prod(shape[-axes:])
             if channels != ours:
                 raise UserError(
                     f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
@@ -159,12 +168,12 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
 
 
-def strides_of(schema: Schema) -> tuple[int, int, int]:
-    """Pixels behind one video latent of a dataset: frames (not known here: 1), rows, columns."""
-    if "video" not in schema.fields:
+def strides_of(bucket: BucketFields) -> tuple[int, int, int]:
+    """Pixels behind one video latent of a clip: frames (not known here: 1), rows, columns."""
+    if "video" not in bucket.fields:
         return 1, 1, 1
-    _, rows, columns, _ = schema.fields["video"].shape
-    return 1, schema.height // rows, schema.width // columns
+    _, rows, columns, _ = bucket.fields["video"].shape
+    return 1, bucket.height // rows, bucket.width // columns
 
 
 def check_same_makers(records: Records, assets: Path) -> None:

@@ -226,10 +226,13 @@ def first_state(
 
 def step_timer(config: Config, records: Records) -> StepTimer:
     """Tokens and FLOPs of one global batch, for throughput and MFU."""
-    fields, rows = records.schema.fields, config.data.batch_size
-    tokens = {name: int(np.prod(fields[name].shape[:n])) for name, n in (("video", 3), ("audio", 1))
-              if name in config.flow.streams}  # fmt: skip
-    video, audio = tokens.get("video", 0), tokens.get("audio", 0)
+    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
+    for name in config.flow.streams:
+        read = [f"{name}_reference" for x in config.flow.conditions(name) if x.kind == "reference"]
+        for field in (name, *read):
+            shape = records.schema.fields[field].shape
+            count[name] += int(np.prod(shape[:3] if name == "video" else shape[:1]))
+    video, audio = count.values()
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),

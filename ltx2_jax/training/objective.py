@@ -24,7 +24,7 @@ from ltx2_jax.diffusion import conditioning, flow, geometry
 from ltx2_jax.diffusion.conditioning import Conditions, of_clip
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.ltx2 import LTX2, TEXT_FIELDS
-from ltx2_jax.models.transformer.streams import Modality
+from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.sharding import pin, spec
 from ltx2_jax.training.batch import Batch
 
@@ -50,7 +50,7 @@ class StreamDraws:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("conditions", "noise", "sigma", "applied"),
+    data_fields=("conditions", "noise", "sigma", "applied", "present", "weight"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Stream:
     noise: Array | None  # [B, T, C]; None: frozen
     sigma: Array  # [B]; not read if frozen
     applied: Array | None = None  # bool [1], whether appended tokens take part; None: they do
+    present: Array | None = None  # bool [B], samples that have this stream; None: all
+    weight: Array | None = None  # [B], of their losses: 0, or what makes the mean one of those
 
     @property
     def x0(self) -> Array:
@@ -184,8 +186,21 @@ def condition(
         sigma = of_stream.sigma
         if sigma is None:
             sigma = jnp.zeros_like(draws["caption"])
-        drawn[name] = Stream(conditions, of_stream.noise, pin(sigma, "batch"), applied)
+        present = _present(name, batch)
+        drawn[name] = Stream(conditions, of_stream.noise, pin(sigma, "batch"), applied, *present)
     return drawn
+
+
+def _present(name: str, batch: Batch) -> tuple[Array | None, Array | None]:
+    """`Stream.present` and `Stream.weight`, which averages over the whole batch, however it is cut.
+
+    A batch says in `has_video` and `has_audio` which of its samples have the stream.
+    """
+    if f"has_{name}" not in batch:
+        return None, None
+    present = pin(jnp.asarray(batch[f"has_{name}"]), "batch")
+    share = jnp.mean(present.astype(jnp.float32))
+    return present, present / jnp.maximum(share, 1 / present.size)
 
 
 def tokens_of(name: str, latents: Array) -> Array:
@@ -236,12 +251,12 @@ def region_of(
     """Tokens of a clip that a condition gives whatever the clip: bool [T]. None: it gives none."""
     if what.kind == "first_frame":
         # One latent frame is the whole clip: given, it would leave nothing to learn.
-        return conditioning.first_latents(grid, 1) if grid[0] > 1 else None
+        return geometry.first_latents(grid, 1) if grid[0] > 1 else None
     if what.kind == "prefix":
-        return conditioning.first_latents(grid, what.length)
+        return geometry.first_latents(grid, what.length)
     if what.kind == "suffix":
-        return conditioning.last_latents(grid, what.length)
-    return conditioning.rectangle(grid, what.region, strides)
+        return geometry.last_latents(grid, what.length)
+    return geometry.rectangle(grid, what.region, strides).reshape(-1)
 
 
 def _with_reference(
@@ -258,10 +273,10 @@ def _with_reference(
         positions = jnp.asarray(geometry.audio_positions(latents.shape[1], clock))
     else:
         grid, reference = batch["video"].shape[1:4], latents.shape[1:4]
-        spatial = conditioning.spatial_factor(grid, reference)
-        temporal = conditioning.temporal_factor(grid, reference)
+        spatial = geometry.spatial_factor(grid, reference)
+        temporal = geometry.temporal_factor(grid, reference)
         fps = jnp.asarray(batch["fps"])
-        positions = conditioning.reference_positions(
+        positions = geometry.reference_positions(
             reference,
             fps,
             jnp.asarray(batch.get("video_reference_fps", fps / temporal)),
@@ -297,17 +312,24 @@ def check_fields(
                 if what.kind == "mask" and shapes[field] != grid:
                     raise UserError(f"{where}: {shapes[field]} is not the grid of a clip, {grid}")
                 if field == "video_reference":
-                    conditioning.spatial_factor(grid, shapes[field][:3])
-                    conditioning.temporal_factor(grid, shapes[field][:3])
+                    reference_factors(run, shapes)
             elif (region := region_of(what, grid, strides)) is not None:
-                if not region.any():
-                    raise UserError(f"{where}: no latent of a clip of {grid} lies in {what.region}")
                 left &= ~region if what.probability == 1 else True
         if not left.any():
             raise UserError(
                 f"flow.{name}.conditions: all of a clip of {grid} latents is given, always: there "
                 "is nothing to learn"
             )
+
+
+def reference_factors(
+    run: FlowConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int] | tuple[None, None]:
+    """Spatial and temporal factor of the video references that a run is given; None without any."""
+    if all(what.kind != "reference" for what in run.conditions("video")):
+        return None, None
+    grid, reference = shapes["video"][:3], shapes["video_reference"][:3]
+    return geometry.spatial_factor(grid, reference), geometry.temporal_factor(grid, reference)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -377,18 +399,30 @@ def _loss_of_streams(
         as_modality(streams[name], contexts[name], mask) if name in streams else None
         for name in STREAMS
     ]
+    if any(stream.present is not None for stream in streams.values()):
+        inputs.append(_kept(streams, model))
     velocities = dict(zip(STREAMS, model.transformer(*inputs), strict=True))
     weights = {"video": run.video_weight, "audio": run.audio_weight}
     total, sums = 0.0, {}
     for name in run.generated:
         stream = streams[name]
         of_samples = sample_losses(stream, velocities[name])
-        total += weights[name] * jnp.mean(of_samples)
-        sums[f"{name}_loss"] = jnp.sum(of_samples)
+        weighted = of_samples if stream.weight is None else of_samples * stream.weight
+        total += weights[name] * jnp.mean(weighted)
+        sums[f"{name}_loss"] = jnp.sum(weighted)
         sums[f"{name}_quarter"], sums[f"{name}_count"] = flow.sigma_quarters(
-            of_samples, stream.sigma
+            of_samples, stream.sigma, stream.present
         )
     return total, sums
+
+
+def _kept(streams: dict[str, Stream], model: LTX2) -> Keep:
+    """A stream that a sample does not have is not read by the other one."""
+    layers, kept = model.transformer.cfg.num_layers, {}
+    for name, other in (("video", "audio"), ("audio", "video")):
+        if name in streams and (present := streams[name].present) is not None:
+            kept[f"{name}_to_{other}"] = jnp.tile(present[:, None], (1, layers))
+    return Keep(**kept)
 
 
 def sample_losses(stream: Stream, velocity: Array) -> Array:

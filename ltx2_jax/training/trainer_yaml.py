@@ -201,8 +201,9 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
         config, idle = translate(values, release or None)
     except UserError as error:
         raise UserError(f"--config: {path}: {error}") from None
-    for name in idle:
-        print(f"{path}: {name} has no meaning here: {IDLE[name]}")
+    for why in dict.fromkeys(IDLE[name] for name in idle):
+        names = ", ".join(name for name in idle if IDLE[name] == why)
+        print(f"{path}: no meaning here have {names}: {why}")
     return config_lib.changed(config, overrides or {})
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ltx2_jax.data import encoding as encode
-from ltx2_jax.data.encoding import ClipReader, PrepareConfig, prepare_dataset
+from ltx2_jax.data import clips
+from ltx2_jax.data.clips import ClipReader, PrepareConfig, Rates
+from ltx2_jax.data.encoding import prepare_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
@@ -171,7 +172,7 @@ class Files:
 def files(monkeypatch):
     """No test below reads a real file."""
     files = Files()
-    monkeypatch.setattr(encode, "read_clip", files)
+    monkeypatch.setattr(clips, "read_clip", files)
     return files
 
 
@@ -349,7 +350,9 @@ def test_a_crash_while_encoding_leaves_no_dataset(tmp_path, monkeypatch):
     codec.audio = type("Broken", (Codec.audio,), {"encode": staticmethod(fail)})
     with pytest.raises(RuntimeError, match="out of memory"):
         prepare(tmp_path, ["b0.mp4"], codec=codec)
-    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert not (tmp_path / "set").exists()
+    prepare(tmp_path, ["b0.mp4"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "t.csv"]
 
 
 def test_the_same_settings_reuse_the_dataset(tmp_path, capsys, files):
@@ -406,20 +409,20 @@ def test_impossible_settings_are_refused_by_name(tmp_path, change, message, file
 
 def reader(folder, names, **options):
     rows = [Row(name, folder / name, "") for name in names]
-    return ClipReader(rows, CONFIG, sample_rate=1600, latents_per_second=25, **options)
+    return ClipReader(rows, CONFIG, Rates(1600, 25, (4, 8, 8)), **options)
 
 
 def test_a_second_pass_gives_the_same_clips_without_reading_again(tmp_path, files):
     names = [f"{'bx'[i % 3 == 2]}{i}.mp4" for i in range(60)]
     clips = reader(tmp_path, names)
     first = list(clips)
-    assert [index for index, _ in first] == [i for i in range(60) if i % 3 != 2]
-    assert sorted(clips.bad) == [i for i in range(60) if i % 3 == 2]
+    assert [sample.item.row for sample in first] == [i for i in range(60) if i % 3 != 2]
+    assert sorted(row for row, _ in clips.failures) == [i for i in range(60) if i % 3 == 2]
     assert sorted(files.reads) == sorted(names)
     second = list(clips)
     assert sorted(files.reads) == sorted(names)
-    for (i, a), (j, b) in zip(first, second, strict=True):
-        assert i == j
+    for a, b in zip(first, second, strict=True):
+        assert a.item == b.item
         np.testing.assert_array_equal(a.video, b.video)
         np.testing.assert_array_equal(a.audio, b.audio)
 
@@ -432,5 +435,5 @@ def test_clips_beyond_the_memory_limit_are_read_again(tmp_path, files):
     files.reads.clear()
     second = list(clips)
     assert sorted(files.reads) == names[2:]
-    for (_, a), (_, b) in zip(first, second, strict=True):
+    for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.video, b.video)

@@ -1,12 +1,14 @@
 """Sampling steps."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltx2_jax.diffusion import flow, steppers
-from ltx2_jax.diffusion.schedules import ltx2_sigmas
+from ltx2_jax.diffusion import conditioning, flow, sampler, steppers
+from ltx2_jax.diffusion.schedules import linear_quadratic_sigmas, ltx2_sigmas
 
 
 def test_euler_with_the_true_clean_latents_stays_on_the_noising_line():
@@ -52,3 +54,111 @@ def test_euler_in_bfloat16_rounds_the_velocity_then_the_result():
     velocity = ((xf - x0f) / 0.5).astype(jnp.bfloat16).astype(np.float32)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, (xf - 0.25 * velocity).astype(jnp.bfloat16))
+
+
+# ------------------------------------------------------------------------------- steppers in a loop
+
+MEAN, STD = 2.0, 0.5
+STEPPERS = {
+    "euler": steppers.Euler(),
+    "ancestral": steppers.AncestralEuler(),
+    "partly ancestral": steppers.AncestralEuler(0.5),
+    "gradient estimation": steppers.GradientEstimation(),
+    "cfg++": steppers.EulerCFGPlusPlus(0.5),
+    "res_2s": steppers.Res2s(),
+    "res_2s by token": steppers.Res2s(by_token=True),
+}
+
+
+class Best:
+    """The best estimate of tokens from N(MEAN, STD^2), with and without a prompt."""
+
+    def rows(self, steps, inner):
+        return {}
+
+    def begin(self, x):
+        return ()
+
+    def find(self, x, row, memory):
+        s = row["sigma"]
+        gain = (1 - s) * STD**2 / ((1 - s) ** 2 * STD**2 + s**2)
+        x0 = sampler.Latents(
+            *(None if a is None else MEAN + gain * (a - (1 - s) * MEAN) for a in x)
+        )
+        return sampler.Estimate(x0, x0), memory
+
+
+def noises(calls, shape):
+    drawn = jax.random.normal(jax.random.key(9), (calls, 2, *shape))
+    return lambda call: sampler.Latents(*drawn[call])
+
+
+@cache
+def sampled(stepper, steps=150):
+    """A video of which two of 40 tokens are given, and a sound of which nothing is."""
+    shape = (64, 40, 2)
+    given = conditioning.Conditions(
+        clean=jnp.full(shape, 7.0),
+        strength=jnp.tile(jnp.arange(40) < 2, (64, 1)),
+        positions=None, marks=None, attention=None, clip_tokens=40,
+    )  # fmt: skip
+    start = jax.random.normal(jax.random.key(8), (2, *shape))
+    x = sampler.Latents(conditioning.keep_given(given, start[0]), start[1])
+    sigmas = jnp.asarray(linear_quadratic_sigmas(steps))
+    noise, known = noises(2 * steps + 1, shape), sampler.Given(given, None)
+    run = lambda x: sampler.denoise_by(Best(), x, sigmas, stepper, noise=noise, given=known)  # noqa: E731
+    return jax.jit(run)(x)
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_every_stepper_draws_from_the_law_of_its_estimates(name):
+    video, audio = sampled(STEPPERS[name])
+    for tokens in (video[:, 2:], audio):
+        np.testing.assert_allclose(np.mean(tokens), MEAN, atol=0.04)
+        # By token, the noise is left out of a clip of which some is given in full.
+        rtol = 0.2 if name == "res_2s by token" else 0.1
+        np.testing.assert_allclose(np.std(tokens), STD, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_given_tokens_come_back_bit_by_bit(name):
+    np.testing.assert_array_equal(sampled(STEPPERS[name]).video[:, :2], 7.0)
+
+
+@pytest.mark.parametrize(
+    "stepper", [steppers.AncestralEuler(0.0), steppers.GradientEstimation(1.0)], ids=repr
+)
+def test_without_their_number_they_are_euler(stepper):
+    for a, b in zip(sampled(stepper), sampled(steppers.Euler()), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_noise_moves_a_clip_and_not_its_law():
+    plain, noisy = (sampled(STEPPERS[name])[1] for name in ("euler", "ancestral"))
+    assert np.abs(np.corrcoef(np.ravel(plain), np.ravel(noisy))[0, 1]) < 0.9
+
+
+def test_a_short_step_of_res2s_begins_where_its_noised_midpoint_comes_from():
+    """The closed form is what a hundred rounds of the published rule lead to."""
+    stepper = steppers.Res2s()
+    sigmas = jnp.asarray([0.6, 0.5, 0.0])  # h = 0.18
+    rows = jax.tree.map(lambda a: a[0], stepper.rows(sigmas))
+    x, x0, noise = np.random.default_rng(0).normal(size=(3, 1, 4, 3)).astype(np.float32)
+    found = steppers.Found(jnp.asarray(x0), None)
+    moved, (anchor, e1) = stepper.step(rows, jnp.asarray(x), found, (x, x), noise, None)
+    h = np.log(0.6 / 0.5)
+    share, again = 1 - np.exp(-h / 2), x.astype(np.float64)
+    for _ in range(100):
+        again = np.asarray(moved, np.float64) - share * (x0 - again)
+    np.testing.assert_allclose(anchor, again, atol=1e-5)
+    np.testing.assert_allclose(e1, x0 - again, atol=1e-5)
+    assert np.abs(anchor - x).max() > 1e-2
+
+
+def test_res2s_asks_for_the_estimate_between_its_noise_levels_and_ends_above_zero():
+    rows = steppers.Res2s().rows(jnp.asarray([1.0, 0.25, 0.0]))
+    want = [1, 0.5, 0.25, (0.25 * 0.0011) ** 0.5, 0.0011]
+    np.testing.assert_allclose(rows["sigma"], want, rtol=1e-6)
+    open_end = steppers.Res2s().rows(jnp.asarray([1.0, 0.25, 0.04]))
+    np.testing.assert_allclose(open_end["sigma"], [1, 0.5, 0.25, 0.1, 0.04], rtol=1e-6)
+    assert not open_end["take"].any()
