@@ -103,8 +103,13 @@ def main(args: argparse.Namespace) -> int:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
-    args = _parser().parse_args(argv)
-    return command.run("prepare", lambda: main(args), interrupted="the same command goes on")
+    parser = _parser()
+    command.host_flags(parser)
+    return command.run(
+        "prepare",
+        lambda: command.on_hosts(argv, lambda: main(parser.parse_args(argv))),
+        interrupted="the same command goes on",
+    )
 
 
 def _config(args: argparse.Namespace) -> PrepareConfig:

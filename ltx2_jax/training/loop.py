@@ -3,7 +3,10 @@
 Clips are made by whoever calls `train`, through a function: training knows no sampler.
 """
 
+import contextlib
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltx2_jax import chips
+from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
@@ -28,52 +31,76 @@ from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, initial, trainable
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
+from ltx2_jax.training.housekeeping import (
+    Profile,
+    Reader,
+    Replay,
+    Rows,
+    compiled,
+    programs_kept,
+    same_collections,
+    whole,
+)
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
-from ltx2_jax.training.state import State, all_finite, init_state, state_of
+from ltx2_jax.training.state import State, finite_program, init_state, state_of
 from ltx2_jax.training.step import make_train_step
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]
 
 
-def train(config: Config, make_clips: MakeClips) -> None:
-    """Trains, resumes, and hands the weights to `make_clips`; see `Config`.
+def train(config: Config, make_clips: MakeClips) -> int:
+    """Trains, resumes, and hands the weights to `make_clips`; see `Config`. Returns an exit code.
 
     The weights are the averaged ones if the config averages. SIGTERM and Ctrl-C finish the step,
-    save and return, without clips.
+    save and return, without clips. What fails while clips are made after the last step is told, and
+    no failure of the training.
 
     Raises:
-      UserError: parts of the config, the data or a checkpoint do not fit each other, the disk is
-        full, or a loss is not finite.
+      UserError: parts of the config, the data or a checkpoint do not fit each other, or the disk is
+        full; DivergedError if the gradients of too many steps in a row are not finite.
     """
-    workdir = Path(config.workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
+    workdir, long = Path(config.workdir), config.watchdog.long_seconds
+    hosts.progress("checks", seconds=long)
+    checks.same_run_everywhere(config)
+    mesh = hosts.agree(lambda: make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence))
+    checks.same_folder(workdir)
     checks.before_work(config, mesh)
-    with (
-        only_run(workdir, jax.process_index()),
-        Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
-        jax.set_mesh(mesh),
-    ):
-        start = checkpoints.latest_step or 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.watched())
+        stack.enter_context(programs_kept(config))
+        hosts.agree(lambda: stack.enter_context(only_run(workdir, hosts.index())))
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
+        stack.enter_context(hosts.together())
+        start = int(hosts.broadcast(str(checkpoints.latest_step or 0)))
         records = dataset(config, anew=not start)
+        checks.same_dataset(records)
         if start:
-            checks.check_same_makers(records, workdir / ASSETS)
-        keep_assets(records, workdir / ASSETS)
+            hosts.agree(lambda: checks.check_same_makers(records, workdir / ASSETS))
+        hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
+        stack.enter_context(jax.set_mesh(mesh))
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
+        hosts.progress("restore" if start else "begin", start, long)
         frozen = initial.load_frozen(config, mesh)
         state = first_state(config, checkpoints, start, abstract, mesh)
         state = initial.tied(config, state, frozen)
         clips = partial(_clips, config, make_clips, records, frozen)
+        stop = stack.enter_context(StopSignals())
         state, step = take_steps(
-            config, state, start, records, checkpoints, mesh, clips, frozen=frozen
+            config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
         )
         checkpoints.wait()
-        if step < config.num_steps:
-            print(f"stopped and saved at step {step}; the same command resumes", flush=True)
-            return
-        clips(state, step)
+        hosts.barrier("waiting for the last checkpoint", long)
+        stop.close()  # from here on a signal ends at once: all is saved
+        if step < config.num_steps or stop.number is not None:
+            hosts.say(f"stopped and saved at step {step}; {hosts.AGAIN}")
+            return stop_signals.exit_code()
+        weights = _weights(config, state, frozen)
+        del state, clips, frozen  # moments, whose memory the sampler can have
+        last_clips(config, make_clips, weights, records, step)
+    return 0
 
 
 def take_steps(
@@ -84,59 +111,95 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
+    stop: StopSignals | None = None,
     frozen: Any = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
-    train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
-    train_step = partial(train_step, frozen=frozen) if frozen else train_step
-    null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
+    make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
+    numbers = rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size)
+    null_text = whole(records.empty_caption(), mesh)
+    rest = (frozen,) if frozen else ()
     taken = checkpoints.data_position(start) if start else 0
-    examples = batches(config, records, mesh, taken)
+    reader = Reader(partial(batches, config, records, mesh), taken, config)
     timer, pending, step = step_timer(config, records), None, start
-    lost = {"start": start, "checkpoints": checkpoints.folder}
+    health = checks.Health(config, start, checkpoints.folder)
     with (
         MetricsLogger(
             Path(config.workdir),
             total_steps=config.num_steps,
             start_step=start,
-            process_index=jax.process_index(),
+            process_index=hosts.index(),
         ) as logger,
-        StopSignals() as stop,
+        Profile(config) as profile,
+        contextlib.nullcontext(stop) if stop else StopSignals() as stop,
     ):
-        batch = place(next(examples), mesh)
-        while step < config.num_steps:
-            state, metrics = train_step(state, batch, null_text)
-            step += 1
-            # While the devices work: the next batch, then the log of the step before.
-            batch = place(next(examples), mesh)
-            if pending is not None:
-                checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
-            pending = (step, metrics)
-            last = step == config.num_steps or stop.requested
-            if last or step % config.checkpoint.every_steps == 0:
-                # Looked at first: a state that is not finite is not worth keeping.
-                checks.check_finite(log(logger, timer, *pending), step, **lost)
-                pending = None
-                if not all_finite(state):
-                    raise checks.diverged("a weight is not finite", step, **lost)
-                checkpoints.save(step, state, config)
-                timer.restart()
-            if last:
-                break
-            if step == config.sample.preview_step:
-                clips(state, step)
-                timer.restart()
+        batch = reader.next(step + 1)
+        args = state, place(batch, mesh), null_text, *rest
+        train_step = compiled("the train step", config, make_step(), *args)
+        again = Replay(config, make_step, args)
+        finite = compiled("the check of the weights", config, finite_program(), state)
+        with same_collections() as collect:
+            while step < config.num_steps:
+                profile.before(step + 1)
+                again.before(step + 1, args)
+                state, metrics = train_step(*args)
+                step += 1
+                rows = Rows.of(batch, numbers, reader)
+                # While the devices work: the next batch, then the log of the step before.
+                batch = reader.next(step + 1)
+                args = state, place(batch, mesh), null_text, *rest
+                hosts.progress("step", step, config.watchdog.seconds)
+                if pending is not None:
+                    health.note(log(logger, timer, *pending), *pending)
+                pending = (step, metrics, rows)
+                last = stop.asked() or step == config.num_steps
+                profile.after(step, metrics)
+                if last or step % config.checkpoint.every_steps == 0:
+                    # Looked at first: a state that is not finite is not worth keeping.
+                    health.note(log(logger, timer, *pending), *pending)
+                    pending = None
+                    if not finite(state):
+                        raise checks.diverged("a weight is not finite", step, **health.run)
+                    hosts.progress("save", step, config.watchdog.long_seconds)
+                    checkpoints.save(step, state, config)
+                    timer.restart()
+                if last:
+                    break
+                collect(step)
+                if step == config.sample.preview_step:
+                    hosts.progress("sample", step, config.watchdog.long_seconds)
+                    clips(state, step)
+                    timer.restart()
     return state, step
 
 
 def _clips(
     config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
 ) -> None:
+    make_clips(_weights(config, state, frozen), records, step)
+
+
+def _weights(config: Config, state: State, frozen: Any) -> Any:
     weights = state["params"] if config.optim.ema_decay is None else state["ema"]
-    if config.tune is not None:
-        weights = trainable.merged(weights, frozen, config)
-    make_clips(weights, records, step)
+    return weights if config.tune is None else trainable.merged(weights, frozen, config)
+
+
+def last_clips(
+    config: Config, make_clips: MakeClips, weights: Any, records: Records, step: int
+) -> None:
+    """Clips of a finished training, which is finished whether they can be made or not."""
+    hosts.progress("sample", step, config.watchdog.long_seconds)
+    try:
+        make_clips(weights, records, step)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        text = " ".join(str(error).split())[:400]
+        line = f"warning: the training is done and saved, but its clips failed: {text}"
+        if hosts.count() > 1:
+            hosts.fail(0, line)
+        print(line, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------ data, state
@@ -148,11 +211,12 @@ def dataset(config: Config, anew: bool = False) -> Records:
     `anew` allows to replace it where other settings than those of this config made it.
     """
     if config.data.path is not None:
-        return open_records(config.data.path)
+        return hosts.agree(lambda: open_records(config.data.path))
     folder = Path(config.workdir) / "data"
-    clips = config.data.synthetic
-    table = folder / "clips" / "captions.csv"
-    if jax.process_index() == 0:
+
+    def make() -> None:
+        clips = config.data.synthetic
+        table = folder / "clips" / "captions.csv"
         synthetic.write_dataset(table.parent, clips)
         sizes = PrepareConfig(
             num_frames=clips.num_frames,
@@ -171,13 +235,16 @@ def dataset(config: Config, anew: bool = False) -> Records:
                 ) from None
             records = prepare_dataset(table, folder / "records", sizes, **makers, overwrite=True)
         for clip in records.skipped:
-            print(f"skipped {clip['source']}: {clip['reason']}")
-    return open_records(folder / "records")
+            hosts.say(f"skipped {clip['source']}: {clip['reason']}")
+
+    hosts.progress("prepare", seconds=config.watchdog.long_seconds)
+    hosts.agree_on_first(make, config.watchdog.long_seconds, "clips are rendered and prepared")
+    return hosts.agree(lambda: open_records(folder / "records"))
 
 
 def keep_assets(records: Records, assets: Path) -> None:
     """Copies what sampling needs of the dataset into the workdir."""
-    if jax.process_index() == 0:
+    if hosts.index() == 0:
         sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME
         for source in sources:
             with replacing(assets / source.name) as temporary:
@@ -211,14 +278,16 @@ def first_state(
     """
     given = config.init_from is not None
     if start and given and checkpoints.config(start).init_from is None:
-        print(f"weights  from {config.init_from} at step {start}, in place of the run's own")
+        hosts.say(f"weights  from {config.init_from} at step {start}, in place of the run's own")
     elif start:
         return checkpoints.restore(start, abstract)
     once = partial(jax.jit, compiler_options=chips.one_run_options())
     if not given:
-        return once(partial(init_state, config=config))(jax.random.key(config.seed))
+        key = jax.random.key(config.seed)
+        return compiled("fresh weights", config, once(partial(init_state, config=config)), key)(key)
     params = initial.load(config, mesh)
-    return once(partial(state_of, config=config, step=start), donate_argnums=0)(params)
+    begin = once(partial(state_of, config=config, step=start), donate_argnums=0)
+    return compiled("the state around them", config, begin, params)(params)
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -242,7 +311,7 @@ def step_timer(config: Config, records: Records) -> StepTimer:
 
 
 def log(
-    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]
+    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any], rows: Rows
 ) -> dict[str, float]:
     """Waits for a step's metrics, writes them and returns them."""
     values: dict[str, float] = {}
@@ -251,7 +320,7 @@ def log(
             values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
         else:
             values[name] = float(value)
-    logger.log(step, values | timer.tick())
+    logger.log(step, values | timer.tick() | rows.waits())
     return values
 
 
@@ -262,7 +331,7 @@ def describe(
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(
+    hosts.say(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
         f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
@@ -270,6 +339,5 @@ def describe(
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
-        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling",
-        flush=True,
+        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling"
     )

@@ -1,6 +1,7 @@
 """The train step, jitted: gradients of the objective, AdamW, the average of the weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,15 +25,19 @@ def make_train_step(
     config: Config,
     strides: tuple[int, int, int],
     clock: AudioClock = AUDIO_CLOCK,
+    *,
+    donate: bool = True,
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted step: (state, batch, null_text, frozen) -> (state, metrics).
 
-    The state is donated. `frozen` are the weights that are not trained; left out, there are none.
+    The state is donated, or not. `frozen` are the weights that are not trained; left out, there are
+    none.
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
     Metrics: loss, that of each stream that is learned, also by quarter of sigma ([4], nan where no
-    sample fell), gradient norm, learning rate.
+    sample fell), gradient norm, learning rate. A step whose loss or gradient norm is not finite
+    counts, and changes nothing else.
     """
     tx = optimizer(config)
     graphdef = ltx2.graph(config.networks) if config.tune is None else trainable.graph(config)
@@ -67,16 +72,23 @@ def make_train_step(
             new["ema"] = jax.tree.map(
                 lambda e, p: decay * e + (1 - decay) * p, state["ema"], new["params"]
             )
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(value)
+        # Here, and not by who reads the metrics: all devices decide alike, before it is too late.
+        kept = jax.tree.map(partial(jax.lax.select, good), new, state)
+        new = kept | {"step": new["step"]}
         metrics = {
             "loss": value,
             **averages(sums, drawn["drop_caption"].shape[0]),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": schedule(state["step"]),
         }
         return new, metrics
 
     return jax.jit(
-        train_step, donate_argnames="state", compiler_options=compiler_options(training=True)
+        train_step,
+        donate_argnames="state" if donate else None,
+        compiler_options=compiler_options(training=True),
     )
 
 

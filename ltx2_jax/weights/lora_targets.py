@@ -69,20 +69,20 @@ def adapted(
             raise UserError(f"lora: target {target!r} is no module of it{_closest(target, names)}")
     found = []
     for parameter in everything:
-        modules = tuple(name.removesuffix(".weight") for name in parameter.names)
-        of_layers = tuple(_rank(module, targets, rank, ranks) for module in modules)
+        layers = tuple(name.removesuffix(".weight") for name in parameter.names)
+        of_layers = tuple(_rank(module, targets, rank, ranks) for module in layers)
         if not any(of_layers):
             continue
         side, highest = min(parameter.official_shape), max(of_layers)
         if highest > side:
-            module = modules[of_layers.index(highest)]
+            module = layers[of_layers.index(highest)]
             raise UserError(
                 f"lora: rank {highest} is above the smaller side of {module}, which is "
                 f"{' x '.join(map(str, parameter.official_shape))}"
             )
         path = tuple(map(str, parameter.path[:-1]))
         shape = parameter.official_shape
-        found.append(Adapted(path, modules, of_layers, shape, parameter.stacked))
+        found.append(Adapted(path, layers, of_layers, shape, parameter.stacked))
     for target, _ in ranks:
         if not any(matches(module, target) for module in modules(found)):
             raise UserError(f"lora: {target!r} of ranks means no module that targets mean")
