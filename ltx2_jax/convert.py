@@ -136,10 +136,7 @@ def convert_adapters(sources: Sequence[str], dst: str, args: argparse.Namespace)
     check_writable(Path(dst))
     mesh = make_mesh(devices=jax.devices()[:1])
     config, trained, step = checkpoint.weights_of_run(workdir, mesh, step=args.step, adapters=True)
-    fields = read_schema(Path(workdir) / checkpoint.ASSETS).fields
-    shapes = {name: field.shape for name, field in fields.items()}
-    factors = objective.reference_factors(config.flow, shapes)
-    lora = initial.as_lora(config, trained, **loras.reference_metadata(*factors))
+    lora = initial.as_lora(config, trained, **_references(config, Path(workdir)))
     print(f"{workdir}: adapters of step {step}, {len(lora.targets)} matrices")
     if args.base is None:
         loras.write_lora(dst, lora, dtype=args.dtype or "bfloat16")
@@ -244,6 +241,15 @@ def _is_workdir(path: str) -> bool:
     return (place / checkpoint.FOLDER).is_dir()
 
 
+def _references(config: Config, workdir: Path) -> dict[str, str]:
+    """What the adapters of a run say of the clips that they refer to."""
+    if all(what.kind != "reference" for what in config.flow.conditions("video")):
+        return {}
+    fields = read_schema(workdir / checkpoint.ASSETS).fields
+    shapes = {name: field.shape for name, field in fields.items()}
+    return loras.reference_metadata(*objective.reference_factors(config.flow, shapes))
+
+
 def _config_of_run(workdir: str) -> Config:
     config = checkpoint.stored_config(workdir)
     if config is None:
@@ -283,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float32"),
         help="of transformer and connectors, or a LoRA (default: as stored, but bfloat16 of float8 "
-        "into which a LoRA is merged, and of an extracted LoRA)",
+        "into which a LoRA is merged, and of an extracted LoRA, or that of a run)",
     )
     add("--base", metavar="FILE", help="a release to take from what SRC lacks (VAEs, vocoder, ...)")
     add("--step", type=count, metavar="N", help="of a run: the checkpoint (default: the newest)")

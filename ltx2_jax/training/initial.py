@@ -204,27 +204,24 @@ def identity(params: dict[str, Any]) -> np.ndarray:
 
     Of the weights rounded to bfloat16, so that it does not matter in which dtype they are kept.
     """
-    named = {"/".join(map(str, path)): leaf for path, leaf in mapping.leaves(params).items()}
-    if not named:
+    leaves = mapping.leaves(params)
+    if not leaves:
         return np.zeros(2, np.uint32)
-    home = next(iter(named.values())).sharding
+    home = next(iter(leaves.values())).sharding
     mesh = jax.set_mesh(home.mesh) if isinstance(home, NamedSharding) else contextlib.nullcontext()
+    program = jax.jit(_sums, compiler_options=chips.one_run_options())
     with mesh:
-        program = jax.jit(_sums, compiler_options=chips.one_run_options())
-        sums = jax.device_get(program(named))
-    total = sum(value.astype(np.uint64) * zlib.crc32(name.encode()) for name, value in sums.items())
+        sums = jax.device_get({path: program(leaf) for path, leaf in leaves.items()})
+    names = {path: zlib.crc32("/".join(map(str, path)).encode()) for path in sums}
+    total = sum(value.astype(np.uint64) * names[path] for path, value in sums.items())
     return (total % 2**32).astype(np.uint32)
 
 
-def _sums(named: dict[str, Array]) -> dict[str, Array]:
-    """Two sums of every array, of its bits times odd numbers made of their places."""
-
-    def of(leaf: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
-        mixed = (bits.astype(jnp.uint32) + 1) * (2 * _places(leaf) + 1)
-        return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in (mixed, mixed ^ (mixed >> 16))])
-
-    return {name: of(leaf) for name, leaf in named.items()}
+def _sums(leaf: Array) -> Array:
+    """Two sums of an array, of its bits times odd numbers made of their places: uint32 [2]."""
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16)
+    mixed = (bits.astype(jnp.uint32) + 1) * (2 * _places(leaf) + 1)
+    return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in (mixed, mixed ^ (mixed >> 16))])
 
 
 def _places(leaf: Array) -> Array:

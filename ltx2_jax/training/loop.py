@@ -107,7 +107,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
         clips = partial(_clips, config, make_clips, records, frozen)
         stop = stack.enter_context(StopSignals())
         state, step = take_steps(
-            config, state, start, records, checkpoints, mesh, clips, frozen, stop=stop
+            config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
         )
         with goodput.part("checkpoint"):
             checkpoints.wait()
@@ -118,7 +118,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
             hosts.say(str(spent))
             return stop_signals.exit_code()
         weights = _weights(config, state, frozen)
-        del state, clips  # moments, whose memory the sampler can have
+        del state, clips, frozen  # moments, whose memory the sampler can have
         last_clips(config, make_clips, weights, records, step)
         hosts.say(str(spent))
     return 0
@@ -132,8 +132,8 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
-    frozen: Any = None,
     stop: StopSignals | None = None,
+    frozen: Any = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
