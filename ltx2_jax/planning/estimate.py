@@ -23,6 +23,7 @@ from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import SLICE, batch_shards, bytes_per_chip
+from ltx2_jax.training import initial, trainable
 
 WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
 MOVED_ROWS = 400  # that the elementwise rest of a block reads and writes, in both passes
@@ -71,7 +72,9 @@ def estimate(
     video, audio = math.prod(request.video_shape), request.audio_length
     tokens = clips * video / sequence  # of a device
     network = dataclasses.replace(cfg, remat="none")
-    state, params = _state_bytes(Config("", network, config.text, optim=config.optim), mesh)
+    alone = Config("", network, config.text, optim=config.optim)
+    alone = dataclasses.replace(alone, tune=config.tune, init_from=config.init_from)
+    state, params = _state_bytes(alone, mesh)
     block = flops.total_parameters(network) / cfg.num_layers / model
 
     whole, split = saved_rows(cfg)
@@ -89,7 +92,7 @@ def estimate(
     seen = sum(links.values()) - hidden + SEEN * hidden
     between = _between_slices(config, chip, mesh, params)
     step = max(compute + hbm + seen + between, hidden, host)
-    work = flops.train_flops(cfg, video, audio, config.text.length) * config.data.batch_size
+    work = trainable.train_flops(config, video, audio) * config.data.batch_size
     return Estimate(
         state=state,
         gradients=params,
@@ -107,9 +110,9 @@ def estimate(
 
 @functools.cache
 def _state_bytes(config: Config, mesh: jax.sharding.AbstractMesh) -> tuple[int, int]:
-    """Of the train state, and of the parameters in it."""
-    state = train_state(config, mesh)
-    return bytes_per_chip(state), bytes_per_chip(state["params"])
+    """Of the train state with frozen weights, and of the parameters that are trained."""
+    state, frozen = train_state(config, mesh), initial.frozen_homes(config, mesh)
+    return bytes_per_chip(state) + bytes_per_chip(frozen), bytes_per_chip(state["params"])
 
 
 def saved_rows(cfg: TransformerConfig) -> tuple[int, int]:
@@ -142,7 +145,8 @@ def _compute(config: Config, request: Request, chip: Chip, devices: int) -> floa
     core = {name: value for name, value in terms.items() if "core" in name}
     products = sum(terms.values()) - sum(core.values())
     passes = ATTENTION_PASSES + (1 if cfg.remat == "block" else 0)
-    seconds = products * (flops.TRAIN_PASSES + recomputed(cfg)) / chip.gemm
+    own = trainable.trained_share(config)  # of frozen matrices there is no gradient
+    seconds = products * (flops.TRAIN_PASSES - 1 + own + recomputed(cfg)) / chip.gemm
     for name, value in core.items():
         head = cfg.head_dim if name.startswith("video") else cfg.audio_head_dim
         seconds += passes * value / chip.attention(head)
@@ -181,6 +185,6 @@ def _links(
     traded = 3 * 4 * row / model * (1 - 1 / sequence)  # q, k, v and the result, in three passes
     return {
         "gathered": blocks * 2 * 2 * block * others / all_links,
-        "reduced": blocks * reduced * others / all_links,
+        "reduced": trainable.trained_share(config) * blocks * reduced * others / all_links,
         "exchanged": blocks * (summed + traded) / ring,
     }

@@ -18,7 +18,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.pipeline import ClipSize
 from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, batch_shards, sharding_of
-from ltx2_jax.training import checks
+from ltx2_jax.training import checks, initial
 from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
@@ -110,10 +110,10 @@ def train_program(
       UserError: the mesh does not divide batch, heads or tokens, or weights cannot be split so.
     """
     batch, null_text = train_inputs(config, request, mesh)
-    state = train_state(config, mesh)
+    state, frozen = train_state(config, mesh), initial.frozen_homes(config, mesh)
     with jax.set_mesh(mesh):
         step = make_train_step(config, request.strides)
-        return step.lower(state, batch, null_text), state
+        return step.lower(state, batch, null_text, *([frozen] if frozen else [])), state
 
 
 def train_inputs(

@@ -19,7 +19,7 @@ from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
-from ltx2_jax.training import checks
+from ltx2_jax.training import checks, trainable
 
 WHOLE = 2**20  # bytes of an array that every chip holds whole, from which it is worth a line
 
@@ -37,7 +37,7 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     facts, tokens = _facts(config, request, where, "train", config.data.batch_size)
     guess = estimate(config, request, mesh, where.chip)
     facts |= {
-        "model_flops": facts["batch"] * flops.train_flops(config.model, *tokens),
+        "model_flops": facts["batch"] * trainable.train_flops(config, *tokens[:2]),
         "estimate": guess.facts(),
     }
     if has_compiler():

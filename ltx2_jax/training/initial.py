@@ -108,11 +108,18 @@ def load_frozen(
 
     `resident` keeps them whole along data and sequence, as a sampler does.
     """
+    return _read(config, frozen_homes(config, mesh, resident=resident))
+
+
+def frozen_homes(
+    config: Config, mesh: jax.sharding.Mesh, *, resident: bool = False
+) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of `load_frozen`."""
     if config.tune is None:
         return {}
     with resident_weights() if resident or config.tune.resident else contextlib.nullcontext():
         homes = ltx2.as_used(config.networks, ltx2.abstract_params(config.networks, mesh))
-    return _read(config, trainable.split(homes, config)[1])
+    return trainable.split(homes, config)[1]
 
 
 def trained_homes(
@@ -129,7 +136,9 @@ def trained_homes(
 
 def _read(config: Config, homes: dict[str, Any]) -> dict[str, Any]:
     """The weights of `init_from` that `homes` has, with its dtypes, where it says."""
-    found = {}
+    found: dict[str, Any] = {}
+    if not homes:
+        return found
     with open_release(config.init_from) as release:
         for network, tree in homes.items():
             leaves = mapping.leaves(tree)

@@ -28,7 +28,6 @@ from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacing
 from ltx2_jax.hosts import rows_of_host
-from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, goodput, initial, trainable
@@ -352,7 +351,7 @@ def step_timer(config: Config, records: Records) -> StepTimer:
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),
-        flops_per_step=rows * flops.train_flops(config.model, video, audio, config.text.length),
+        flops_per_step=rows * trainable.train_flops(config, video, audio),
         peak_flops=None if peak is None else peak * jax.device_count(),
     )
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
-from ltx2_jax.models import lora, ltx2
+from ltx2_jax.models import flops, lora, ltx2
 from ltx2_jax.models.layers import Axes
 from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -122,6 +122,25 @@ def join(*parts: Mapping[str, Any] | None) -> Params:
     if len(leaves) == 1:
         return next(part for part in parts if part)
     return mapping.nested({path: leaf for part in leaves for path, leaf in part.items()})
+
+
+@functools.cache
+def trained_share(config: Config) -> float:
+    """What share of the numbers in the transformer's matrices a run trains."""
+    if config.tune is None:
+        return 1.0
+    found = {("transformer", *map(str, p.path)): p.leaf.size for p in loras.matrices(config.model)}
+    trained = sum(size for path, size in found.items() if is_trained(path, config))
+    for one in adapted(config):
+        trained += sum(one.ranks) * sum(one.shape)
+    return trained / sum(found.values())
+
+
+def train_flops(config: Config, video_tokens: int, audio_tokens: int) -> float:
+    """FLOPs of a step for one sample; frozen matrices have no gradient of their own."""
+    tokens = video_tokens, audio_tokens, config.text.length
+    forward = sum(flops.forward_flops(config.model, *tokens).values())
+    return (flops.TRAIN_PASSES - 1 + trained_share(config)) * forward
 
 
 def merged(trained: Params, frozen: Params, config: Config) -> Params:

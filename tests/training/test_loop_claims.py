@@ -477,8 +477,8 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fields": {"video": np.zeros((5, 3, 2, 9))}}, "9 video and 8 audio channels"),
-        ({"fields": {"audio": np.zeros((11, 2, 8))}}, "8 video and 16 audio channels"),
+        ({"fields": {"video": np.zeros((5, 3, 2, 9))}}, "9 video channels"),
+        ({"fields": {"audio": np.zeros((11, 2, 8))}}, "16 audio channels"),
         ({"fields": {"video_text": np.zeros((16, 25))}}, "video_text is"),
         ({"fields": {"audio_text": np.zeros((16, 24))}}, "audio_text is"),
         ({"fields": {"audio_text": None}}, r"video_text is \(16, 24\), \(16, 16\)"),

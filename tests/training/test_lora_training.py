@@ -15,12 +15,22 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from ltx2_jax import convert
-from ltx2_jax.config import CheckpointConfig, Config, LoraConfig, OptimConfig, TuneConfig
+from ltx2_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    OptimConfig,
+    TuneConfig,
+)
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.lora import LowRank
-from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
+from ltx2_jax.planning.estimate import estimate
+from ltx2_jax.planning.topology import slice_of
+from ltx2_jax.sampling.programs import Request
+from ltx2_jax.sharding import abstract_mesh, abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.training import checks, initial, loop, trainable
 from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
 from ltx2_jax.training.metrics import read_metrics
@@ -137,6 +147,19 @@ def test_adapters_and_their_moments_are_spread_over_every_axis_of_the_mesh():
         assert bytes_per_chip(leaf) <= leaf.size * 4 / 4, path  # data x sequence, at least
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(state["params"]))
     assert bytes_per_chip(state["opt"]) <= 2 * whole / 4 + 100
+
+
+def test_what_is_frozen_has_no_moments_and_no_gradients_in_a_plan():
+    mesh, chip = abstract_mesh(4, 1, 1), slice_of("v6e:2x2").chip
+    request = Request((3, 4, 4), 10, 1, (8, 32, 32), 24.0)
+    whole = estimate(tiny.config(data=DataConfig(batch_size=4)), request, mesh, chip)
+    config = tuned("base", tiny.config(data=DataConfig(batch_size=4)), lora=ADAPTERS)
+    ours = estimate(config, request, mesh, chip)
+    assert ours.gradients < whole.gradients / 4
+    numbers = sum(x.size for x in jax.tree.leaves(initial.frozen_homes(config, mesh)))
+    assert numbers * 4 / 4 < ours.state < whole.state / 2  # float32 here, on four chips
+    assert 2 / 3 < ours.compute / whole.compute < 0.9
+    assert ours.links < whole.links
 
 
 def test_another_base_than_the_one_trained_on_is_refused(run, base, tmp_path):
