@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
 import numpy as np
 
 from ltx2_jax.data.schema import BucketFields
@@ -53,11 +55,22 @@ class Kind:
       source: the dataset.
       records: int [n], their indices.
       batch_size: how many make a batch, over all hosts.
+      bucket: what they hold; None if the dataset does not say.
     """
 
     source: Source
     records: np.ndarray
     batch_size: int
+    bucket: BucketFields | None = None
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a global batch of them holds, to compile a program for it before there is one."""
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *field.shape), np.dtype(field.dtype))
+            for name, field in self.bucket.fields.items()
+            if field.dtype != "str"
+        }
 
 
 class Order:
@@ -169,7 +182,7 @@ def _kinds(source: Source, batch_size: BatchSize) -> list[Kind]:
             size = batch_size(bucket) if callable(batch_size) else batch_size
             if size < 1:
                 raise UserError(f"batch_size {size} is not above 0")
-            kinds.append(Kind(source, records, size))
+            kinds.append(Kind(source, records, size, bucket))
     return kinds
 
 
