@@ -7,6 +7,7 @@ step knows the batch, whatever the number of hosts and wherever the run began.
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ BatchSize = int | Callable[[BucketFields], int]
 # Multiples of the golden section of a turn, in 2**64ths of it, are spread evenly: any stretch of
 # steps has every kind as often as its share says, give or take one or two.
 _TURN = np.uint64(0x9E3779B97F4A7C15)
+# What made the latents and the features of all parts of a mixture.
+_SAME = ("release", "codec_hash", "text_release", "text_encoder_hash")
 _BLOCK = 4096  # steps whose kinds are counted at once
 
 
@@ -45,6 +48,14 @@ class Mixture:
         for source, weight in zip(self.sources, self.weights, strict=True):
             if not 0 < weight < float("inf"):
                 raise UserError(f"{source!r}: its weight {weight} is not above 0")
+        known = [source for source in self.sources if getattr(source, "schema", None) is not None]
+        for name, source in itertools.product(_SAME, known):
+            ours, first = (getattr(x.schema, name) for x in (source, known[0]))
+            if ours != first:
+                raise UserError(
+                    f"{source!r}: its {name} is {ours!r}, that of {known[0]!r} is {first!r}: "
+                    "they cannot be mixed"
+                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,10 +20,11 @@ class Sizes:
         sizes = sorted(set(lengths), reverse=True)
         self.buckets = np.array([sizes.index(length) for length in lengths])
         self.schema = SimpleNamespace(
+            **dict.fromkeys(["release", "codec_hash", "text_release", "text_encoder_hash"], ""),
             buckets=[
                 BucketFields(8 * n, 32, 32, 24.0, {"video": Field("float32", (n, 4, 5, 1))})
                 for n in sizes
-            ]
+            ],
         )
 
     def __len__(self):
@@ -138,6 +139,20 @@ def test_which_caption_is_taken_is_a_function_of_seed_and_step():
     values = np.concatenate(drawn)
     assert len(np.unique(values)) == 240
     assert np.histogram(values, 4, (0, 1))[0].min() > 40
+
+
+def test_datasets_of_other_makers_are_not_mixed():
+    first, second = Sizes([1, 2]), Sizes([1, 2], first=10)
+    for source in (first, second):
+        vars(source.schema).update(release="2.3", codec_hash="c")
+        vars(source.schema).update(text_release="2.3", text_encoder_hash="t")
+    assert len(Order(Mixture([first, second], [1, 1]), 2, seed=0, shuffle=True).kinds) == 4
+    for name in ("release", "codec_hash", "text_release", "text_encoder_hash"):
+        held = getattr(second.schema, name)
+        setattr(second.schema, name, "other")
+        with pytest.raises(UserError, match=f"its {name} is 'other', .* they cannot be mixed"):
+            Mixture([first, second], [1, 1])
+        setattr(second.schema, name, held)
 
 
 def test_impossible_mixtures_are_refused():
