@@ -25,8 +25,13 @@ BatchSize = int | Callable[[BucketFields], int]
 # Multiples of the golden section of a turn, in 2**64ths of it, are spread evenly: any stretch of
 # steps has every kind as often as its share says, give or take one or two.
 _TURN = np.uint64(0x9E3779B97F4A7C15)
-# What made the latents and the features of all parts of a mixture.
-_SAME = ("release", "codec_hash", "text_release", "text_encoder_hash")
+# What all parts of a mixture must have alike, and for which makers if not for all.
+_SAME = {
+    "release": None,
+    "text_release": None,
+    "codec_hash": ("release", "linear"),
+    "text_encoder_hash": ("text_release", "random"),
+}
 _BLOCK = 4096  # steps whose kinds are counted at once
 
 
@@ -49,9 +54,10 @@ class Mixture:
             if not 0 < weight < float("inf"):
                 raise UserError(f"{source!r}: its weight {weight} is not above 0")
         known = [source for source in self.sources if getattr(source, "schema", None) is not None]
-        for name, source in itertools.product(_SAME, known):
+        for (name, made), source in itertools.product(_SAME.items(), known):
             ours, first = (getattr(x.schema, name) for x in (source, known[0]))
-            if ours != first:
+            # A file that names released ones says where they lie: that may differ.
+            if ours != first and (made is None or getattr(source.schema, made[0]) == made[1]):
                 raise UserError(
                     f"{source!r}: its {name} is {ours!r}, that of {known[0]!r} is {first!r}: "
                     "they cannot be mixed"

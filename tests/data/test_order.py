@@ -144,8 +144,8 @@ def test_which_caption_is_taken_is_a_function_of_seed_and_step():
 def test_datasets_of_other_makers_are_not_mixed():
     first, second = Sizes([1, 2]), Sizes([1, 2], first=10)
     for source in (first, second):
-        vars(source.schema).update(release="2.3", codec_hash="c")
-        vars(source.schema).update(text_release="2.3", text_encoder_hash="t")
+        vars(source.schema).update(release="linear", codec_hash="c")
+        vars(source.schema).update(text_release="random", text_encoder_hash="t")
     assert len(Order(Mixture([first, second], [1, 1]), 2, seed=0, shuffle=True).kinds) == 4
     for name in ("release", "codec_hash", "text_release", "text_encoder_hash"):
         held = getattr(second.schema, name)
@@ -153,6 +153,10 @@ def test_datasets_of_other_makers_are_not_mixed():
         with pytest.raises(UserError, match=f"its {name} is 'other', .* they cannot be mixed"):
             Mixture([first, second], [1, 1])
         setattr(second.schema, name, held)
+    for source, place in ((first, "a"), (second, "b")):
+        vars(source.schema).update(release="2.3", codec_hash=place)
+        vars(source.schema).update(text_release="2.3", text_encoder_hash=place)
+    Mixture([first, second], [1, 1])  # released ones may lie elsewhere
 
 
 def test_impossible_mixtures_are_refused():
