@@ -198,6 +198,7 @@ def _convert(args: argparse.Namespace) -> None:
         codec=_codec(args),
         text_encoder=_text_encoder(args),
         sources=args.folders,
+        incomplete=args.incomplete,
         link=args.link,
         overwrite=args.overwrite,
     )
@@ -297,7 +298,8 @@ def _clip_flags(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--incomplete",
         action="store_true",
-        help="take silent films, sound alone (a row with `audio` and no `video`) and images",
+        help="take silent films, sound alone (a row with `audio` and no `video`) and images; of "
+        "--from-precomputed, clips that lack files",
     )
     size.add_argument(
         "--reference-downscale", type=count, default=1, help="how many times smaller references are"

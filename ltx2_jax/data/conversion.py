@@ -27,6 +27,7 @@ def from_precomputed(
     codec: Codec,
     text_encoder: FeatureEncoder,
     sources: Sequence[str] | None = None,
+    incomplete: bool = False,
     link: bool = False,
     overwrite: bool = False,
 ) -> Records | Linked:
@@ -39,7 +40,7 @@ def from_precomputed(
       folder: a `.precomputed`, or the folder that holds it.
       out: the folder to make.
       codec, text_encoder: those of the release that made it.
-      sources: see `Precomputed`.
+      sources, incomplete: see `Precomputed`.
       link: copy nothing; the records are the files, where they are.
       overwrite: replace a dataset that is there.
 
@@ -49,11 +50,13 @@ def from_precomputed(
     samples = Precomputed(
         folder,
         sources,
+        incomplete=incomplete,
         release=codec.release,
         text_release=text_encoder.release,
         strides=codec.video.strides,
     )
     settings = {"precomputed": str(samples.precomputed), "sources": list(samples.sources)}
+    settings |= {"incomplete": incomplete}
     with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
         codec.save(writer.staging / CODEC_NAME)
         text_encoder.save(writer.staging / TEXT_ENCODER_NAME)

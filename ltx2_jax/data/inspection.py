@@ -16,7 +16,7 @@ from ltx2_jax.errors import UserError
 
 Dataset = Records | Linked
 SHOWN_REASONS = 10
-LOOKED_AT = 1000  # captions, for their lengths
+LOOKED_AT = 100  # captions, for their lengths
 
 
 def describe(records: Dataset) -> Iterator[str]:

@@ -7,10 +7,13 @@ step knows the batch, whatever the number of hosts and wherever the run began.
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
 import numpy as np
 
 from ltx2_jax.data.schema import BucketFields
@@ -22,6 +25,13 @@ BatchSize = int | Callable[[BucketFields], int]
 # Multiples of the golden section of a turn, in 2**64ths of it, are spread evenly: any stretch of
 # steps has every kind as often as its share says, give or take one or two.
 _TURN = np.uint64(0x9E3779B97F4A7C15)
+# What all parts of a mixture must have alike, and for which makers if not for all.
+_SAME = {
+    "release": None,
+    "text_release": None,
+    "codec_hash": ("release", "linear"),
+    "text_encoder_hash": ("text_release", "random"),
+}
 _BLOCK = 4096  # steps whose kinds are counted at once
 
 
@@ -43,6 +53,15 @@ class Mixture:
         for source, weight in zip(self.sources, self.weights, strict=True):
             if not 0 < weight < float("inf"):
                 raise UserError(f"{source!r}: its weight {weight} is not above 0")
+        known = [source for source in self.sources if getattr(source, "schema", None) is not None]
+        for (name, made), source in itertools.product(_SAME.items(), known):
+            ours, first = (getattr(x.schema, name) for x in (source, known[0]))
+            # A file that names released ones says where they lie: that may differ.
+            if ours != first and (made is None or getattr(source.schema, made[0]) == made[1]):
+                raise UserError(
+                    f"{source!r}: its {name} is {ours!r}, that of {known[0]!r} is {first!r}: "
+                    "they cannot be mixed"
+                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,11 +72,22 @@ class Kind:
       source: the dataset.
       records: int [n], their indices.
       batch_size: how many make a batch, over all hosts.
+      bucket: what they hold; None if the dataset does not say.
     """
 
     source: Source
     records: np.ndarray
     batch_size: int
+    bucket: BucketFields | None = None
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a global batch of them holds, to compile a program for it before there is one."""
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *field.shape), np.dtype(field.dtype))
+            for name, field in self.bucket.fields.items()
+            if field.dtype != "str"
+        }
 
 
 class Order:
@@ -169,7 +199,7 @@ def _kinds(source: Source, batch_size: BatchSize) -> list[Kind]:
             size = batch_size(bucket) if callable(batch_size) else batch_size
             if size < 1:
                 raise UserError(f"batch_size {size} is not above 0")
-            kinds.append(Kind(source, records, size))
+            kinds.append(Kind(source, records, size, bucket))
     return kinds
 
 

@@ -54,7 +54,7 @@ class Precomputed(Sequence):
 
     Attributes:
       precomputed: the `.precomputed` (pathlib.Path).
-      sources: names of the folders that are read.
+      sources: names of the folders that are read; incomplete: whether samples may lack a file.
       names: of each sample, its path below `folder / LATENTS`, or below the first source.
       buckets: int [n], of each sample, its entry of `schema.buckets`.
       skipped: samples that lack a file, list of {"source", "reason"}.
@@ -68,6 +68,7 @@ class Precomputed(Sequence):
         *,
         release: str = "unknown",
         text_release: str = "unknown",
+        incomplete: bool = False,
         strides: tuple[int, int, int] = VIDEO_STRIDES,
     ):
         """Finds the samples and looks at all their sizes; of text, at those of the first.
@@ -76,6 +77,7 @@ class Precomputed(Sequence):
           folder: a `.precomputed`, or the folder that holds it.
           sources: folders that a sample must have a file in, in any order; None takes latents,
             sound and text, as far as they are there.
+          incomplete: takes samples that lack files, if they have text, and latents or sound.
           release, text_release: what the schema is to say of the latents and the text features.
           strides: of the codec that made the latents, to tell the size of the clips.
 
@@ -89,8 +91,8 @@ class Precomputed(Sequence):
         self.folder = self.precomputed = found
         if sources is None:
             sources = [name for name in (LATENTS, SOUND, TEXT) if (found / name).is_dir()]
-        self._choose(sources)
-        self.names, self.skipped = _samples(found, self.sources, self._primary)
+        self._choose(sources, incomplete)
+        self.names, self.skipped = self._samples()
         if not self.names:
             first = self.skipped[0] if self.skipped else {"source": "*.pt", "reason": "not there"}
             raise UserError(
@@ -100,8 +102,8 @@ class Precomputed(Sequence):
         self._shares_text = False  # whether audio receives the text features of video
         self.schema, self.buckets = self._survey(release, text_release, strides)
 
-    def _choose(self, sources: Sequence[str]) -> None:
-        """Takes the names of the folders to read."""
+    def _choose(self, sources: Sequence[str], incomplete: bool) -> None:
+        """Takes the names of the folders to read, and whether samples need a file in each."""
         for name in sources:
             if name not in FOLDERS:
                 there = ", ".join(FOLDERS)
@@ -110,6 +112,27 @@ class Precomputed(Sequence):
                 raise UserError(f"{self.precomputed / name}: no such folder of the dataset")
         self.sources = tuple(sources)
         self._primary = LATENTS if LATENTS in self.sources else self.sources[0]
+        self.incomplete = incomplete
+
+    def _samples(self) -> tuple[list[Path], list[dict[str, str]]]:
+        """Their paths below the first folder, in order; and those that are left out, with reasons.
+
+        What an interrupted script left, `a.pt.tmp.<n>`, is no file of the dataset.
+        """
+        main = [name for name in (LATENTS, SOUND) if name in self.sources]
+        roots = [self.precomputed / s for s in (main if self.incomplete else [self._primary])]
+        files = ((root, path) for root in roots for path in root.glob("**/*.pt"))
+        found = {path.relative_to(root) for root, path in files if path.is_file()}
+        needed = [TEXT] if self.incomplete else self.sources
+        names, skipped = [], []
+        for name in sorted(found):
+            missing = [s for s in needed if not _file_of(self.precomputed, s, name).is_file()]
+            if missing:
+                reason = f"has no file in {', '.join(missing)}"
+                skipped.append({"source": name.as_posix(), "reason": reason})
+            else:
+                names.append(name)
+        return names, skipped
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,7 +140,7 @@ class Precomputed(Sequence):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         record = self._record(index, self.sources)
-        where = str(self.file(self._primary, index))
+        where = f"{self.precomputed}: {self.names[index].as_posix()}"
         self.schema.check(record, where, self.buckets[index])
         return record
 
@@ -134,6 +157,8 @@ class Precomputed(Sequence):
         record = {"id": np.int64(index)}
         for source in sources:
             path = self.file(source, index)
+            if self.incomplete and not path.is_file():
+                continue
             record |= _READERS[source](read_pt(path, sizes_only=sizes_only), path)
         if self._shares_text and "audio_text" in record:
             if not _same(record["video_text"], record.pop("audio_text")):
@@ -196,27 +221,6 @@ def _largest_first(fields: tuple[tuple[str, Field], ...]) -> tuple:
 
 
 # ---- which samples are there ---------------------------------------------------------------------
-
-
-def _samples(
-    folder: Path, sources: Sequence[str], primary: str
-) -> tuple[list[Path], list[dict[str, str]]]:
-    """Paths below the primary folder that have a file in all of `sources`; and those that do not.
-
-    What an interrupted script left, `a.pt.tmp.<n>`, is no file of the dataset.
-    """
-    names, skipped = [], []
-    for path in sorted((folder / primary).glob("**/*.pt")):
-        if not path.is_file():
-            continue
-        name = path.relative_to(folder / primary)
-        missing = [s for s in sources if not _file_of(folder, s, name).is_file()]
-        if missing:
-            reason = f"has no file in {', '.join(missing)}"
-            skipped.append({"source": name.as_posix(), "reason": reason})
-        else:
-            names.append(name)
-    return names, skipped
 
 
 def _file_of(folder: Path, source: str, name: Path) -> Path:

@@ -209,7 +209,8 @@ class RecordWriter:
         }
         if self._linked is not None:
             where = {"folder": str(self._linked.folder.resolve())}
-            contents["linked"] = where | {"sources": list(self._linked.sources)}
+            where |= {"sources": list(self._linked.sources)}
+            contents["linked"] = where | {"incomplete": self._linked.incomplete}
         if len(self._schema.buckets) > 1:
             table = {"bucket": np.array(self._buckets, np.int32)}
             (self.staging / TABLE_NAME).write_bytes(serialize(table))
@@ -374,7 +375,7 @@ class Linked(_Made, Precomputed):
         self.buckets = Table(folder, several, len(self), len(self.schema.buckets)).buckets
         if not self.precomputed.is_dir():
             raise UserError(f"{folder}: names {self.precomputed}, which is not there; put it back")
-        self._choose(sources)
+        self._choose(sources, bool(linked.get("incomplete")))
 
 
 def open_records(folder: str | os.PathLike) -> Records | Linked:

@@ -20,10 +20,11 @@ class Sizes:
         sizes = sorted(set(lengths), reverse=True)
         self.buckets = np.array([sizes.index(length) for length in lengths])
         self.schema = SimpleNamespace(
+            **dict.fromkeys(["release", "codec_hash", "text_release", "text_encoder_hash"], ""),
             buckets=[
                 BucketFields(8 * n, 32, 32, 24.0, {"video": Field("float32", (n, 4, 5, 1))})
                 for n in sizes
-            ]
+            ],
         )
 
     def __len__(self):
@@ -49,6 +50,18 @@ def test_a_batch_has_clips_of_one_size_as_many_as_its_tokens_allow():
     assert found == {(6, 1), (2, 2), (2, 3)}
     assert [by_tokens(100, 8)(bucket) for bucket in MIXED.schema.buckets] == [8, 8, 8]
     assert by_tokens(60)(MIXED.schema.buckets[0]) == 1
+
+
+def test_what_batches_hold_is_known_before_the_first():
+    kinds = Order(MIXED, SIZE, seed=0, shuffle=True).kinds
+    shapes = {tuple(kind.shapes["video"].shape) for kind in kinds}
+    assert shapes == {(6, 1, 4, 5, 1), (2, 2, 4, 5, 1), (2, 3, 4, 5, 1)}
+    fields = {"x": Field("bfloat16", (3,)), "caption": Field("str")}
+    source = Sizes([1])
+    source.schema.buckets = [BucketFields(9, 8, 8, 24.0, fields)]
+    (kind,) = Order(source, 4, seed=0, shuffle=True).kinds
+    assert list(kind.shapes) == ["x"]
+    assert (kind.shapes["x"].shape, kind.shapes["x"].dtype.name) == ((4, 3), "bfloat16")
 
 
 def test_every_record_is_seen_as_often_as_any_other():
@@ -126,6 +139,24 @@ def test_which_caption_is_taken_is_a_function_of_seed_and_step():
     values = np.concatenate(drawn)
     assert len(np.unique(values)) == 240
     assert np.histogram(values, 4, (0, 1))[0].min() > 40
+
+
+def test_datasets_of_other_makers_are_not_mixed():
+    first, second = Sizes([1, 2]), Sizes([1, 2], first=10)
+    for source in (first, second):
+        vars(source.schema).update(release="linear", codec_hash="c")
+        vars(source.schema).update(text_release="random", text_encoder_hash="t")
+    assert len(Order(Mixture([first, second], [1, 1]), 2, seed=0, shuffle=True).kinds) == 4
+    for name in ("release", "codec_hash", "text_release", "text_encoder_hash"):
+        held = getattr(second.schema, name)
+        setattr(second.schema, name, "other")
+        with pytest.raises(UserError, match=f"its {name} is 'other', .* they cannot be mixed"):
+            Mixture([first, second], [1, 1])
+        setattr(second.schema, name, held)
+    for source, place in ((first, "a"), (second, "b")):
+        vars(source.schema).update(release="2.3", codec_hash=place)
+        vars(source.schema).update(text_release="2.3", text_encoder_hash=place)
+    Mixture([first, second], [1, 1])  # released ones may lie elsewhere
 
 
 def test_impossible_mixtures_are_refused():

@@ -111,6 +111,26 @@ def test_sizes_become_buckets_largest_first_and_samples_without_a_file_are_told(
     assert "audio" not in only[0]
 
 
+def test_samples_that_lack_a_stream_are_sizes_of_their_own(tmp_path):
+    folder = folder_of(tmp_path, *(record(i) for i in range(4)))
+    (folder / "audio_latents" / "1.pt").unlink()
+    (folder / "latents" / "2.pt").unlink()
+    (folder / "conditions" / "3.pt").unlink()
+    opened = Precomputed(folder, incomplete=True)
+    assert [("video" in r, "audio" in r) for r in opened] == [
+        (True, True), (True, False), (False, True),
+    ]  # fmt: skip
+    assert [sorted(set(b.fields) & {"video", "audio"}) for b in opened.schema.buckets] == [
+        ["audio", "video"], ["video"], ["audio"],
+    ]  # fmt: skip
+    assert opened.buckets.tolist() == [0, 1, 2]
+    assert opened.skipped == [{"source": "3.pt", "reason": "has no file in conditions"}]
+    made = from_precomputed(GOLDEN / "v2", tmp_path / "set", **MAKERS, incomplete=True, link=True)
+    assert len(made) == 4
+    again = open_records(tmp_path / "set")
+    assert ["audio" in record for record in again] == [True, True, False, False]
+
+
 def test_the_folder_is_trained_on_as_it_is(tmp_path):
     folder = folder_of(tmp_path, *(record(i) for i in range(6)))
     batches = list(make_dataset(Precomputed(folder), batch_size=4, seed=0, num_steps=3, threads=0))
@@ -162,7 +182,7 @@ def test_a_file_that_holds_something_else_is_named_with_what_it_holds(tmp_path):
 def test_text_of_another_length_than_the_first_is_named(tmp_path):
     short = {name: record(1)[name][1:] for name in ("video_text", "audio_text", "text_mask")}
     folder = folder_of(tmp_path, record(0), record(1, **short))
-    with pytest.raises(UserError, match=r"latents/1\.pt: field 'audio_text' is bfloat16\[7, 3\]"):
+    with pytest.raises(UserError, match=r": 1\.pt: field 'audio_text' is bfloat16\[7, 3\]"):
         Precomputed(folder)[1]
 
 
