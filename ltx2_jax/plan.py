@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mesh",
         type=mesh_flag,
         metavar="D,M,S",
-        help="data, model, sequence instead of the config's",
+        help="data, model, sequence of a slice instead of the config's",
     )
     add("--frames", type=count, metavar="N", help="(default: those of the dataset, or 121)")
     add("--height", type=count, metavar="PIXELS", help="(default: the dataset's, or 704)")

@@ -305,7 +305,9 @@ def summed_over_slices(f: Callable[..., Any], shared: Any, batch: Any, rows: int
 
     What slices find crosses the data-center network once, when all of it is found: `f` computes
     on one slice as if there were no other. Of `batch`, arrays with `rows` rows are split over the
-    slices. `f` closes over no arrays. With one slice, or without a mesh, it is `f(shared, batch)`.
+    slices. `f` closes over no arrays, and what it gathers by indices it gathers in `on_shards`: on
+    others, XLA of jax 0.10 ends the process. With one slice, or without a mesh, the result is
+    `f(shared, batch)`.
     """
     if axis_size("slices") == 1:
         return f(shared, batch)

@@ -34,7 +34,7 @@ CONFIG = tiny.config()
 
 
 def loss_and_gradients(mesh, chunks=1):
-    """Of one batch in so many micro-batches, and the program that gives them."""
+    """Of one batch in so many micro-batches, with what is logged, and the program for it."""
     graphdef = ltx2.graph(CONFIG.networks)
 
     def loss_of(params, batch, drawn, null_text):
@@ -43,8 +43,8 @@ def loss_and_gradients(mesh, chunks=1):
 
     def compute(params, batch, null_text):
         drawn = objective.draw(jax.random.key(7), batch, CONFIG, tiny.STRIDES)
-        (value, _), grads = gradients(loss_of, params, batch, drawn, chunks, null_text)
-        return value, grads
+        (value, logged), grads = gradients(loss_of, params, batch, drawn, chunks, null_text)
+        return value, grads | {"logged": logged}
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         null_text = jax.device_put(tiny.null_text(), sharding.sharding_of(mesh))

@@ -90,7 +90,7 @@ def estimate(
     host = 2 * on_host * config.optim.accumulate_steps / chip.host_bandwidth  # there and back
     hidden = links["gathered"] + (links["reduced"] if chip.name in SCATTERS else 0.0)
     seen = sum(links.values()) - hidden + SEEN * hidden
-    between = _between_slices(config, chip, mesh, params)
+    between = _between_slices(chip, mesh, params)
     step = max(compute + hbm + seen + between, hidden, host)
     work = trainable.train_flops(config, video, audio) * config.data.batch_size
     return Estimate(
@@ -153,20 +153,10 @@ def _compute(config: Config, request: Request, chip: Chip, devices: int) -> floa
     return config.data.batch_size * seconds / chip.device_flops / devices
 
 
-def _between_slices(
-    config: Config, chip: Chip, mesh: jax.sharding.AbstractMesh, params: float
-) -> float:
-    """Seconds of a step in which gradients of `params` bytes of weights cross between slices.
-
-    They are shards of float32, or half of that if they are summed in bfloat16.
-    """
-    slices = mesh.shape.get(SLICE, 1)
-    if slices == 1:
-        return 0.0
-    # Micro-batches are added up in float32 before.
-    short = config.optim.reduce_dtype == "bfloat16" and config.optim.accumulate_steps == 1
-    sent = 2 * (1 - 1 / slices) * params / (2 if short else 1)
-    return sent / chip.device_network / EFFICIENCY
+def _between_slices(chip: Chip, mesh: jax.sharding.AbstractMesh, params: float) -> float:
+    """Seconds of a step in which gradients as large as `params` bytes of weights cross."""
+    sent = 2 * (1 - 1 / mesh.shape.get(SLICE, 1)) * params
+    return sent / chip.device_network / EFFICIENCY if sent else 0.0
 
 
 def _links(

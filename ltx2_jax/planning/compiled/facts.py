@@ -239,9 +239,10 @@ def _between_lines(facts: dict[str, Any]) -> list[str]:
     forward, backward = (sent[name] / GIB for name in ("forward", "backward"))
     return [
         f"  between slices {sent['bytes'] / GIB:.3f} GiB sent per device in {sent['times']:,} "
-        f"parts; {forward:.3f} in the layers' forward pass, {backward:.3f} in their backward pass",
-        f"                 {_seconds(sent['seconds'])} at an assumed "
+        f"parts, {_seconds(sent['seconds'])} at an assumed "
         f"{sent['assumed_bytes_per_second'] / 1e9:.3g} GB/s",
+        f"                 {forward:.3f} GiB of it in the layers' forward pass, {backward:.3f} in "
+        "their backward pass",
     ]
 
 
