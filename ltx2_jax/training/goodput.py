@@ -28,7 +28,8 @@ import jax
 
 from ltx2_jax import hosts
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import Mirror, location, replacing
+from ltx2_jax.files import Mirror, location, replacing, saying
+from ltx2_jax.training import metrics
 
 FILE_NAME = "goodput.jsonl"
 PARTS = ("init", "restore", "compile", "step", "data", "checkpoint", "sampling")
@@ -67,17 +68,20 @@ class Goodput:
             "end": None,
         }
         self._parts, self._written, self._told = ["init"], -OFTEN, False
-        self._mirror, self._before = None, []
+        self._mirror, self._before, self._said = None, [], contextlib.ExitStack()
         if hosts.index() == 0:
             self._mirror = Mirror(workdir, [FILE_NAME])
             self._before = read_starts(self._mirror.folder)
-            if self._before:  # until it is known where this one goes on
-                self._line["first"] = self._line["step"] = self._before[-1]["step"]
+            if self._before:  # how far it was; until it is known where this one goes on
+                # The metrics of a start that was killed say more than what it last wrote here.
+                ends = self._before[-1]["step"], metrics.last_row(workdir).get("step", 0)
+                self._line["first"] = self._line["step"] = max(ends)
 
     def __enter__(self) -> "Goodput":
         global _current
         _current = self
         self.write()
+        self._said.enter_context(saying(lambda why: self._ended(f"failed: {why}")))
         return self
 
     def __exit__(
@@ -88,17 +92,20 @@ class Goodput:
     ) -> None:
         global _current
         _current = None
+        self._said.close()
         if kind is None:
             finished = self._line["step"] >= self._line["num_steps"]
-            self._line["end"] = "finished" if finished else "stopped"
+            self._ended("finished" if finished else "stopped")
         elif issubclass(kind, KeyboardInterrupt):
-            self._line["end"] = "interrupted"
+            self._ended("interrupted")
         else:
-            why = " ".join(str(error).split()) or kind.__name__
-            self._line["end"] = f"failed: {why}"[:300]
-        self.write()
+            self._ended(f"failed: {str(error) or kind.__name__}")
         if self._mirror is not None:
             self._mirror.close()
+
+    def _ended(self, how: str) -> None:
+        self._line["end"] = " ".join(how.split())[:300]
+        self.write()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -138,9 +145,9 @@ class Goodput:
         """The steps begin, from `step`: what earlier starts did beyond it was lost."""
         self._pass()
         self._parts[0] = "step"
-        self._line["first"] = self._line["step"] = step
         if self._before:
-            self._line["lost_steps"] = max(0, self._before[-1]["step"] - step)
+            self._line["lost_steps"] = max(0, self._line["step"] - step)
+        self._line["first"] = self._line["step"] = step
         self.write()
 
     def reached(self, step: int) -> None:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from ltx2_jax import files
 from ltx2_jax.training import goodput
 from ltx2_jax.training.goodput import Goodput, duration, read_starts, total
 
@@ -106,6 +107,18 @@ def test_a_start_that_took_no_step_loses_none_and_hides_none(clock, tmp_path):
     assert [line["lost_steps"] for line in read_starts(tmp_path)] == [0, 0, 3]
 
 
+def test_steps_that_a_killed_start_logged_and_did_not_save_are_lost(clock, tmp_path):
+    with Goodput(tmp_path, 100, clock=clock):
+        goodput.goes_on(0)
+        clock.sleep(20)
+        goodput.reached(20)
+    rows = [json.dumps({"step": step}) for step in range(1, 28)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 2')
+    with Goodput(tmp_path, 100, clock=clock):
+        goodput.goes_on(10)
+    assert read_starts(tmp_path)[1]["lost_steps"] == 17
+
+
 @pytest.mark.parametrize(
     ("step", "error", "end"),
     [
@@ -131,6 +144,14 @@ def test_how_a_start_ended_is_noted(clock, tmp_path, step, error, end):
     assert read_starts(tmp_path)[-1]["end"] == end
     with goodput.part("step"), goodput.waiting_for_data():  # nobody counts any more
         goodput.reached(9)
+
+
+def test_a_start_that_ends_at_once_notes_why(clock, tmp_path):
+    with Goodput(tmp_path, 4, clock=clock):
+        files.last_words("host-1: the disk is gone", seconds=30)
+        assert read_starts(tmp_path)[-1]["end"] == "failed: host-1: the disk is gone"
+    files.last_words("another one", seconds=30)
+    assert read_starts(tmp_path)[-1]["end"] == "stopped"
 
 
 class Running:
