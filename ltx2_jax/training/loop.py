@@ -85,7 +85,8 @@ def train(config: Config, make_clips: MakeClips) -> int:
         hosts.progress("restore" if start else "begin", start, long)
         state = first_state(config, checkpoints, start, abstract, mesh)
         clips = partial(_clips, config, make_clips, records)
-        stop = stack.enter_context(StopSignals())
+        stop = StopSignals()
+        stack.callback(stop.close)
         state, step = take_steps(config, state, start, records, checkpoints, mesh, clips, stop=stop)
         checkpoints.wait()
         hosts.barrier("waiting for the last checkpoint", long)
@@ -126,14 +127,14 @@ def take_steps(
             process_index=hosts.index(),
         ) as logger,
         Profile(config) as profile,
-        contextlib.nullcontext(stop) if stop else StopSignals() as stop,
     ):
         batch = reader.next(step + 1)
         args = state, place(batch, mesh), null_text
         train_step = compiled("the train step", config, make_step(), *args)
         again = Replay(config, make_step, args)
         finite = compiled("the check of the weights", config, finite_program(), state)
-        with same_collections() as collect:
+        # From here on a signal finishes the step; who gives `stop` says until when.
+        with same_collections() as collect, _begun(stop) as stop:
             while step < config.num_steps:
                 profile.before(step + 1)
                 again.before(step + 1, args)
@@ -166,6 +167,10 @@ def take_steps(
                     clips(state, step)
                     timer.restart()
     return state, step
+
+
+def _begun(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
+    return StopSignals() if stop is None else contextlib.nullcontext(stop.__enter__())
 
 
 def _clips(
