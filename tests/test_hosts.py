@@ -242,20 +242,24 @@ def test_stopped_on_any_host_all_save_one_step_and_another_layout_goes_on(
     np.testing.assert_allclose(resumed, reference, rtol=2e-6)
 
 
+ONE = r"host-1 \(.*\): "
+
+
 @pytest.mark.parametrize(
     ("what", "own", "code", "message"),
     [
         ("", {1: ["--config.optim.learning_rate=9"]}, 2,
-         r"config\.optim\.learning_rate is 9\.0, but 0\.001 on host-0 \(.*\)"),
-        ("1,3,refuse", {}, 2, "records/data-0: damaged record"),
+         ONE + r"config\.optim\.learning_rate is 9\.0, but 0\.001 on host-0 \(.*\)"),
+        ("1,3,refuse", {}, 2, ONE + "records/data-0: damaged record"),
+        ("nan6", {}, 3, "loss is nan at step 7: lower optim.learning_rate .*"),
     ],
 )  # fmt: skip
-def test_what_one_host_refuses_ends_all_in_one_line(trained, what, own, code, message):
+def test_what_goes_wrong_on_one_host_ends_all_in_one_line(trained, what, own, code, message):
     ended = trained(2, 1, what, own=own)
     assert ended.codes == [code, code], ended.err
     assert ended.seconds < 10
     (line,) = ended.lines()
-    assert re.fullmatch(rf"train: error: host-1 \(.*\): {message}", line)
+    assert re.fullmatch(f"train: error: {message}", line)
     assert not ended.lines(1)
 
 

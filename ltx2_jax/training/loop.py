@@ -104,7 +104,8 @@ def train(config: Config, make_clips: MakeClips) -> int:
             state = initial.tied(config, state, frozen)
         start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
         clips = partial(_clips, config, make_clips, records, frozen)
-        stop = stack.enter_context(StopSignals())
+        stop = StopSignals()
+        stack.callback(stop.close)
         state, step = take_steps(
             config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
         )
@@ -153,7 +154,6 @@ def take_steps(
             process_index=hosts.index(),
         ) as logger,
         Profile(config) as profile,
-        contextlib.nullcontext(stop) if stop else StopSignals() as stop,
     ):
         with goodput.waiting_for_data():
             batch = reader.next(step + 1)
@@ -162,7 +162,8 @@ def take_steps(
         again = Replay(config, make_step, args)
         finite = compiled("the check of the weights", config, finite_program(), state)
         goodput.goes_on(start)
-        with same_collections() as collect:
+        # From here on a signal finishes the step; who gives `stop` says until when.
+        with same_collections() as collect, _begun(stop) as stop:
             while step < config.num_steps:
                 profile.before(step + 1)
                 again.before(step + 1, args)
@@ -198,6 +199,10 @@ def take_steps(
                     clips(state, step)
                     timer.restart()
     return state, step
+
+
+def _begun(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
+    return StopSignals() if stop is None else contextlib.nullcontext(stop.__enter__())
 
 
 def _clips(
