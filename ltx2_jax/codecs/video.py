@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
@@ -206,9 +207,15 @@ class VideoCodec:
     ) -> Array:
         """Runs `program` on a tile of (F, H, W) pixels, or its latents, split over the devices."""
         mesh = self.mesh_of(pixels, x.shape[0])
+        params = self.params
+        if mesh.shape["copies"] > 1:
+            # XLA's partitioner gets the borders of convolutions wrong where a picture is split over
+            # some devices and copied over others: those that would hold copies rest.
+            mesh = Mesh(mesh.devices[..., :1], mesh.axis_names, axis_types=mesh.axis_types)
+            params = _on_some(params, mesh.devices.ravel())
         with jax.set_mesh(mesh):
             x = jax.device_put(x, picture_sharding(mesh))
-            return program(self.params, x, *rest, graph=self.graph)
+            return program(params, x, *rest, graph=self.graph)
 
     def _tiling(self, shape: Sequence[int]) -> tiles.Tiling | None:
         """For pixels [B, F, H, W, 3]."""
@@ -286,6 +293,18 @@ class DiffusionVideoCodec(VideoCodec):
             raw = place(np.asarray(statistics.unnormalize(latents)))
             for chunk in diffusion_tiling.decode_chunks(decoder, raw, draw, tiling):
                 yield np.clip(chunk, -1, 1)
+
+
+def _on_some(params: Any, devices: np.ndarray) -> Any:
+    """Weights that are whole on more devices, on some of them, in the memory where they are."""
+    home = replicated_on(devices)
+
+    def part(x: Array) -> Array:
+        on = {shard.device: shard.data for shard in x.addressable_shards}
+        shards = [on[device] for device in devices if device in on]
+        return jax.make_array_from_single_device_arrays(x.shape, home, shards)
+
+    return jax.tree.map(part, params)
 
 
 @partial(jax.jit, static_argnames="graph")

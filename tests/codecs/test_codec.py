@@ -79,6 +79,13 @@ def test_clips_are_split_before_pictures_and_what_does_not_divide_is_copied(path
     np.testing.assert_allclose(shared.video.encode(pixels), codec.video.encode(pixels), atol=1e-5)
 
 
+def test_a_picture_too_small_for_all_devices_is_the_same(paths, codec, pixels):
+    shared, one = load_codec(*paths, devices=jax.devices(), dtype="float32"), pixels[:1, :, :, :64]
+    assert dict(shared.video.mesh_of(one.shape[1:4]).shape) == {
+        "clips": 1, "rows": 2, "columns": 2, "copies": 2}  # fmt: skip
+    np.testing.assert_allclose(shared.video.encode(one), codec.video.encode(one), atol=1e-5)
+
+
 def test_tiles_come_in_time_order_and_add_up_to_the_clip(paths, pixels):
     tiling = TileSizes(frames=(16, 8), height=(0, 0), width=(0, 0))
     tiled = load_codec(*paths, devices=jax.devices()[:1], dtype="float32", tiling=tiling)
