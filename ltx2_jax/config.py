@@ -102,6 +102,8 @@ class OptimConfig:
     reduce_dtype: str = "float32"
     accumulate_steps: int = 1  # micro-batches whose gradients are averaged into one step
     ema_decay: float | None = None  # of the averaged weights that sampling uses; None: no average
+    # Steps in a row whose gradient is not finite, after which the run ends. They change no weight.
+    max_bad_steps: int = 10
 
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -109,7 +111,7 @@ class OptimConfig:
         for name in ("first_moment_dtype", "reduce_dtype"):
             if (value := getattr(self, name)) not in ("float32", "bfloat16"):
                 raise UserError(f"{name}={value!r}: use float32 or bfloat16")
-        check_least(self, accumulate_steps=1)
+        check_least(self, accumulate_steps=1, max_bad_steps=1)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,46 @@ class CheckpointConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}={value} must be above 0")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What is looked for while a run goes on: hosts that drifted apart, computers that miscount."""
+
+    compare_every: int = 100  # steps after which hosts compare what they have done; 0: never
+    replay_every: int = 0  # steps after which one is run twice and compared; 0: never
+
+    def __post_init__(self):
+        check_least(self, compare_every=0, replay_every=0)
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds after which a phase is stuck, and the run ends to be started again."""
+
+    seconds: float = 900.0  # a step, or its data
+    long_seconds: float = 7200.0  # preparing data, restoring, compiling, saving, sampling
+
+    def __post_init__(self):
+        check_least(self, seconds=1, long_seconds=1)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """An XProf trace of some steps, in `profile/` of the workdir."""
+
+    steps: str | None = None  # such as "10:13", from the first step on and before the second
+
+    def __post_init__(self):
+        if self.steps is not None and self.span is None:
+            raise UserError(f"profile.steps={self.steps!r}: expected FIRST:END, such as 10:13")
+
+    @property
+    def span(self) -> range | None:
+        first, colon, end = (self.steps or "").partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+            return None
+        return range(int(first), int(end))
 
 
 @dataclass(frozen=True)
@@ -162,7 +204,12 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    # Compiled programs are kept in the workdir, so that the next start needs no compiler.
+    compile_cache: bool = True
     # Weights to start from: a released file, one that convert wrote, or a name on the Hugging Face
     # Hub. None: random ones.
     init_from: str | None = None

@@ -5,7 +5,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from ltx2_jax import command
+import jax
+
+from ltx2_jax import command, hosts
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.command import count
@@ -39,7 +41,11 @@ example:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make or load the codec and the text encoder, prepare, report."""
+    """Make or load the codec and the text encoder, prepare, report: on the first host."""
+    hosts.agree_on_first(lambda: _prepare(args), 7 * 86400, "the first host prepares")
+
+
+def _prepare(args: argparse.Namespace) -> None:
     codec, text_encoder = _codec(args), _text_encoder(args)
     config = PrepareConfig(
         num_frames=args.num_frames,
@@ -61,8 +67,13 @@ def main(args: argparse.Namespace) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
-    args = _parser().parse_args(argv)
-    return command.run("prepare", lambda: main(args), interrupted="nothing was written")
+    parser = _parser()
+    command.host_flags(parser)
+    return command.run(
+        "prepare",
+        lambda: command.on_hosts(argv, lambda: main(parser.parse_args(argv))),
+        interrupted="nothing was written",
+    )
 
 
 def _codec(args: argparse.Namespace) -> Codec | LinearCodecConfig:
@@ -97,12 +108,16 @@ def _text_encoder(args: argparse.Namespace) -> FeatureEncoder | RandomEncoderCon
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags}: --text-encoder {' '.join(paths)} decides that")
     if len(paths) == 1:
-        return load_caption_encoder(paths[0], make_mesh(), args.text_cache)
+        return load_caption_encoder(paths[0], _mesh(), args.text_cache)
     if len(paths) > 2:
         raise UserError("--text-encoder: one file of a dataset, or a checkpoint and its Gemma")
     return released_encoder(
-        *paths, cache=args.text_cache, mesh=make_mesh(), length=args.text_length or LENGTH
+        *paths, cache=args.text_cache, mesh=_mesh(), length=args.text_length or LENGTH
     )
+
+
+def _mesh() -> jax.sharding.Mesh:
+    return make_mesh(devices=jax.local_devices())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ltx2_jax import command
+from ltx2_jax import command, hosts
 from ltx2_jax.command import finite, seed_flag
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.demo import synthetic
@@ -45,8 +45,9 @@ LARGE = 2**30
 
 def main(args: argparse.Namespace) -> None:
     """Load, sample, write, report."""
-    out = output_folder(args.workdir, args.out)
-    mesh = make_mesh(*args.mesh)
+    # The first host names and writes the folder; the others only compute.
+    out = hosts.agree(lambda: output_folder(args.workdir, args.out))
+    mesh = hosts.agree(lambda: make_mesh(*args.mesh))
     pipeline = Pipeline.from_workdir(
         args.workdir, step=args.checkpoint_step, mesh=mesh, text_cache=args.text_cache
     )
@@ -54,16 +55,15 @@ def main(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(pipeline.config.sample, **given)
     prompts = all_prompts(args.prompts, args.num_clips, pipeline.config, settings)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
+    hosts.agree_on_first(lambda: make_folder(out), 300, "the folder of the clips is made")
     if pipeline.clip_bytes * len(prompts) > LARGE:
         paths = [out / "samples" / f"{number:03d}.mp4" for number in range(len(prompts))]
         pipeline.save(prompts, paths, sample=settings)
-        print(f"wrote {len(prompts)} clips in {out}/samples")
+        hosts.say(f"wrote {len(prompts)} clips in {out}/samples")
         return
     clips = pipeline(prompts, sample=settings)
+    if hosts.index() != 0:
+        return
     write_clips(clips, prompts, out)
     # One clip has no other to exchange its sound with; the measure is made for the synthetic clips.
     if len(clips) > 1 and all(map(synthetic.is_scripted, prompts)):
@@ -73,8 +73,11 @@ def main(args: argparse.Namespace) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
-    args = _parser().parse_args(argv)
-    return command.run("sample", lambda: main(args))
+    parser = _parser()
+    command.host_flags(parser)
+    return command.run(
+        "sample", lambda: command.on_hosts(argv, lambda: main(parser.parse_args(argv)))
+    )
 
 
 def output_folder(workdir: str, out: str | None) -> epath.Path:
@@ -92,6 +95,14 @@ def output_folder(workdir: str, out: str | None) -> epath.Path:
     if (folder / "sample.mp4").exists() or (folder / "samples").exists():
         raise UserError(f"--out: {folder} holds clips already; choose another folder")
     return folder
+
+
+def make_folder(out: epath.Path) -> None:
+    """UserError unless `out` can be a folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
 
 
 def all_prompts(

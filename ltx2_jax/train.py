@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ltx2_jax import command
+from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import Records
@@ -41,8 +41,8 @@ says how far it is.
 PREVIEW_CLIPS = 4
 
 
-def main(config: Config) -> None:
-    """Trains, with clips on the way and at the end."""
+def main(config: Config) -> int:
+    """Trains, with clips on the way and at the end; returns an exit code."""
     started = time.perf_counter()
 
     def make_clips(weights: Any, records: Records, step: int) -> None:
@@ -53,15 +53,19 @@ def main(config: Config) -> None:
         else:
             show(pipeline, records)
 
-    train(config, make_clips)
-    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    code = train(config, make_clips)
+    hosts.say(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    return code
 
 
 def preview(pipeline: Pipeline, records: Records, step: int) -> None:
     """A contact sheet of a few clips while the training goes on."""
     prompts = fresh_prompts(pipeline.config, records)[:PREVIEW_CLIPS]
     sheet = location(pipeline.config.workdir) / "preview.png"
-    contact_sheet(sheet, pipeline(prompts), prompts, title=f"generated clips after {step} steps")
+    clips = pipeline(prompts)
+    if hosts.index() != 0:
+        return
+    contact_sheet(sheet, clips, prompts, title=f"generated clips after {step} steps")
     print(f"wrote {sheet}, the first clips, after {step} steps", flush=True)
 
 
@@ -70,6 +74,8 @@ def show(pipeline: Pipeline, records: Records) -> None:
     config, workdir = pipeline.config, location(pipeline.config.workdir)
     prompts = fresh_prompts(config, records)
     clips = pipeline(prompts)
+    if hosts.index() != 0:
+        return
     write_clips(clips, prompts, workdir)
     if config.data.path is None:  # the measure is made for these clips
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
@@ -97,15 +103,21 @@ def cli(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--status", metavar="WORKDIR", help="say how far the run there is, from its files alone"
     )
+    command.host_flags(parser)
     args, rest = parser.parse_known_args(argv)
     if args.status is not None:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return command.run("train", lambda: print(status(args.status)))
+
+    def config() -> Config:
+        return config_lib.load(args.config, config_lib.overrides(rest))
+
     return command.run(
         "train",
-        lambda: main(config_lib.load(args.config, config_lib.overrides(rest))),
+        lambda: command.on_hosts(argv, lambda: main(hosts.agree(config))),
         interrupted="the same command continues",
+        stopped=hosts.STOPPED,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from ltx2_jax import hosts
 from ltx2_jax.codecs.clips import decode_clip, write_clip
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
@@ -103,8 +104,11 @@ class Pipeline:
                 "needs both: copy the whole workdir"
             )
         schema = read_schema(assets)
-        codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
-        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh, text_cache)
+        # Of several hosts each has text features of its own, and the first decodes.
+        here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+        own = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
+        codec = load_codec(Path(assets) / schema.codec, devices=here)
+        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, own, text_cache)
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
         return cls(config, params, codec, text_encoder, size, mesh)
 
@@ -114,13 +118,15 @@ class Pipeline:
         """One clip per prompt; a single prompt gives a single clip.
 
         Clip i of a list depends on its prompt and on (seed, i), not on what it is batched with.
-        `sample` replaces the config's sampling settings.
+        `sample` replaces the config's sampling settings. Of several hosts, all of which call this,
+        the first gets the clips.
         """
         if isinstance(prompts, str):
-            return self([prompts], sample=sample)[0]
+            return next(iter(self([prompts], sample=sample)), None)
         return [
             decode_clip(self.codec, video, audio, self.size.fps)
             for video, audio in self.latents(prompts, sample=sample)
+            if hosts.index() == 0
         ]
 
     def save(
@@ -132,7 +138,8 @@ class Pipeline:
         """
         latents = self.latents(prompts, sample=sample)
         for path, (video, audio) in zip(paths, latents, strict=True):
-            write_clip(path, self.codec, video, audio, self.size.fps)
+            if hosts.index() == 0:
+                write_clip(path, self.codec, video, audio, self.size.fps)
 
     @property
     def clip_bytes(self) -> int:
@@ -153,13 +160,14 @@ class Pipeline:
         # passes of a clip fill shards of the data axis as well as clips do.
         shards = self.mesh.shape["data"] // math.gcd(self.mesh.shape["data"], _passes(sample))
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
-        for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
+        silent = True if hosts.index() else None  # or where nobody looks
+        for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=silent):
             rows = np.arange(start, start + batch)
             real = np.minimum(rows, len(prompts) - 1)
             # JAX_ENABLE_X64 would make other draws, and other clips.
             with jax.set_mesh(self.mesh), jax.enable_x64(False):
                 latents = self._sample(text, real, rows, sample)
-            video, audio = (np.asarray(x) for x in latents)
+            video, audio = (hosts.whole(x) for x in latents)
             yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
 
     def _sample(

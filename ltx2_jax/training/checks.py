@@ -3,20 +3,29 @@
 And, at the end, a run that is lost.
 """
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 import math
+import os
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from ltx2_jax import hosts
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Records, open_records, read_schema
+from ltx2_jax.data.records import INDEX_NAME, Records, open_records, read_schema
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
-from ltx2_jax.errors import UserError
+from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.training import checkpoint, housekeeping, initial
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -27,19 +36,27 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UserError: the first thing that does not fit, and what it does not fit to.
     """
-    check_batch(config, mesh)
-    check_text(config)
-    if config.data.path is None:
-        check_synthetic(config, mesh)
-    else:
-        if "://" in config.data.path:
+
+    def fits() -> None:
+        check_batch(config, mesh)
+        check_text(config)
+        if config.data.path is None:
+            check_synthetic(config, mesh)
+        elif "://" in config.data.path:
             raise UserError(f"data.path={config.data.path}: a dataset is read from a folder alone")
-        check_records(config, open_records(config.data.path), mesh)
-    stored = checkpoint.stored_config(config.workdir)
+        else:
+            records = open_records(config.data.path)
+            check_records(config, records, mesh)
+            if len(records):
+                records[0]
+
+    # One after the other: Orbax, which reads the stored config, waits for all hosts itself.
+    hosts.agree(fits)
+    stored = hosts.agree(lambda: checkpoint.stored_config(config.workdir))
     if stored is not None:
-        check_same_run(config, stored, config.workdir)
+        hosts.agree(lambda: check_same_run(config, stored, config.workdir))
     if stored is None or stored.init_from is None:
-        initial.check(config)
+        hosts.agree(lambda: initial.check(config))
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -176,24 +193,149 @@ def check_same_run(config: Config, stored: Config, workdir: str | Path) -> None:
             "choose another --config.workdir"
         )
     for line in changed:
-        print(f"changed since the checkpoint: {line}")
+        hosts.say(f"changed since the checkpoint: {line}")
+
+
+# ------------------------------------------------------------------------------- several hosts
+
+
+def same_run_everywhere(config: Config) -> None:
+    """UserError unless all hosts run the same code on the same config and devices."""
+    if hosts.count() == 1:
+        return
+    values = _flat(dataclasses.asdict(config), "config.")
+    # First what is known without devices: another version may not find any.
+    values |= {
+        "the code of ltx2_jax": _code_hash(),
+        "the version of Python": sys.version.split()[0],
+    }
+    for package in ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            values[f"the version of {package}"] = metadata.version(package)
+    for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        values[variable] = " ".join(os.environ.get(variable, "").split()) or "not set"
+    hosts.same_everywhere(values)
+    kinds = sorted({device.device_kind for device in jax.local_devices()})
+    hosts.same_everywhere({"the devices": f"{jax.local_device_count()} of {', '.join(kinds)}"})
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = repr(value)
+    return flat
+
+
+def _code_hash() -> str:
+    """Of all Python files of the package."""
+    folder, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def same_dataset(records: Records) -> None:
+    """UserError unless all hosts read the same index and shards of the same size."""
+    if hosts.count() == 1:
+        return
+    index = (records.folder / INDEX_NAME).read_bytes()
+    values = {"the index of the dataset": hashlib.sha256(index).hexdigest()[:16]}
+    for path in sorted(records.folder.iterdir()):
+        if path.suffix == ".arrayrecord":
+            values[f"the size of {path.name}"] = str(path.stat().st_size)
+    hosts.same_everywhere(values)
+
+
+# ------------------------------------------------------------------------------- while it runs
+
+
+class Health:
+    """Watches the steps of a run: finite on all, and the same on all hosts."""
+
+    def __init__(self, config: Config, start: int, checkpoints: Path):
+        """Of a run from step `start` on, kept in `checkpoints`."""
+        self.run = {"start": start, "checkpoints": checkpoints}
+        self._config, self.bad, self._in_a_row = config, 0, 0
+
+    def note(
+        self, values: Mapping[str, float], step: int, _metrics: Any, rows: housekeeping.Rows
+    ) -> None:
+        """Takes the metrics of a step.
+
+        Raises:
+          DivergedError: as many steps in a row as the config allows were not finite.
+          LostError: hosts do not agree on what they did.
+        """
+        every = self._config.check.compare_every
+        if every and step % every == 0:
+            self._compare(values, step, rows)
+        if is_finite(values):
+            self._in_a_row = 0
+            return
+        self.bad, self._in_a_row = self.bad + 1, self._in_a_row + 1
+        clips = ", ".join(map(str, all_ids(rows).values()))
+        hosts.say(
+            f"step {step} changed nothing: loss {values['loss']:g}, grad_norm "
+            f"{values['grad_norm']:g}; {self.bad} such steps so far; its clips: {clips}"
+        )
+        if self._in_a_row >= self._config.optim.max_bad_steps:
+            check_finite(values, step, **self.run)
+
+    def _compare(self, values: Mapping[str, float], step: int, rows: housekeeping.Rows) -> None:
+        mine = {"step": step, "data position": rows.position, "loss": float(values["loss"]).hex()}
+        said = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
+        for process, theirs in enumerate(said):
+            for key, value in theirs.items():
+                if value != said[0][key]:
+                    raise hosts.LostError(
+                        f"{hosts.name(process)} has {key} {value}, {hosts.name(0)} has "
+                        f"{said[0][key]}, in step {step}; {hosts.AGAIN} from the last checkpoint"
+                    )
+        all_ids(rows)
+
+
+def all_ids(rows: housekeeping.Rows) -> dict[int, int]:
+    """Row of the global batch -> id of its example; every host gives its own.
+
+    Raises:
+      LostError: two hosts that hold the same row hold other examples.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    mine = list(zip(rows.numbers, rows.ids, strict=False))
+    for process, text in enumerate(hosts.gather(json.dumps(mine))):
+        for row, example in json.loads(text):
+            other, first = found.setdefault(row, (example, process))
+            if other != example:
+                raise hosts.LostError(
+                    f"row {row} is example {example} on {hosts.name(process)} and {other} on "
+                    f"{hosts.name(first)}; {hosts.AGAIN} from the last checkpoint"
+                )
+    return {row: example for row, (example, _) in sorted(found.items())}
+
+
+def is_finite(values: Mapping[str, float]) -> bool:
+    """Whether loss and gradients of a step are."""
+    return all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
 
 
 def check_finite(values: Mapping[str, float], step: int, start: int, checkpoints: Path) -> None:
-    """UserError if loss or gradients at `step` of a run from step `start` are not finite."""
+    """DivergedError if loss or gradients at `step` of a run from step `start` are not finite."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             raise diverged(f"{name} is {values[name]}", step, start, checkpoints)
 
 
-def diverged(what: str, step: int, start: int, checkpoints: Path) -> UserError:
+def diverged(what: str, step: int, start: int, checkpoints: Path) -> DivergedError:
     """What to do about a run from step `start`, kept in `checkpoints`, that is lost at `step`."""
     if start and step == start + 1:
-        return UserError(
+        return DivergedError(
             f"{what} at step {step}, the first from the checkpoint: remove "
             f"{checkpoints / str(start)}, and the same command goes on from the one before"
         )
-    return UserError(
+    return DivergedError(
         f"{what} at step {step}: lower optim.learning_rate or optim.clip_norm; the same command "
         "goes on from the last checkpoint"
     )

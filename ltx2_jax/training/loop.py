@@ -3,9 +3,12 @@
 Clips are made by whoever calls `train`, through a function: training knows no sampler.
 """
 
+import contextlib
 import shutil
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ltx2_jax import chips, hosts
+from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
@@ -32,8 +35,18 @@ from ltx2_jax.training import checks, goodput, initial
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
+from ltx2_jax.training.housekeeping import (
+    Profile,
+    Reader,
+    Replay,
+    Rows,
+    compiled,
+    programs_kept,
+    same_collections,
+    whole,
+)
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
-from ltx2_jax.training.state import State, all_finite, init_state, state_of
+from ltx2_jax.training.state import State, finite_program, init_state, state_of
 from ltx2_jax.training.step import make_train_step
 from ltx2_jax.training.workdir import opened
 
@@ -41,52 +54,68 @@ from ltx2_jax.training.workdir import opened
 MakeClips = Callable[[Any, Records, int], None]
 
 
-def train(config: Config, make_clips: MakeClips) -> None:
-    """Trains, resumes, and hands the weights to `make_clips`; see `Config`.
+def train(config: Config, make_clips: MakeClips) -> int:
+    """Trains, resumes, and hands the weights to `make_clips`; see `Config`. Returns an exit code.
 
     The weights are the averaged ones if the config averages. SIGTERM and Ctrl-C finish the step,
-    save and return, without clips.
+    save and return, without clips. What fails while clips are made after the last step is told, and
+    no failure of the training.
 
     Raises:
-      UserError: parts of the config, the data or a checkpoint do not fit each other, the disk is
-        full, or a loss is not finite.
+      UserError: parts of the config, the data or a checkpoint do not fit each other, or the disk is
+        full; DivergedError if the gradients of too many steps in a row are not finite.
     """
-    began = time.time()
+    began, long = time.time(), config.watchdog.long_seconds
+    hosts.progress("checks", seconds=long)
+    checks.same_run_everywhere(config)
+    mesh = hosts.agree(lambda: make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence))
     workdir = opened(config.workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
     checks.before_work(config, mesh)
-    with (
-        only_run(workdir, jax.process_index()) as check,
-        goodput.Goodput(workdir, config.num_steps, began=began) as spent,
-        Checkpoints(
-            workdir,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            max_failures=config.checkpoint.max_failures,
-            check=check,
-        ) as checkpoints,
-        jax.set_mesh(mesh),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.watched())
+        stack.enter_context(programs_kept(config))
+        check = hosts.agree(lambda: stack.enter_context(only_run(workdir, hosts.index())))
+        spent = stack.enter_context(goodput.Goodput(workdir, config.num_steps, began=began))
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir,
+                keep=config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+                max_failures=config.checkpoint.max_failures,
+                check=check,
+            )
+        )
+        stack.enter_context(hosts.together())
         start = checkpoints.latest_step or 0
         records = dataset(config, anew=not start)
+        checks.same_dataset(records)
         if start:
-            checks.check_same_makers(records, local_folder(workdir / ASSETS))
-        keep_assets(records, workdir / ASSETS)
+            hosts.agree(lambda: checks.check_same_makers(records, local_folder(workdir / ASSETS)))
+        hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
+        stack.enter_context(jax.set_mesh(mesh))
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
+        hosts.progress("restore" if start else "begin", start, long)
         with goodput.part("restore" if start else "init"):
             state = first_state(config, checkpoints, start, abstract, mesh)
         start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
         clips = partial(_clips, config, make_clips, records)
-        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips)
+        stop = stack.enter_context(StopSignals())
+        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips, stop=stop)
         with goodput.part("checkpoint"):
             checkpoints.wait()
-        if step < config.num_steps:
-            hosts.say(f"stopped and saved at step {step}; the same command resumes")
-        else:
-            clips(state, step)
+            hosts.barrier("waiting for the last checkpoint", long)
+        stop.close()  # from here on a signal ends at once: all is saved
+        if step < config.num_steps or stop.number is not None:
+            hosts.say(f"stopped and saved at step {step}; {hosts.AGAIN}")
+            hosts.say(str(spent))
+            return stop_signals.exit_code()
+        weights = _weights(config, state)
+        del state, clips  # moments, whose memory the sampler can have
+        last_clips(config, make_clips, weights, records, step)
         hosts.say(str(spent))
+    return 0
 
 
 def take_steps(
@@ -97,63 +126,101 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
+    stop: StopSignals | None = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
-    train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
-    null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
+    make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
+    numbers = rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size)
+    null_text = whole(records.empty_caption(), mesh)
     taken = checkpoints.data_position(start) if start else 0
-    examples = batches(config, records, mesh, taken)
+    reader = Reader(partial(batches, config, records, mesh), taken, config)
     timer, pending, step = step_timer(config, records), None, start
-    lost = {"start": start, "checkpoints": checkpoints.folder}
     cadence = Cadence(config.checkpoint, start)
+    health = checks.Health(config, start, checkpoints.folder)
     with (
         MetricsLogger(
             config.workdir,
             total_steps=config.num_steps,
             start_step=start,
-            process_index=jax.process_index(),
+            process_index=hosts.index(),
         ) as logger,
-        StopSignals() as stop,
+        Profile(config) as profile,
+        contextlib.nullcontext(stop) if stop else StopSignals() as stop,
     ):
         goodput.goes_on(start)
         with goodput.waiting_for_data():
-            batch = place(next(examples), mesh)
-        while step < config.num_steps:
-            with goodput.part("compile" if step == start else "step"):
-                state, metrics = train_step(state, batch, null_text)
-            step += 1
-            # While the devices work: the next batch, then the log of the step before.
-            with goodput.waiting_for_data(metrics):
-                batch = place(next(examples), mesh)
-            if pending is not None:
-                checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
-            pending = (step, metrics)
-            goodput.reached(step)
-            last = step == config.num_steps or stop.requested
-            if cadence.due(step) or last:
-                # Looked at first: a state that is not finite is not worth keeping.
-                checks.check_finite(log(logger, timer, *pending), step, **lost)
-                pending = None
-                with goodput.part("checkpoint"):
-                    if not all_finite(state):
-                        raise checks.diverged("a weight is not finite", step, **lost)
-                    checkpoints.save(step, state, config)
-                timer.restart()
-            if last:
-                break
-            if step == config.sample.preview_step:
-                clips(state, step)
-                timer.restart()
+            batch = reader.next(step + 1)
+        args = state, place(batch, mesh), null_text
+        with goodput.part("compile"):
+            train_step = compiled("the train step", config, make_step(), *args)
+            again = Replay(config, make_step, args)
+            finite = compiled("the check of the weights", config, finite_program(), state)
+        with same_collections() as collect:
+            while step < config.num_steps:
+                profile.before(step + 1)
+                again.before(step + 1, args)
+                state, metrics = train_step(*args)
+                step += 1
+                rows = Rows.of(batch, numbers, reader)
+                # While the devices work: the next batch, then the log of the step before.
+                with goodput.waiting_for_data(metrics):
+                    batch = reader.next(step + 1)
+                args = state, place(batch, mesh), null_text
+                hosts.progress("step", step, config.watchdog.seconds)
+                if pending is not None:
+                    health.note(log(logger, timer, *pending), *pending)
+                pending = (step, metrics, rows)
+                goodput.reached(step)
+                last = stop.asked() or step == config.num_steps
+                profile.after(step, metrics)
+                if cadence.due(step) or last:
+                    # Looked at first: a state that is not finite is not worth keeping.
+                    health.note(log(logger, timer, *pending), *pending)
+                    pending = None
+                    hosts.progress("save", step, config.watchdog.long_seconds)
+                    with goodput.part("checkpoint"):
+                        if not finite(state):
+                            raise checks.diverged("a weight is not finite", step, **health.run)
+                        checkpoints.save(step, state, config)
+                    timer.restart()
+                if last:
+                    break
+                collect(step)
+                if step == config.sample.preview_step:
+                    hosts.progress("sample", step, config.watchdog.long_seconds)
+                    clips(state, step)
+                    timer.restart()
     return state, step
 
 
 def _clips(
     config: Config, make_clips: MakeClips, records: Records, state: State, step: int
 ) -> None:
-    weights = state["params"] if config.optim.ema_decay is None else state["ema"]
     with goodput.part("sampling"):
-        make_clips(weights, records, step)
+        make_clips(_weights(config, state), records, step)
+
+
+def _weights(config: Config, state: State) -> Any:
+    return state["params"] if config.optim.ema_decay is None else state["ema"]
+
+
+def last_clips(
+    config: Config, make_clips: MakeClips, weights: Any, records: Records, step: int
+) -> None:
+    """Clips of a finished training, which is finished whether they can be made or not."""
+    hosts.progress("sample", step, config.watchdog.long_seconds)
+    try:
+        with goodput.part("sampling"):
+            make_clips(weights, records, step)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        text = " ".join(str(error).split())[:400]
+        line = f"warning: the training is done and saved, but its clips failed: {text}"
+        if hosts.count() > 1:
+            hosts.fail(0, line)
+        print(line, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------ data, state
@@ -165,11 +232,12 @@ def dataset(config: Config, anew: bool = False) -> Records:
     `anew` allows to replace it where other settings than those of this config made it.
     """
     if config.data.path is not None:
-        return open_records(config.data.path)
+        return hosts.agree(lambda: open_records(config.data.path))
     folder, shared = data_folder(config.workdir)
-    clips = config.data.synthetic
-    table = folder / "clips" / "captions.csv"
-    if jax.process_index() == 0 or not shared:
+
+    def make() -> None:
+        clips = config.data.synthetic
+        table = folder / "clips" / "captions.csv"
         synthetic.write_dataset(table.parent, clips)
         sizes = PrepareConfig(
             num_frames=clips.num_frames,
@@ -188,8 +256,12 @@ def dataset(config: Config, anew: bool = False) -> Records:
                 ) from None
             records = prepare_dataset(table, folder / "records", sizes, **makers, overwrite=True)
         for clip in records.skipped:
-            print(f"skipped {clip['source']}: {clip['reason']}")
-    return open_records(folder / "records")
+            hosts.say(f"skipped {clip['source']}: {clip['reason']}")
+
+    hosts.progress("prepare", seconds=config.watchdog.long_seconds)
+    prepare = hosts.agree_on_first if shared else hosts.agree
+    prepare(make, config.watchdog.long_seconds, "clips are rendered and prepared")
+    return hosts.agree(lambda: open_records(folder / "records"))
 
 
 def data_folder(workdir: str) -> tuple[Path, bool]:
@@ -206,7 +278,7 @@ def data_folder(workdir: str) -> tuple[Path, bool]:
 
 def keep_assets(records: Records, assets: epath.Path) -> None:
     """Copies what sampling needs of the dataset into the workdir."""
-    if jax.process_index() == 0:
+    if hosts.index() == 0:
         sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME
         for source in sources:
             with replacing(assets / source.name) as temporary:
@@ -240,14 +312,16 @@ def first_state(
     """
     given = config.init_from is not None
     if start and given and checkpoints.config(start).init_from is None:
-        print(f"weights  from {config.init_from} at step {start}, in place of the run's own")
+        hosts.say(f"weights  from {config.init_from} at step {start}, in place of the run's own")
     elif start:
         return checkpoints.restore(start, abstract)
     once = partial(jax.jit, compiler_options=chips.one_run_options())
     if not given:
-        return once(partial(init_state, config=config))(jax.random.key(config.seed))
+        key = jax.random.key(config.seed)
+        return compiled("fresh weights", config, once(partial(init_state, config=config)), key)(key)
     params = initial.load(config, mesh)
-    return once(partial(state_of, config=config, step=start), donate_argnums=0)(params)
+    begin = once(partial(state_of, config=config, step=start), donate_argnums=0)
+    return compiled("the state around them", config, begin, params)(params)
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -266,7 +340,7 @@ def step_timer(config: Config, records: Records) -> StepTimer:
 
 
 def log(
-    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]
+    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any], rows: Rows
 ) -> dict[str, float]:
     """Waits for a step's metrics, writes them and returns them."""
     values: dict[str, float] = {}
@@ -275,7 +349,7 @@ def log(
             values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
         else:
             values[name] = float(value)
-    logger.log(step, values | timer.tick())
+    logger.log(step, values | timer.tick() | rows.waits())
     return values
 
 
@@ -286,7 +360,7 @@ def describe(
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(
+    hosts.say(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
         f"{list(schema.fields['video'].shape)} and {list(schema.fields['audio'].shape)}\n"
@@ -294,6 +368,5 @@ def describe(
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
-        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling",
-        flush=True,
+        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling"
     )

@@ -33,11 +33,13 @@ def state_of(params: dict[str, Any], config: Config, step: int = 0) -> State:
 
 def all_finite(state: State) -> Array:
     """Whether every number of a state is finite: bool []. Reads it once, where it lies."""
-    return _all_finite()(state)
+    return finite_program()(state)
 
 
 @functools.cache
-def _all_finite() -> Callable[[State], Array]:
+def finite_program() -> Callable[[State], Array]:
+    """`all_finite`, jitted for the mesh in context."""
+
     def all_finite(state: State) -> Array:
         numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
         return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in numbers]))

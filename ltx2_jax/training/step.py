@@ -1,6 +1,7 @@
 """The train step, jitted: gradients of the objective, AdamW, the average of the weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,13 +24,16 @@ def make_train_step(
     config: Config,
     strides: tuple[int, int, int],
     clock: AudioClock = AUDIO_CLOCK,
+    *,
+    donate: bool = True,
 ) -> Callable[[State, Batch, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated.
+    """The jitted step: (state, batch, null_text) -> (state, metrics); the state is donated, or not.
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
     Metrics: loss, video_loss, audio_loss, both by quarter of sigma ([4], nan where no sample
-    fell), gradient norm, learning rate.
+    fell), gradient norm, learning rate. A step whose loss or gradient norm is not finite counts,
+    and changes nothing else.
     """
     graphdef, tx = ltx2.graph(config.networks), optimizer(config)
     chunks = config.optim.accumulate_steps
@@ -54,6 +58,11 @@ def make_train_step(
             new["ema"] = jax.tree.map(
                 lambda e, p: decay * e + (1 - decay) * p, state["ema"], new["params"]
             )
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(value)
+        # Here, and not by who reads the metrics: all devices decide alike, before it is too late.
+        kept = jax.tree.map(partial(jax.lax.select, good), new, state)
+        new = kept | {"step": new["step"]}
         size = batch["video"].shape[0]
         metrics = {
             "loss": value,
@@ -61,13 +70,15 @@ def make_train_step(
             "audio_loss": sums["audio_loss"] / size,
             "video_loss_quarters": sums["video_quarter"] / sums["video_count"],
             "audio_loss_quarters": sums["audio_quarter"] / sums["audio_count"],
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": schedule(state["step"]),
         }
         return new, metrics
 
     return jax.jit(
-        train_step, donate_argnames="state", compiler_options=compiler_options(training=True)
+        train_step,
+        donate_argnames="state" if donate else None,
+        compiler_options=compiler_options(training=True),
     )
 
 

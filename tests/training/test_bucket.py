@@ -135,7 +135,7 @@ def test_a_whole_run_is_in_the_bucket_and_goes_on_from_there(bucket, monkeypatch
 
 
 def test_a_bucket_that_does_not_let_us_in_is_refused_before_any_work(bucket, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(loop.checks, "before_work", lambda *_: pytest.fail("work began"))
     config = dataclasses.replace(get_config(), workdir=RUN)
     bucket.refuse = PermissionError("403: no permission\nto write")
     with pytest.raises(UserError, match=r"my/run: cannot be a workdir \(403: no .* to write\)"):

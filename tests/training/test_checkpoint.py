@@ -248,7 +248,7 @@ def test_what_fails_on_one_host_is_known_to_all(tmp_path, monkeypatch, capsys):
     """Of this host nothing has failed; the others say what has of theirs."""
     others = iter(["", "No space left on device", "", ""])
 
-    def gather(value, seconds=300):
+    def gather(value, seconds=300, *_):
         return [value, next(others, "") if seconds > 300 else value]
 
     monkeypatch.setattr(checkpoint.hosts, "gather", gather)

@@ -320,6 +320,24 @@ def test_a_step_reports_its_loss_means_and_the_norm_before_clipping(trained):
     np.testing.assert_allclose(metrics["grad_norm"], 13.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_counts_and_changes_nothing_else(trained, where):
+    def loss(params, *_, **__):
+        value = push(params)
+        # sqrt at 0 has a finite value, and a gradient that is not.
+        weight = params["layer"]["weight"].ravel()[0]
+        bad = jnp.sqrt(weight - weight) if where == "gradient" else jnp.nan
+        return value + bad, zero_sums()
+
+    run = config(learning_rate=0.1, ema_decay=0.9)
+    start = state_of(jax.tree.map(jnp.copy, START), run)
+    before = jax.device_get(start)
+    state, (metrics,) = trained(run, loss, state=start)
+    assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    assert state["step"] == 1
+    jax.tree.map(np.testing.assert_array_equal, state | {"step": 0}, before)
+
+
 def test_weights_move_against_the_gradient_by_the_learning_rate_reported(trained):
     """Adam under one and the same gradient moves every weight by the learning rate."""
     run = config(learning_rate=0.1, warmup_steps=4, weight_decay=0.0)
