@@ -27,6 +27,36 @@ RUN_FILE = ".run.json"
 REFRESH, STALE = 10.0, 60.0
 
 
+# What is still to be done with files, for `last_words`.
+_unsaid: list[Callable[[str], None]] = []
+
+
+def last_words(why: str, seconds: float) -> None:
+    """For a process that ends at once, by `os._exit`: sends what is unsent, frees the workdir.
+
+    `why` it ends is noted where such things are; what takes longer than `seconds` is left.
+    """
+
+    def say() -> None:
+        for words in reversed(_unsaid.copy()):
+            with contextlib.suppress(Exception):  # the process ends for another reason
+                words(why)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+@contextlib.contextmanager
+def saying(words: Callable[[str], None]) -> Iterator[None]:
+    """While in context, `last_words` calls `words` with the reason; the latest comes first."""
+    _unsaid.append(words)
+    try:
+        yield
+    finally:
+        _unsaid.remove(words)
+
+
 def location(path: str | os.PathLike) -> epath.Path:
     """A file or folder by its name, on a disk or in a bucket (gs://bucket/name).
 
@@ -147,6 +177,8 @@ class Mirror:
                 (self._place / name).copy(self.folder / name)
         self._thread = threading.Thread(target=self._send_often, daemon=True)
         self._thread.start()
+        self._said = contextlib.ExitStack()
+        self._said.enter_context(saying(lambda _: self._send()))
 
     def _send_often(self) -> None:
         while not self._end.wait(self._seconds):
@@ -154,14 +186,13 @@ class Mirror:
 
     def _send(self) -> None:
         for path in sorted(self.folder.rglob("[!.]*")):
-            # Looked at before: what comes while it is sent is sent next time.
-            stamp = (path.stat().st_mtime_ns, path.stat().st_size)
-            if path.is_dir() or self._sent.get(path) == stamp:
-                continue
             place = self._place / str(path.relative_to(self.folder))
             try:
-                upload(path, place)
-                self._sent[path] = stamp
+                # Looked at before: what comes while it is sent is sent next time.
+                stamp = (path.stat().st_mtime_ns, path.stat().st_size)
+                if not path.is_dir() and self._sent.get(path) != stamp:
+                    upload(path, place)
+                    self._sent[path] = stamp
             except OSError as error:
                 if not self._told:
                     print(f"{place}: cannot be written now ({error})", file=sys.stderr)
@@ -170,6 +201,7 @@ class Mirror:
     def close(self) -> None:
         """Sends what is left; calling it again does nothing."""
         if self._thread is not None:
+            self._said.close()
             self._end.set()
             self._thread.join()
             self._thread = None
@@ -318,7 +350,8 @@ def _marked(workdir: str | os.PathLike, marker: epath.Path) -> Iterator[Callable
             others.append(found)
 
     def check() -> None:
-        look()
+        with contextlib.suppress(Exception):  # a network that fails says nothing about a run
+            look()
         if others:
             raise UserError(
                 f"{workdir}: another run has taken over{_who(others[0])}: this one ends"
@@ -331,18 +364,22 @@ def _marked(workdir: str | os.PathLike, marker: epath.Path) -> Iterator[Callable
                 if not others:
                     write()
 
-    write()
-    thread = threading.Thread(target=refresh, daemon=True)
-    thread.start()
-    try:
-        yield check
-    finally:
+    def leave(_: str = "") -> None:
         end.set()
         thread.join()
         with contextlib.suppress(Exception):
             look()
             if not others:
                 marker.unlink()
+
+    write()
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
+        with saying(leave):
+            yield check
+    finally:
+        leave()
 
 
 def reason(error: Exception) -> str:

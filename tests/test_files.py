@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import json
@@ -281,6 +282,19 @@ def test_of_two_runs_that_start_at_once_one_is_left(bucket, monkeypatch):
     monkeypatch.setattr(files.time, "sleep", lambda _: other(bucket, age=0))
     with pytest.raises(UserError, match=r"another run has taken over \(host-9"):
         only_run(RUN).__enter__()
+
+
+def test_a_process_that_ends_at_once_sends_what_is_unsent_and_leaves_the_workdir_free(bucket):
+    with only_run(RUN), contextlib.closing(Mirror(RUN)) as mirror, files.saying((1).__truediv__):
+        (mirror.folder / "log").write_text("1")
+        assert bucket.names("bucket/run") == [".run.json"]
+        files.last_words("killed", seconds=30)
+        assert bucket.names("bucket/run") == ["log"]
+    files.last_words("nothing is left to do", seconds=30)
+    with files.saying(lambda why: time.sleep(1)):
+        began = time.monotonic()
+        files.last_words("late", seconds=0.1)
+        assert time.monotonic() - began < 0.9
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', "null"])

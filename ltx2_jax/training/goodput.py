@@ -28,7 +28,7 @@ import jax
 
 from ltx2_jax import hosts
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import Mirror, location, replacing
+from ltx2_jax.files import Mirror, location, replacing, saying
 
 FILE_NAME = "goodput.jsonl"
 PARTS = ("init", "restore", "compile", "step", "data", "checkpoint", "sampling")
@@ -67,7 +67,7 @@ class Goodput:
             "end": None,
         }
         self._parts, self._written, self._told = ["init"], -OFTEN, False
-        self._mirror, self._before = None, []
+        self._mirror, self._before, self._said = None, [], contextlib.ExitStack()
         if hosts.index() == 0:
             self._mirror = Mirror(workdir, [FILE_NAME])
             self._before = read_starts(self._mirror.folder)
@@ -78,6 +78,7 @@ class Goodput:
         global _current
         _current = self
         self.write()
+        self._said.enter_context(saying(lambda why: self._ended(f"failed: {why}")))
         return self
 
     def __exit__(
@@ -88,17 +89,20 @@ class Goodput:
     ) -> None:
         global _current
         _current = None
+        self._said.close()
         if kind is None:
             finished = self._line["step"] >= self._line["num_steps"]
-            self._line["end"] = "finished" if finished else "stopped"
+            self._ended("finished" if finished else "stopped")
         elif issubclass(kind, KeyboardInterrupt):
-            self._line["end"] = "interrupted"
+            self._ended("interrupted")
         else:
-            why = " ".join(str(error).split()) or kind.__name__
-            self._line["end"] = f"failed: {why}"[:300]
-        self.write()
+            self._ended(f"failed: {str(error) or kind.__name__}")
         if self._mirror is not None:
             self._mirror.close()
+
+    def _ended(self, how: str) -> None:
+        self._line["end"] = " ".join(how.split())[:300]
+        self.write()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

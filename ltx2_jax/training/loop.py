@@ -273,7 +273,7 @@ def data_folder(workdir: str) -> tuple[Path, bool]:
     if not in_bucket(place):
         return Path(place) / "data", True
     name = "-".join(part for part in str(place).split("/")[2:] if part)
-    return Path(tempfile.gettempdir()) / f"ltx2-jax-{name}" / "data", False
+    return Path(tempfile.gettempdir()) / f"ltx2-jax-{name}-{hosts.index()}" / "data", False
 
 
 def keep_assets(records: Records, assets: epath.Path) -> None:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from ltx2_jax import files
 from ltx2_jax.training import goodput
 from ltx2_jax.training.goodput import Goodput, duration, read_starts, total
 
@@ -131,6 +132,14 @@ def test_how_a_start_ended_is_noted(clock, tmp_path, step, error, end):
     assert read_starts(tmp_path)[-1]["end"] == end
     with goodput.part("step"), goodput.waiting_for_data():  # nobody counts any more
         goodput.reached(9)
+
+
+def test_a_start_that_ends_at_once_notes_why(clock, tmp_path):
+    with Goodput(tmp_path, 4, clock=clock):
+        files.last_words("host-1: the disk is gone", seconds=30)
+        assert read_starts(tmp_path)[-1]["end"] == "failed: host-1: the disk is gone"
+    files.last_words("another one", seconds=30)
+    assert read_starts(tmp_path)[-1]["end"] == "stopped"
 
 
 class Running:
