@@ -81,7 +81,7 @@ def on_hosts(argv: Sequence[str] | None, work: Callable[[], int | None]) -> int 
         )
         stop_signals.of_all_hosts()
         # What a host does that seems to hang, for who looks from outside.
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     return work()
 
 

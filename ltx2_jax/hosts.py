@@ -202,7 +202,15 @@ def _connect(
         initialization_timeout=int(seconds) + 60,
         heartbeat_timeout_seconds=int(2 * heartbeat + 20),  # we find and name lost hosts before
     )
-    joining = threading.Thread(target=join, daemon=True)  # so that this one hears Ctrl-C
+    wrong: list[Exception] = []
+
+    def try_to() -> None:
+        try:
+            join()
+        except Exception as error:
+            wrong.append(error)
+
+    joining = threading.Thread(target=try_to, daemon=True)  # so that this one hears Ctrl-C
     joining.start()
     try:
         while joining.is_alive():
@@ -210,8 +218,9 @@ def _connect(
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
     late.cancel()
-    if not distributed.is_initialized():
-        raise LostError(f"--coordinator={coordinator}: not joined; the lines above say why")
+    if wrong:
+        text = " ".join(str(wrong[0]).split())
+        raise LostError(f"--coordinator={coordinator}: cannot be joined ({text:.300})")
     _cache_on_every_process()
 
 
