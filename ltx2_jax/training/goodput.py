@@ -29,6 +29,7 @@ import jax
 from ltx2_jax import hosts
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import Mirror, location, replacing, saying
+from ltx2_jax.training import metrics
 
 FILE_NAME = "goodput.jsonl"
 PARTS = ("init", "restore", "compile", "step", "data", "checkpoint", "sampling")
@@ -71,8 +72,10 @@ class Goodput:
         if hosts.index() == 0:
             self._mirror = Mirror(workdir, [FILE_NAME])
             self._before = read_starts(self._mirror.folder)
-            if self._before:  # until it is known where this one goes on
-                self._line["first"] = self._line["step"] = self._before[-1]["step"]
+            if self._before:  # how far it was; until it is known where this one goes on
+                # The metrics of a start that was killed say more than what it last wrote here.
+                ends = self._before[-1]["step"], metrics.last_row(workdir).get("step", 0)
+                self._line["first"] = self._line["step"] = max(ends)
 
     def __enter__(self) -> "Goodput":
         global _current
@@ -142,9 +145,9 @@ class Goodput:
         """The steps begin, from `step`: what earlier starts did beyond it was lost."""
         self._pass()
         self._parts[0] = "step"
-        self._line["first"] = self._line["step"] = step
         if self._before:
-            self._line["lost_steps"] = max(0, self._before[-1]["step"] - step)
+            self._line["lost_steps"] = max(0, self._line["step"] - step)
+        self._line["first"] = self._line["step"] = step
         self.write()
 
     def reached(self, step: int) -> None:

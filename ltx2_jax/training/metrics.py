@@ -21,6 +21,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import Mirror, location, reason, replacing
 
 FILE_NAME = "metrics.jsonl"
+# Bytes at the end of the file in which its last row is: it may be large, and far away.
+_TAIL = 1 << 16
 # What the progress bar has room for; the files get everything.
 SHOWN = ("loss", "video_loss", "audio_loss", "step_time", "mfu")
 
@@ -150,12 +152,34 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def last_row(folder: str | os.PathLike) -> dict[str, Any]:
+    """The last whole row of `folder`'s metrics.jsonl; {} without rows.
+
+    Steps after a checkpoint have no time: that of the step before holds for them.
+    """
+    path = location(folder) / FILE_NAME
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _TAIL))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    last: dict[str, Any] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            held = {name: last[name] for name in StepTimer.NAMES if name in last}
+            last = {**held, **row, "step": int(row["step"])}
+    return last
+
+
 class StepTimer:
     """Wall time of training steps, and tokens per second and MFU from it.
 
     `tokens_per_step` and `flops_per_step` are of the global batch; `peak_flops` is FLOP/s of all
     devices together, or None where the peak is unknown, which leaves the MFU out.
     """
+
+    NAMES = ("step_time", "tokens_per_second", "mfu")
 
     def __init__(
         self,

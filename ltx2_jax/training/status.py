@@ -1,7 +1,5 @@
 """What the files of a run say about it, from any machine: no device is touched."""
 
-import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +10,6 @@ from ltx2_jax.files import STALE, clock_time, location, read_run, reason
 from ltx2_jax.training import goodput, metrics, saved
 from ltx2_jax.training.goodput import duration
 
-# Bytes at the end of metrics.jsonl that are looked at: it may be large, and far away.
-_TAIL = 1 << 16
-
 
 def status(workdir: str | Path, clock: Callable[[], float] = time.time) -> str:
     """Lines about a run: where it is, how fast, what it saved, how long it will take.
@@ -24,7 +19,7 @@ def status(workdir: str | Path, clock: Callable[[], float] = time.time) -> str:
     """
     place = location(workdir)
     try:
-        starts, row = goodput.read_starts(place), _last_row(place)
+        starts, row = goodput.read_starts(place), metrics.last_row(place)
         run, checkpoint = read_run(place), saved.newest_saved(place)
     except UserError:
         raise
@@ -97,24 +92,3 @@ def _left(start: dict[str, Any], row: dict[str, Any], step: int) -> float | None
         often = ("step", "data", "checkpoint")
         pace = sum(start["seconds"][name] for name in often) / taken
     return None if not pace else (start["num_steps"] - step) * pace
-
-
-def _last_row(place: Any) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl that has a speed, or else the last; {} without rows."""
-    path = place / metrics.FILE_NAME
-    if not path.exists():
-        return {}
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - _TAIL))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    last: dict[str, Any] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            last = {**_kept(last), **row, "step": int(row["step"])}
-    return last
-
-
-def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    """Steps after a checkpoint have no time: that of the step before holds for them."""
-    return {name: row[name] for name in ("step_time", "tokens_per_second", "mfu") if name in row}

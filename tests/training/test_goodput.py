@@ -107,6 +107,18 @@ def test_a_start_that_took_no_step_loses_none_and_hides_none(clock, tmp_path):
     assert [line["lost_steps"] for line in read_starts(tmp_path)] == [0, 0, 3]
 
 
+def test_steps_that_a_killed_start_logged_and_did_not_save_are_lost(clock, tmp_path):
+    with Goodput(tmp_path, 100, clock=clock):
+        goodput.goes_on(0)
+        clock.sleep(20)
+        goodput.reached(20)
+    rows = [json.dumps({"step": step}) for step in range(1, 28)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 2')
+    with Goodput(tmp_path, 100, clock=clock):
+        goodput.goes_on(10)
+    assert read_starts(tmp_path)[1]["lost_steps"] == 17
+
+
 @pytest.mark.parametrize(
     ("step", "error", "end"),
     [
