@@ -237,7 +237,8 @@ def _too_few(coordinator: str, processes: int, process: int, seconds: float) -> 
 
 
 def _meet(processes: int, seconds: float) -> None:
-    """All learn each other's names."""
+    """All learn each other's names; from here on one that fails ends all."""
+    threading.Thread(target=_end_with_others, name="hosts end", daemon=True).start()
     key = f"{_ROOM}/processes"
     if index() == 0:
         _client().key_value_set(key, str(processes))
@@ -490,7 +491,7 @@ class _Watch:
         self._beats: dict[int, tuple[int, float]] = {}  # process -> its last beat, and when it came
 
     def start(self) -> None:
-        for work in (self._tell, self._check, _end_with_others):
+        for work in (self._tell, self._check):
             threading.Thread(target=work, name=f"hosts{work.__name__}", daemon=True).start()
         _Watch.running = self
 

@@ -129,19 +129,20 @@ def _vote() -> None:
 
 
 class StopSignals:
-    """While in context, signals are noted; a second Ctrl-C interrupts at once.
+    """From `__enter__` to `close`, signals are noted; a second Ctrl-C interrupts at once.
 
     So the training step that runs is finished and saved first.
     """
 
-    def __enter__(self) -> "StopSignals":
+    def __init__(self) -> None:
         self._state = _state
-        with self._state.lock:
-            self._state.finishing = True
         self._outside = contextlib.ExitStack()
+
+    def __enter__(self) -> "StopSignals":
         if signal.getsignal(signal.SIGTERM) is not _handle:  # of a caller who is no command
             self._outside.enter_context(termination_interrupts())
-            self._state = _state
+        self._state = _state
+        with self._state.lock:
             self._state.finishing = True
         return self
 

@@ -1,6 +1,13 @@
-"""What hosts tell each other, without devices: run by `test_hosts.py` in two processes."""
+"""What hosts tell each other, without devices: run by `test_hosts.py` in two processes.
 
+The first argument says what happens: "talk", "stuck", "stopped", "apart".
+"""
+
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 from ltx2_jax import command, hosts
 from ltx2_jax.errors import UserError
@@ -26,7 +33,7 @@ def same(**values):
         return str(error)
 
 
-def drill():
+def talk():
     me = hosts.index()
     print(f"{me} of {hosts.count()}")
     print(hosts.gather(f"from {me}"))
@@ -42,5 +49,42 @@ def drill():
     hosts.say("said once")
 
 
+def stuck():
+    """Host 1 in its data, for longer than it may; the other waits for its step."""
+    with hosts.watched():
+        if hosts.index() == 1:
+            hosts.progress("data", 7)
+        else:
+            time.sleep(2.5)
+            hosts.progress("step", 7, seconds=0.5)
+        time.sleep(60)
+
+
+def stopped():
+    hosts.progress("step" if hosts.index() == 0 else "data", 3)
+    time.sleep(1.5)
+    if hosts.index() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def apart():
+    """Each host with a disk of its own."""
+    from ltx2_jax.training.checks import same_folder
+
+    same_folder(Path(sys.argv[2]) / str(hosts.index()), seconds=0.5)
+
+
+def told():
+    """A signal to host 1 while host 0 waits for it."""
+    if hosts.index() == 1:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+    hosts.barrier("waiting")
+
+
+WHAT = {f.__name__: f for f in (talk, stuck, stopped, apart, told)}
+
 if __name__ == "__main__":
-    sys.exit(command.run("drill", lambda: command.on_hosts(None, drill)))
+    work = WHAT[sys.argv[1]]
+    sys.exit(command.run("drill", lambda: command.on_hosts(None, work), stopped=143))

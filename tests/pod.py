@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,8 @@ class Ended:
 
     def lines(self, process: int = 0) -> list[str]:
         """Of stderr, without progress bars."""
-        return [line for line in self.err[process].splitlines() if line and "step/s" not in line]
+        bar = re.compile(r"\d+/\d+ \[")
+        return [line for line in self.err[process].splitlines() if line and not bar.search(line)]
 
 
 def free_port() -> int:

@@ -119,8 +119,58 @@ def test_importing_the_commands_touches_no_device():
     subprocess.run([sys.executable, "-c", code], env=environment(1), check=True)
 
 
+def drill(folder, *what):
+    return pod(folder, 2, 1, str(TESTS / "hosts_drill.py"), *map(str, what))
+
+
+def test_a_host_too_few_is_told_and_to_be_started_again(tmp_path):
+    port, flags = free_port(), ["--num-processes=2", "--process-id=0", "--start-timeout=1"]
+    command = [sys.executable, TESTS / "hosts_drill.py", "talk", f"--coordinator=127.0.0.1:{port}"]
+    done = subprocess.run([*command, *flags], env=environment(1), capture_output=True, text=True)
+    assert done.returncode == 42
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"host-0 \(.*\): not all 2 processes came to 127\.0\.0\.1:{port} in 1 s", line)
+
+
+@pytest.mark.parametrize(
+    ("what", "codes", "message"),
+    [
+        (
+            "stuck",
+            [42, 42],
+            r"stuck in \"data\" of step 7 for .*; others wait in \"step\" of step 7",
+        ),
+        (
+            "stopped",
+            [42, -signal.SIGKILL],
+            r"lost in \"data\" of step 3, .*; the others wait in \"s",
+        ),
+    ],
+)
+def test_the_host_that_is_behind_is_named_and_all_show_what_they_do(tmp_path, what, codes, message):
+    ended = drill(tmp_path, what, "--heartbeat=3")
+    assert ended.codes == codes
+    first, *stacks = ended.lines()
+    assert re.match(rf"drill: error: host-1 \(.*\): {message}", first)
+    assert any(f"in {what}" in line for line in stacks)
+
+
+def test_a_workdir_on_a_disk_of_each_host_is_refused(tmp_path):
+    ended = drill(tmp_path / "logs", "apart", tmp_path)
+    assert ended.codes == [2, 2]
+    (line,) = ended.lines()
+    assert re.search(r"1 is not shared: host-1 \(.*\) does not see what host-0 \(.*\) wrote", line)
+    assert not ended.lines(1)
+
+
+def test_a_signal_to_one_host_ends_those_that_wait_for_it(tmp_path):
+    ended = drill(tmp_path, "told")
+    assert ended.codes == [143, 143]
+    assert ended.lines() == ["drill: interrupted"]
+
+
 def test_hosts_agree_or_refuse_together(tmp_path):
-    ended = pod(tmp_path, 2, 1, str(TESTS / "hosts_drill.py"))
+    ended = drill(tmp_path, "talk")
     assert ended.codes == [0, 0], ended.err
     name = rf"host-1 \({re.escape(socket.gethostname())}\)"
     for me, output in enumerate(ended.out):
@@ -192,20 +242,24 @@ def test_stopped_on_any_host_all_save_one_step_and_another_layout_goes_on(
     np.testing.assert_allclose(resumed, reference, rtol=2e-6)
 
 
+ONE = r"host-1 \(.*\): "
+
+
 @pytest.mark.parametrize(
     ("what", "own", "code", "message"),
     [
         ("", {1: ["--config.optim.learning_rate=9"]}, 2,
-         r"config\.optim\.learning_rate is 9\.0, but 0\.001 on host-0 \(.*\)"),
-        ("1,3,refuse", {}, 2, "records/data-0: damaged record"),
+         ONE + r"config\.optim\.learning_rate is 9\.0, but 0\.001 on host-0 \(.*\)"),
+        ("1,3,refuse", {}, 2, ONE + "records/data-0: damaged record"),
+        ("nan6", {}, 3, "loss is nan at step 7: lower optim.learning_rate .*"),
     ],
 )  # fmt: skip
-def test_what_one_host_refuses_ends_all_in_one_line(trained, what, own, code, message):
+def test_what_goes_wrong_on_one_host_ends_all_in_one_line(trained, what, own, code, message):
     ended = trained(2, 1, what, own=own)
     assert ended.codes == [code, code], ended.err
     assert ended.seconds < 10
     (line,) = ended.lines()
-    assert re.fullmatch(rf"train: error: host-1 \(.*\): {message}", line)
+    assert re.fullmatch(f"train: error: {message}", line)
     assert not ended.lines(1)
 
 

@@ -101,7 +101,8 @@ def train(config: Config, make_clips: MakeClips) -> int:
             state = first_state(config, checkpoints, start, abstract, mesh)
         start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
         clips = partial(_clips, config, make_clips, records)
-        stop = stack.enter_context(StopSignals())
+        stop = StopSignals()
+        stack.callback(stop.close)
         state, step = take_steps(config, state, start, records, checkpoints, mesh, clips, stop=stop)
         with goodput.part("checkpoint"):
             checkpoints.wait()
@@ -146,7 +147,6 @@ def take_steps(
             process_index=hosts.index(),
         ) as logger,
         Profile(config) as profile,
-        contextlib.nullcontext(stop) if stop else StopSignals() as stop,
     ):
         goodput.goes_on(start)
         with goodput.waiting_for_data():
@@ -156,7 +156,8 @@ def take_steps(
             train_step = compiled("the train step", config, make_step(), *args)
             again = Replay(config, make_step, args)
             finite = compiled("the check of the weights", config, finite_program(), state)
-        with same_collections() as collect:
+        # From here on a signal finishes the step; who gives `stop` says until when.
+        with same_collections() as collect, _begun(stop) as stop:
             while step < config.num_steps:
                 profile.before(step + 1)
                 again.before(step + 1, args)
@@ -192,6 +193,10 @@ def take_steps(
                     clips(state, step)
                     timer.restart()
     return state, step
+
+
+def _begun(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
+    return StopSignals() if stop is None else contextlib.nullcontext(stop.__enter__())
 
 
 def _clips(
