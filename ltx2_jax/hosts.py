@@ -33,6 +33,7 @@ from jax._src import clusters, compilation_cache, compiler, distributed
 from jax.experimental import multihost_utils
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import last_words
 
 T = TypeVar("T")
 
@@ -644,6 +645,8 @@ def _leave(code: int, line: str = "", stacks: bool = False, patience: float = 5)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    if code:
+        last_words(line, seconds=3)
     if not work_is_done:
         _wait_for_leavers(patience)
     if count() > 1 and index() == 0:

@@ -111,22 +111,18 @@ def cli(argv: Sequence[str] | None = None) -> int:
     )
     command.host_flags(parser)
 
-    def work() -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word.partition("=")[0] == "--status" for word in argv):
+        args = parser.parse_args(argv)
+        return command.run("train", lambda: print(status(args.status)))
+
+    def config() -> Config:
         args, rest = parser.parse_known_args(argv)
-        if args.status is not None:
-            if rest:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
-            print(status(args.status))
-            return 0
-
-        def config() -> Config:
-            return trainer_yaml.load(args.config, config_lib.overrides(rest))
-
-        return command.on_hosts(argv, lambda: main(hosts.agree(config)))
+        return trainer_yaml.load(args.config, config_lib.overrides(rest))
 
     return command.run(
         "train",
-        work,
+        lambda: command.on_hosts(argv, lambda: main(hosts.agree(config))),
         interrupted="the same command continues",
         stopped=hosts.STOPPED,
     )

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ltx2_jax import hosts
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import location
 from ltx2_jax.sharding import sharding_of
 
 # Seconds before a read is tried again.
@@ -112,7 +112,7 @@ def programs_kept(config: Config) -> Iterator[None]:
     if not config.compile_cache or jax.config.jax_compilation_cache_dir:
         yield
         return
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.workdir) / "compile_cache"))
+    jax.config.update("jax_compilation_cache_dir", str(location(config.workdir) / "compile_cache"))
     compilation_cache.reset_cache()
     try:
         yield
@@ -187,7 +187,7 @@ class Profile:
     """An XProf trace of the steps of `profile.steps`, on process 0; use as a context manager."""
 
     def __init__(self, config: Config):
-        self._span, self._folder = config.profile.span, Path(config.workdir) / "profile"
+        self._span, self._folder = config.profile.span, location(config.workdir) / "profile"
         self._on = False
 
     def before(self, step: int) -> None:

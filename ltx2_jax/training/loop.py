@@ -87,7 +87,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
             )
         )
         stack.enter_context(hosts.together())
-        start = int(hosts.broadcast(str(checkpoints.latest_step or 0)))
+        start = checkpoints.latest_step or 0
         records = dataset(config, anew=not start)
         checks.same_dataset(records)
         if start:
@@ -155,13 +155,14 @@ def take_steps(
         ) as logger,
         Profile(config) as profile,
     ):
+        goodput.goes_on(start)
         with goodput.waiting_for_data():
             batch = reader.next(step + 1)
         args = state, place(batch, mesh), *beside
-        train_step = compiled("the train step", config, make_step(), *args)
-        again = Replay(config, make_step, args)
-        finite = compiled("the check of the weights", config, finite_program(), state)
-        goodput.goes_on(start)
+        with goodput.part("compile"):
+            train_step = compiled("the train step", config, make_step(), *args)
+            again = Replay(config, make_step, args)
+            finite = compiled("the check of the weights", config, finite_program(), state)
         # From here on a signal finishes the step; who gives `stop` says until when.
         with same_collections() as collect, _begun(stop) as stop:
             while step < config.num_steps:
@@ -273,11 +274,8 @@ def dataset(config: Config, anew: bool = False) -> Records:
             hosts.say(f"skipped {clip['source']}: {clip['reason']}")
 
     hosts.progress("prepare", seconds=config.watchdog.long_seconds)
-    long, waiting = config.watchdog.long_seconds, "clips are rendered and prepared"
-    if shared:
-        hosts.agree_on_first(make, long, waiting)
-    else:
-        hosts.agree(make, long, waiting)
+    prepare = hosts.agree_on_first if shared else hosts.agree
+    prepare(make, config.watchdog.long_seconds, "clips are rendered and prepared")
     return hosts.agree(lambda: open_records(folder / "records"))
 
 

@@ -1,14 +1,15 @@
 """The metrics files of a run, whole and interrupted."""
 
+import errno
 import json
 import math
-import resource
 import sys
 from types import ModuleType, SimpleNamespace
 
 import fake_bucket
 import pytest
 
+from ltx2_jax import files
 from ltx2_jax.errors import UserError
 from ltx2_jax.training import metrics
 from ltx2_jax.training.goodput import Goodput
@@ -203,27 +204,37 @@ def test_in_a_bucket_rows_of_a_run_that_failed_are_there_too(bucket):
     assert read_metrics("gs://bucket/run") == [{"step": 1, "loss": 1.0}]
 
 
-@pytest.fixture
-def full_disk():
-    """No file becomes larger than 60 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+class FullDisk:
+    name = "metrics.jsonl"
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        self.write("what is in its buffer")
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_told_once_and_ends_no_run(tmp_path, capsys):
-    run(tmp_path, 1, 9)
-    assert [row["step"] for row in read_metrics(tmp_path)][:1] == [1]
+    with MetricsLogger(tmp_path, total_steps=9) as logger:
+        logger.log(1, {"loss": 1.0})
+        logger._file.close()
+        logger._file = FullDisk()
+        for step in (2, 3):
+            logger.log(step, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     error = capsys.readouterr().err
-    assert error.count("metrics.jsonl: a row cannot be written (File too large)") == 1
-    with Goodput(tmp_path / "goodput", 9) as spent:
+    assert error.count("metrics.jsonl: a row cannot be written (No space left on device)") == 1
+
+
+def test_a_full_disk_keeps_no_account_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files.os, "replace", lambda *_: FullDisk().write(""))
+    with Goodput(tmp_path, 9) as spent:
         for _ in range(3):
             spent.write()
-    assert capsys.readouterr().err.count("goodput.jsonl: cannot be written (File too large)") == 1
-    with pytest.raises(RuntimeError, match="diverged"), Goodput(tmp_path / "goodput", 9):
+    assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 1
+    with pytest.raises(RuntimeError, match="diverged"), Goodput(tmp_path, 9):
         raise RuntimeError("diverged")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_of_tensorboard_that_has_died_is_left_alone(tmp_path, monkeypatch):
