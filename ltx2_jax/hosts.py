@@ -41,7 +41,7 @@ LOST, INTERRUPTED, STOPPED = 42, 130, 143  # exit codes: start me again; Ctrl-C;
 AGAIN = "the same command resumes"
 # Detectors of JAX that are asked for the other hosts of a pod.
 DETECTORS = ("gcetpu", "gketpu", "slurm")
-BEAT = 2.0  # seconds between two signs of life of a host
+BEAT = 2.0  # seconds between two signs of life of a host, at most
 
 _ROOM = "ltx2_jax"  # of our keys
 _calls = itertools.count()
@@ -488,6 +488,7 @@ class _Watch:
 
     def __init__(self, heartbeat: float):
         self._heartbeat, self._told = heartbeat, time.monotonic()
+        self.beat = min(BEAT, heartbeat / 4)
         self._beats: dict[int, tuple[int, float]] = {}  # process -> its last beat, and when it came
 
     def start(self) -> None:
@@ -500,7 +501,7 @@ class _Watch:
         while True:
             now, silent = _progress, time.monotonic() - self._told
             # Sooner than it must if there is news, so that a host that is lost has told them.
-            if silent > BEAT or told is None or (now is not told and silent > BEAT / 4):
+            if silent > self.beat or told is None or (now is not told and silent > self.beat / 4):
                 beat, told = beat + 1, now
                 row = dataclasses.asdict(now) | {"beat": beat, "age": time.monotonic() - now.since}
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -509,7 +510,7 @@ class _Watch:
                     if index() == 0:
                         self._read()
                     self._told = time.monotonic()
-            time.sleep(BEAT / 8)
+            time.sleep(self.beat / 8)
 
     def _read(self) -> None:
         for key, value in _client().key_value_dir_get(f"{_ROOM}/progress/"):
@@ -520,7 +521,7 @@ class _Watch:
 
     def _check(self) -> None:
         while True:
-            time.sleep(min(BEAT, self._heartbeat / 4))
+            time.sleep(self.beat)
             if lost := self.lost(self._heartbeat):
                 if index() != 0:  # nobody can be told
                     _leave(LOST, _error(lost), stacks=True, patience=0)
@@ -694,8 +695,8 @@ def fail_of(error: Exception) -> NoReturn:
     of_a_program = re.match(r"[A-Z_]{5,}: ", str(error))  # a status of XLA, of whichever type
     if of_a_program and hasattr(_Watch, "running"):
         # Of a host that is gone the devices of the others hear first: is there one?
-        time.sleep(3 * BEAT)
-        if lost := _Watch.running.lost(2 * BEAT):
+        time.sleep(3 * _Watch.running.beat)
+        if lost := _Watch.running.lost(2 * _Watch.running.beat):
             fail(LOST, _error(lost))
     traceback.print_exception(error)
     text = " ".join(str(error).split())[:300]

@@ -23,7 +23,12 @@ from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import data_folder, train
 from ltx2_jax.training.status import status
 
-DESCRIPTION = "Train the joint audio-video model, then sample from it."
+DESCRIPTION = """\
+Train the joint audio-video model, then sample from it.
+
+Exit codes: 0 done, 2 something is to be fixed, 3 diverged, 42 start it again, 130 Ctrl-C and 143
+another signal; a training that was stopped is saved.
+"""
 
 EPILOG = """\
 example:
