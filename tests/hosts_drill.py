@@ -70,9 +70,9 @@ def stopped():
 
 def apart():
     """Each host with a disk of its own."""
-    from ltx2_jax.training.checks import same_folder
+    from ltx2_jax.training.workdir import opened
 
-    same_folder(Path(sys.argv[2]) / str(hosts.index()), seconds=0.5)
+    opened(Path(sys.argv[2]) / str(hosts.index()), seconds=0.5)
 
 
 def told():

@@ -173,8 +173,7 @@ def _guide(
         condition: tuple[TextFields, Keep | None, TextFields | None], given: Given = NOTHING
     ) -> Velocity:
         text, keep, of_audio = condition
-        more = {"given": given} | ({} if of_audio is None else {"audio_text": of_audio})
-        return network(model, request, text, keep, **more)
+        return network(model, request, text, keep, given, of_audio)
 
     without = [i for i, p in enumerate(passes) if not p.prompt]
     return Guided(
@@ -226,14 +225,18 @@ def _on_mesh(c: Conditions, tokens: str) -> Conditions:
     def place(x: Array | None, *names: str | None) -> Array | None:
         return None if x is None else pin(jnp.asarray(x), *names)
 
+    def latents(x: Array | None) -> Array | None:
+        """In float32, in which the loop adds small steps to them."""
+        return None if x is None else place(x, lead, tokens, None).astype(jnp.float32)
+
     return dataclasses.replace(
         c,
-        clean=place(c.clean, lead, tokens, None),
+        clean=latents(c.clean),
         strength=place(c.strength, lead, tokens),
         positions=place(c.positions, None, None, None, None),
         marks=place(c.marks, lead, tokens),
         attention=place(c.attention, None, None, None),
-        start=place(c.start, lead, tokens, None),
+        start=latents(c.start),
     )
 
 
