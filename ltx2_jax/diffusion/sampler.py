@@ -1,8 +1,8 @@
 """The denoising loop: from noise to clean latents of both streams, in one `lax.scan`.
 
 The loop knows nothing of networks. It is given what finds clean estimates of both streams, guidance
-included, and a stepper. `unguided` and `guided` build the former from a velocity network; all
-kinds of guidance are in `guide.py`.
+included, and a stepper. `unguided` and `all_passes` build the former from a velocity network;
+guidance is in `guide.py`.
 Source: paper section 4; `ltx_pipelines/utils/{samplers,denoisers}.py`.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ltx2_jax.diffusion import conditioning, flow, guidance
+from ltx2_jax.diffusion import conditioning, flow
 from ltx2_jax.diffusion.conditioning import Conditions
 from ltx2_jax.diffusion.steppers import Euler, Found, Memory, Row, Stepper
 from ltx2_jax.sharding import Names, axis_size, pin, spec
@@ -197,31 +197,6 @@ def all_passes(
         return [*map(Latents, *parts)]
 
     return predict
-
-
-def in_passes(
-    network: Network, conditions: Sequence[Any], combine: Callable[..., Latents]
-) -> Predict:
-    """`combine` of the clean estimates under each of `conditions`, given in their order."""
-    passes = all_passes(network, conditions)
-    return lambda x, sigma: combine(*passes(x, sigma))
-
-
-def guided(
-    network: Network,
-    conditions: Sequence[Any],
-    strengths: Sequence[tuple[Array | float, Array | float]],
-) -> Predict:
-    """The estimate under the first condition, moved away from those under the others.
-
-    `strengths` are pairs (video, audio), one for each of the others; see `guidance.moved_away`.
-    """
-
-    def combine(cond: Latents, *others: Latents) -> Latents:
-        streams = zip(cond, zip(*others, strict=True), zip(*strengths, strict=True), strict=True)
-        return Latents(*(guidance.moved_away(*stream) for stream in streams))
-
-    return in_passes(network, conditions, combine)
 
 
 def rows_axis(rows: int) -> str | None:

@@ -173,8 +173,7 @@ def _guide(
         condition: tuple[TextFields, Keep | None, TextFields | None], given: Given = NOTHING
     ) -> Velocity:
         text, keep, of_audio = condition
-        more = {"given": given} | ({} if of_audio is None else {"audio_text": of_audio})
-        return network(model, request, text, keep, **more)
+        return network(model, request, text, keep, given, of_audio)
 
     without = [i for i, p in enumerate(passes) if not p.prompt]
     return Guided(

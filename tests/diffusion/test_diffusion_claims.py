@@ -11,7 +11,7 @@ from scipy.stats import beta
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.diffusion.conditioning import first_frame_mask
 from ltx2_jax.diffusion.geometry import AudioClock
-from ltx2_jax.diffusion.sampler import Latents, denoise, guided, in_passes, unguided
+from ltx2_jax.diffusion.sampler import Latents, all_passes, denoise, unguided
 
 # --------------------------------------------------------------------------------------- geometry
 
@@ -100,26 +100,12 @@ def network(condition):
     return lambda x, sigma: Latents(0 * x.video - rows, 0 * x.audio - 10 * rows)
 
 
-def test_passes_are_combined_in_their_order_clip_by_clip():
+def test_passes_come_in_their_order_clip_by_clip():
     conditions = [{"value": jnp.asarray(values)} for values in ([1.0, 2], [3.0, 4], [5.0, 6])]
-    seen = []
-
-    def combine(*passes):
-        seen.extend(passes)
-        return passes[0]
-
-    first = in_passes(network, conditions, combine)(latents(2), jnp.float32(1.0))
+    seen = all_passes(network, conditions)(latents(2), jnp.float32(1.0))
     for got, want in zip(seen, ([1, 2], [3, 4], [5, 6]), strict=True):
         np.testing.assert_allclose(got.video, np.tile(np.reshape(want, (2, 1, 1)), (1, 2, 1)))
         np.testing.assert_allclose(got.audio, 10 * np.tile(np.reshape(want, (2, 1, 1)), (1, 3, 1)))
-    np.testing.assert_array_equal(first.video, seen[0].video)
-
-
-def test_the_first_strength_is_of_the_picture_and_the_second_of_the_sound():
-    text, empty = ({"value": jnp.asarray([value])} for value in (2.0, 1.0))
-    got = guided(network, [text, empty], [(2.0, 6.0)])(latents(1), jnp.float32(1.0))
-    np.testing.assert_allclose(got.video, np.full((1, 2, 1), 1 + 3 * (2 - 1)))
-    np.testing.assert_allclose(got.audio, np.full((1, 3, 1), 10 + 7 * (20 - 10)))
 
 
 def test_a_pass_sees_the_noise_level_of_its_step_in_every_clip():

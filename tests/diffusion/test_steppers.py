@@ -62,7 +62,6 @@ MEAN, STD = 2.0, 0.5
 STEPPERS = {
     "euler": steppers.Euler(),
     "ancestral": steppers.AncestralEuler(),
-    "partly ancestral": steppers.AncestralEuler(0.5),
     "gradient estimation": steppers.GradientEstimation(),
     "cfg++": steppers.EulerCFGPlusPlus(0.5),
     "res_2s": steppers.Res2s(),

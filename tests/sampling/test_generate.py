@@ -59,7 +59,7 @@ def on_mesh(*sizes):
     return program, given, program(*given)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (2, 2, 2)], ids=str)
 def test_one_clip_is_the_same_on_every_mesh(sizes):
     """Also where its two passes are all that the data axis has."""
     for a, b in zip(on_mesh(*sizes)[2], on_mesh(1, 1, 1)[2], strict=True):

@@ -169,7 +169,7 @@ def steady(monkeypatch):
     model = Model()
     monkeypatch.setattr(programs.nnx, "merge", lambda *_: model)
 
-    def network(model, request, text, keep=None):
+    def network(model, request, text, *others):
         video, audio = (text[name][:, :1, None] for name in ("video_text", "audio_text"))
         return lambda x, sigma: Latents(video + 0 * x.video, audio + 0 * x.audio)
 

@@ -73,13 +73,12 @@ def test_clips_spread_over_eight_devices_are_those_that_one_makes_bit_by_bit():
 
 
 def test_a_clip_with_a_keyframe_beside_it_is_the_same_on_every_mesh():
-    """Also where it is alone, and its two passes are all that the data axis has."""
-    for a, b in zip(on_mesh((2, 2, 2), 1)[1], on_mesh((1, 1, 1), 1)[1], strict=True):
+    for a, b in zip(on_mesh((1, 4, 2), 1)[1], on_mesh((1, 1, 1), 1)[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 
 def test_what_is_given_comes_back_bit_by_bit():
-    for sizes in ((1, 1, 1), (2, 2, 2)):
+    for sizes in ((1, 1, 1), (1, 4, 2)):
         video, audio = on_mesh(sizes, 1)[1]
         np.testing.assert_array_equal(video[:, 0], LATENTS["video"][:, 0])
         np.testing.assert_array_equal(audio, LATENTS["audio"])
