@@ -417,7 +417,9 @@ def _is_workdir(name: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("sample", DESCRIPTION, EXAMPLE)
+    # Of so many flags, argparse's own line would hide an error behind a page.
+    usage = "python -m ltx2_jax.sample MODEL PROMPT [--flags]; --help lists them"
+    parser = command.parser("sample", DESCRIPTION, EXAMPLE, usage=usage)
     add = parser.add_argument
     add("words", metavar="MODEL PROMPT", nargs="*", help="the model (unless a flag names it), and "
         "what to see and hear")  # fmt: skip

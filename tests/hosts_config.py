@@ -43,10 +43,10 @@ def make_train_step(config, strides, clock, *, donate=True):
 NAN_AT = 10**6
 
 
-def interleaved(*sizes):
+def interleaved(*sizes, **slices):
     """A mesh in which the devices of two hosts take turns."""
     devices = np.array(jax.devices()).reshape(2, -1).T.flatten()
-    return make_mesh(*sizes, devices=list(devices))
+    return make_mesh(*sizes, devices=list(devices), **slices)
 
 
 def nan_from(step):

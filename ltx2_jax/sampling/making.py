@@ -186,6 +186,7 @@ class Maker:
     ) -> list[Made]:
         """See `Pipeline.make`."""
         self.seconds = {}
+        self._free_codec()
         seeds = _seeds(self.seed if seed is None else seed, len(prompts))
         plan = self.chosen(recipe, changes or {})
         if enhance_prompt:
@@ -228,10 +229,11 @@ class Maker:
         if self.frames is not None and all(x is None for x in lengths):
             asked.num_frames = self.frames
         scales = next((a.scales for a in self.adapters if a.scales is not None), (1, 1))
+        finest = smallest / (scales[0] if asked.references or asked.dub is not None else 1)
         task = tasks.make_task(
             asked,
             strides=strides,
-            multiple=round(math.lcm(*strides[1:]) / smallest),
+            multiple=round(math.lcm(*strides[1:]) / finest),
             size=size,
             scales=scales,
             longest=self.weights.config.transformer.max_pos[0],

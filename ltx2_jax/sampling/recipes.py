@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ltx2_jax.diffusion import schedules, steppers
+from ltx2_jax.diffusion.guidance import Guidance
 from ltx2_jax.diffusion.steppers import Stepper
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import replaced
@@ -57,6 +58,7 @@ class Stage:
     eta: float = 1.0  # how much noise a stepper draws that draws any
     video: Scales = Scales()
     audio: Scales = Scales()
+    how: Guidance = Guidance()  # how passes are combined: other directions than the difference
     distilled_lora: float = 0.0  # strength of the distilled LoRA
 
     def __post_init__(self):

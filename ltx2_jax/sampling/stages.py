@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -174,7 +174,7 @@ def passes(stage: Stage, given: Given | None) -> tuple[tuple[Pass, ...], list[An
     needed = [(p, pair) for p, pair in choices if any(pair)]
     factors = numbers(lambda s: s.rescale)
     rescales = factors if needed and any(factors) else None
-    how = Guidance(skip_steps=(stage.video.skip_step, stage.audio.skip_step))
+    how = replace(stage.how, skip_steps=(stage.video.skip_step, stage.audio.skip_step))
     return tuple(p for p, _ in needed), [pair for _, pair in needed], rescales, how
 
 
