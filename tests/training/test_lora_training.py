@@ -192,6 +192,8 @@ def test_clips_and_samplers_are_given_base_and_adapters_as_one(run, base):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), sampled) == jax.tree.map(
         lambda x: (x.shape, x.dtype), homes
     )
+    _, spread, _ = weights_of_run(run.config.workdir, make_mesh(2, 2, 2), for_sampling=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), spread, sampled)
     # What no adapter touches is the base, bit for bit.
     given, touched = mapping.leaves(tiny.params(RUN)), 0
     for path, value in mapping.leaves(whole).items():
