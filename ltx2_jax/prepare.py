@@ -18,10 +18,11 @@ from ltx2_jax.command import count
 from ltx2_jax.data.buckets import parse_buckets
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
-from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset, rates_of
+from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset
 from ltx2_jax.data.inspection import describe, foresee, verify
 from ltx2_jax.data.records import Linked, Records, open_records
 from ltx2_jax.data.table import read_table
+from ltx2_jax.data.work import rates_of
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.diffusion.geometry import VIDEO_STRIDES
@@ -58,8 +59,8 @@ example:
       --stride 121 --incomplete --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
   python -m ltx2_jax.prepare --inspect data/films
-  python -m ltx2_jax.prepare --from-precomputed clips/.precomputed data/clips \
-      --codec ltx-2-19b-dev.safetensors \
+  python -m ltx2_jax.prepare --from-precomputed clips/.precomputed data/clips --link \\
+      --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
 """
 
@@ -68,8 +69,13 @@ def main(args: argparse.Namespace) -> int:
     """Make or load the codec and the text encoder, prepare, report."""
     if args.inspect or args.verify:
         return _look(args)
-    if args.sheet is not None:
-        raise UserError("--sheet: only with --inspect or --verify")
+    for flag, given, where in (
+        ("--sheet", args.sheet, "--inspect or --verify"),
+        ("--link", args.link and not args.from_precomputed, "--from-precomputed"),
+        ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
+    ):
+        if given:
+            raise UserError(f"{flag}: only with {where}")
     if args.out is None:
         raise UserError("OUT: give the folder to make")
     if args.to_precomputed:
@@ -140,6 +146,8 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
 
 def _look(args: argparse.Namespace) -> int:
     """Prints what a dataset holds; 2 if --verify finds a fault."""
+    if args.out is not None:
+        raise UserError(f"{args.out}: --inspect and --verify take a dataset and nothing else")
     records = open_records(args.table)
     for line in describe(records):
         print(line)
@@ -242,7 +250,6 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = LinearCodecConfig()
     parser = command.parser("prepare", _DESCRIPTION, _EXAMPLE)
     parser.add_argument("table", metavar="TABLE", help="clips and captions; or a folder to convert")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder of the dataset")
@@ -257,6 +264,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sheet", metavar="FILE.png", help="of --inspect and --verify: a few clips, decoded"
     )
+    for add in (_clip_flags, _caption_flags, _codec_flags, _official_flags):
+        add(parser)
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="this is process I of N, from 0 on, that run the same command on one disk",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset made with other settings"
+    )
+    return parser
+
+
+def _clip_flags(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("clips")
     size.add_argument("--num-frames", type=count, help="frames taken of each")
     size.add_argument("--height", type=count, help="pixels, after resize and crop")
@@ -284,6 +306,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reference-slowdown", type=count, default=1, help="how many times slower they are"
     )
     size.add_argument("--fps", type=float, help="resample to this rate (default: each file's own)")
+
+
+def _caption_flags(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("captions")
     text.add_argument(
         "--text-encoder",
@@ -307,6 +332,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VIDEO,AUDIO",
         help="numbers per token for each stream, of the small one (96,64)",
     )
+
+
+def _codec_flags(parser: argparse.ArgumentParser) -> None:
+    defaults = LinearCodecConfig()
     codec = parser.add_argument_group("codec")
     codec.add_argument(
         "--codec",
@@ -332,6 +361,9 @@ def _parser() -> argparse.ArgumentParser:
         type=count,
         help=f"numbers per audio latent of it ({defaults.audio_channels})",
     )
+
+
+def _official_flags(parser: argparse.ArgumentParser) -> None:
     official = parser.add_argument_group("the official trainer's format")
     way = official.add_mutually_exclusive_group()
     way.add_argument(
@@ -356,16 +388,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of --from-precomputed: a clip needs a file in each (default: those there are of "
         "latents, audio_latents and conditions)",
     )
-    parser.add_argument(
-        "--part",
-        type=_part,
-        metavar="I/N",
-        help="this is process I of N, from 0 on, that run the same command on one disk",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset made with other settings"
-    )
-    return parser
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -361,7 +361,8 @@ def first_step(graphdef, params, x, request, passes, strengths, rescales, given,
         )  # fmt: skip
         row = {"sigma": jnp.asarray(x["sigmas"])[0]}
         estimates = guide.passes(noise, row["sigma"])
-        return estimates, guide.find(noise, row, guide.begin(noise))[0].x0
+        once = dataclasses.replace(guide, passes=lambda *_: estimates)
+        return estimates, once.find(noise, row, once.begin(noise))[0].x0
 
     estimates, combined = run(params, noise)
     for name, found in zip(

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
-from ltx2_jax.data.encoding import CODEC_NAME, TEXT_ENCODER_NAME, write_empty_caption
 from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
 from ltx2_jax.data.records import Linked, Records, RecordWriter, open_records
 from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.work import CODEC_NAME, TEXT_ENCODER_NAME, write_empty_caption
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.ltx2 import TEXT_FIELDS

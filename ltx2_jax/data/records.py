@@ -310,7 +310,7 @@ class Records(_Made, Sequence):
             self._captions = Shards(self.folder, apart) if apart else None
             if len(self._shards) != contents["num_records"]:
                 raise ValueError("num_records is not the sum over the shards")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
         self._shards.check()
         several = len(self.schema.buckets) > 1 or self._captions is not None

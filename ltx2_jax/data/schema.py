@@ -61,10 +61,36 @@ class BucketFields:
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.num_frames}"
 
+    @property
+    def key(self) -> tuple:
+        """Equal where records make batches together; the rate is that of the first alone."""
+        fields = sorted((k, f.dtype, f.shape) for k, f in self.fields.items())
+        return self.num_frames, self.height, self.width, tuple(fields)
+
+    @property
+    def largest_first(self) -> tuple:
+        """Sorts buckets: by their pixels, then by their sound."""
+        audio = self.fields["audio"].shape[0] if "audio" in self.fields else 0
+        return -self.num_frames * self.height * self.width, -audio, self.key
+
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        fields = {name: dataclasses.asdict(field) for name, field in self.fields.items()}
-        return {**vars(self), "fields": fields}
+        """A JSON object that `from_json` reads back."""
+        return {**vars(self), "fields": fields_to_json(self.fields)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "BucketFields":
+        """The reverse of `to_json`. Raises TypeError, KeyError or ValueError for anything else."""
+        return cls(**{**values, "fields": fields_from_json(values["fields"])})
+
+
+def fields_to_json(fields: Mapping[str, Field]) -> dict[str, Any]:
+    """A JSON object that `fields_from_json` reads back."""
+    return {name: dataclasses.asdict(field) for name, field in fields.items()}
+
+
+def fields_from_json(values: Mapping[str, Any]) -> dict[str, Field]:
+    """The reverse of `fields_to_json`. Raises TypeError or KeyError for anything else."""
+    return {name: Field(field["dtype"], tuple(field["shape"])) for name, field in values.items()}
 
 
 _SIZES = tuple(field.name for field in dataclasses.fields(BucketFields))
@@ -171,8 +197,4 @@ class Schema:
         buckets = values.pop("buckets", None)
         if buckets is None:
             buckets = [{name: values.pop(name) for name in _SIZES}]
-        made = []
-        for bucket in buckets:
-            fields = {k: Field(v["dtype"], tuple(v["shape"])) for k, v in bucket["fields"].items()}
-            made.append(BucketFields(**{**bucket, "fields": fields}))
-        return cls.of_buckets(made, **values)
+        return cls.of_buckets([BucketFields.from_json(bucket) for bucket in buckets], **values)

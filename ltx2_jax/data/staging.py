@@ -64,7 +64,8 @@ class Staging:
             self._set_up()
         else:
             self.wait(lambda: self._stored() == self._settings, "begins")
-            self._hold()
+            if not self.published:
+                self._hold()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -150,24 +151,34 @@ class Staging:
         count, size = write_shard(self.path(kind, shard), blobs)
         self.write_json(f"{kind}-{shard:05d}.json", about | {"count": count, "bytes": size})
 
+    def alive(self) -> None:
+        """Gives a sign of life to those who wait."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / f"lock-{self._process}")
+
+    @property
+    def published(self) -> bool:
+        """Whether another process has finished the dataset."""
+        return not self.folder.exists() and (self.target / INDEX_NAME).exists()
+
     def wait(self, there: Callable[[], bool], what: str) -> None:
-        """Until something is there that another process makes.
+        """Until something is there that another process makes, or the dataset is.
 
         Raises:
           UserError: no process has given a sign of life for `LOST_SECONDS`.
         """
-        pause = 0.02
-        while not there():
+        pause, newest = 0.02, time.time()
+        while not there() and not self.published:
             time.sleep(pause)
             pause = min(5.0, 2 * pause)
-            signs = [self.folder.parent, *self.folder.glob("*")]
-            with contextlib.suppress(OSError):
-                newest = max(path.stat().st_mtime for path in signs if path.exists())
-                if time.time() - newest > LOST_SECONDS:
-                    raise UserError(
-                        f"{self.folder}: waited until another process {what}, and none is at work; "
-                        "the same command on all hosts goes on"
-                    )
+            for path in self.folder.glob("*"):
+                with contextlib.suppress(OSError):
+                    newest = max(newest, path.stat().st_mtime)
+            if time.time() - newest > LOST_SECONDS:
+                raise UserError(
+                    f"{self.folder}: waited until another process {what}, and none is at work; "
+                    "the same command on all hosts goes on"
+                )
 
     # ---- the end
 
@@ -179,14 +190,16 @@ class Staging:
             self.write_json(f"{kind}-{shard:05d}.json", about)
 
     def publish(self, index: Mapping[str, Any], overwrite: bool) -> None:
-        """Writes the index, removes what only the making needs, and takes the dataset's name."""
+        """Writes the index, takes the dataset's name, and removes what only the making needs."""
         self.write_json(INDEX_NAME, index)
         check_target(self.target, overwrite)
-        for path in self.folder.iterdir():
-            working = path.name.startswith(("lock-", f"{CLIPS}-", f"{CAPTIONS}-"))
-            if path.name in (STATE, READY) or (working and path.suffix != ".arrayrecord"):
-                path.unlink()
         put_in_place(self.folder, self.target)
+        # Not before: a crash between the two must not cost what was done.
+        for path in self.target.iterdir():
+            kind, _, rest = path.name.partition("-")
+            shard = kind in (CLIPS, CAPTIONS) and "-of-" not in rest
+            if shard or kind == "lock" or path.name in (STATE, READY):
+                path.unlink()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -53,7 +53,10 @@ def to_velocity(x: Array, x0: Array, sigma: Array | float) -> Array:
     """Velocity behind a clean estimate, `(x - x0) / sigma`, in x's dtype; 0 where sigma is 0."""
     s = align(sigma, x)
     difference = x.astype(jnp.float32) - x0.astype(jnp.float32)
-    return jnp.where(s > 0, difference / jnp.where(s > 0, s, 1.0), 0.0).astype(x.dtype)
+    # A product: XLA makes one of a quotient by a scalar in some programs, and the same clip would
+    # have other bits on another mesh.
+    inverse = jnp.where(s > 0, 1.0 / jnp.where(s > 0, s, 1.0), 0.0)
+    return (difference * inverse).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ sigma draws

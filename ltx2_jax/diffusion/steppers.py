@@ -120,7 +120,7 @@ def euler_cfg_plus_plus(
     eps = float(jnp.finfo(jnp.float32).eps)
     sigma, sigma_next = align(sigma, x), align(sigma_next, x)
     signal, signal_next = jnp.maximum(1.0 - sigma, eps), jnp.maximum(1.0 - sigma_next, eps)
-    seen = (x.astype(jnp.float32) - signal * uncond.astype(jnp.float32)) / sigma
+    seen = (x.astype(jnp.float32) - signal * uncond.astype(jnp.float32)) * (1.0 / sigma)
     level, level_next = sigma / signal, sigma_next / signal_next
     spread = level_next**2 * jnp.maximum(level**2 - level_next**2, 0.0) / level**2
     up = jnp.minimum(eta * jnp.sqrt(spread), level_next)
@@ -317,7 +317,7 @@ def renoised(
     share = 1.0 - n + left
     down = left / share
     # (x - (x + update)) / (s - n) is the noise seen, and x minus s times it the clean estimate.
-    seen = -update.astype(jnp.float32) / jnp.where(s > n, s - n, 1.0)
+    seen = -update.astype(jnp.float32) * (1.0 / jnp.where(s > n, s - n, 1.0))
     clean = x.astype(jnp.float32) - s * seen
     moved = share * (clean + down * seen) + up * noise.astype(jnp.float32)
     plain = jnp.any(up == 0, axis=tuple(range(1, up.ndim)), keepdims=True)
@@ -380,7 +380,7 @@ class Res2s:
             moved = self._renoised(x, h * a21 * (x0 - x), row, noise, given, 0.5)
             # The rounds A <- moved - h a21 (x0 - A) shrink the distance to their fixed point.
             share = h * a21
-            fixed = (moved - share * x0) / (1.0 - share)
+            fixed = (moved - share * x0) * (1.0 / (1.0 - share))
             anchor = fixed + share**self.anchor_rounds * (x - fixed)
             short = (h < 0.5) & (row["from"] > 0.03) if self.anchor_rounds else False
             anchor = jnp.where(short, anchor, x)

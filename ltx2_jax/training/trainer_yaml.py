@@ -221,10 +221,14 @@ def translate(values: Any, release: str | None = None) -> tuple[Config, list[str
     file.done({})
     optimization = sections["optimization"]
     steps = optimization.integer("steps", 3000)
+    if steps < 1:
+        raise UserError(f"optimization.steps={steps} must be at least 1")
     model, text, released, init_from = _model(sections, release)
     tune = _tune(sections)
     chunks = optimization.integer("gradient_accumulation_steps", 1)
-    data = DataConfig(
+    data = _named(
+        "optimization, data",
+        DataConfig,
         path=_needed(sections["data"], "preprocessed_data_root"),
         release=released,
         batch_size=optimization.integer("batch_size", 2) * chunks,
@@ -303,7 +307,8 @@ def _tune(sections: Mapping[str, Keys]) -> TuneConfig:
                 "name the file there"
             )
         return TuneConfig()
-    return TuneConfig(lora=LoraConfig(targets, rank, alpha, dropout, init_from=checkpoint))
+    adapters = _named("lora", LoraConfig, targets, rank, alpha, dropout, init_from=checkpoint)
+    return TuneConfig(lora=adapters)
 
 
 # ---------------------------------------------------------------------------------- what is learned
@@ -316,7 +321,7 @@ def flow_of(strategy: Keys, flow_matching: Keys) -> FlowConfig:
     fields = {"flexible": _flexible, "text_to_video": _text_to_video,
               "video_to_video": _video_to_video}[name](strategy)  # fmt: skip
     strategy.done(IDLE)
-    return FlowConfig(**fields, **_sigmas(flow_matching))
+    return _named(strategy.path, FlowConfig, **fields, **_sigmas(flow_matching))
 
 
 def _flexible(strategy: Keys) -> dict[str, Any]:
@@ -385,12 +390,12 @@ def _check_folder(keys: Keys, name: str, what: str) -> None:
         raise UserError(f"{keys.where(name)}={given}: name the folder {known}, as the others are")
 
 
-def _named(path: str, kind: type, *values: Any, **fields: Any) -> Any:
+def _named(where: str, kind: type, /, *values: Any, **fields: Any) -> Any:
     """A `kind` of these; its own errors with the place in the file before them."""
     try:
         return kind(*values, **fields)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def _sigmas(keys: Keys) -> dict[str, Any]:
@@ -412,9 +417,13 @@ def _sigmas(keys: Keys) -> dict[str, Any]:
 
 def _optim(keys: Keys, steps: int, chunks: int) -> OptimConfig:
     rate = keys.number("learning_rate", 5e-4)
+    if rate <= 0:
+        raise UserError(f"{keys.where('learning_rate')}={rate:g} must be above 0")
     eight_bit = keys.choice("optimizer_type", ("adamw", "adamw8bit"), "adamw") == "adamw8bit"
     schedule = keys.choice("scheduler_type", config_lib.SCHEDULES, "linear")
-    return OptimConfig(
+    return _named(
+        keys.path,
+        OptimConfig,
         learning_rate=rate,
         clip_norm=keys.number("max_grad_norm", 1.0),
         accumulate_steps=chunks,
@@ -451,12 +460,15 @@ def schedule_of(name: str, params: Keys, rate: float, steps: int) -> dict[str, A
 def _checkpoint(keys: Keys, steps: int) -> CheckpointConfig:
     """Without an interval there is the last checkpoint alone; -1 keeps all of them."""
     every, keep = keys.integer("interval", steps), keys.integer("keep_last_n", 1)
-    return CheckpointConfig(every_steps=every, keep=steps // every + 1 if keep == -1 else keep)
+    keep = steps // max(every, 1) + 1 if keep == -1 else keep
+    return _named(keys.path, CheckpointConfig, every_steps=every, keep=keep)
 
 
 def _sample(keys: Keys) -> SampleConfig:
     old = keys.number("guidance_scale")  # of both streams, the deprecated key
-    return SampleConfig(
+    return _named(
+        keys.path,
+        SampleConfig,
         num_clips=1,
         batch_size=1,
         steps=keys.integer("inference_steps", 30),

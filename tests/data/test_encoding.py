@@ -114,6 +114,49 @@ BAD_JSONL = {
 }
 
 
+FULL = {
+    "t.csv": "video,caption,caption_b,weight_b,weight,start,end,ref_media_path,audio,video_mask\n"
+    "a.mp4,one,two,0.5,2,1,2.5,r/b.mp4,,m.png\n,three,,,,,,,s.wav,\n",
+    "t.json": json.dumps(
+        [
+            {"media_path": "a.mp4", "caption": "one", "caption_b": "two", "weight_b": 0.5,
+             "weight": 2, "start": 1, "end": 2.5, "reference_video": "r/b.mp4",
+             "video_mask": "m.png"},
+            {"caption": "three", "audio": "s.wav", "start": None},
+        ]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_row_may_say_more_than_a_film_and_a_caption(tmp_path, name):
+    film, sound = read_table(table(tmp_path, name, FULL[name]))
+    assert film.captions == (("one", 2.0), ("two", 0.5))
+    assert (film.start, film.end) == (1.0, 2.5)
+    assert film.others == {
+        "reference_video": tmp_path / "r/b.mp4",
+        "video_mask": tmp_path / "m.png",
+    }
+    assert (sound.path, sound.sound_alone) == (tmp_path / "s.wav", True)
+    assert (sound.captions, sound.start, sound.others) == ((("three", 1.0),), None, {})
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "message"),
+    [
+        ("video,caption,start", "a.mp4,x,soon", "column 'start' is 'soon', not a number from 0 on"),
+        ("video,caption,start", "a.mp4,x,-1", "column 'start' is '-1'"),
+        ("video,caption,end", "a.mp4,x,nan", "column 'end' is 'nan'"),
+        ("video,caption,start,end", "a.mp4,x,2,2", "end=2 is not after start=2"),
+        ("video,caption,weight", "a.mp4,x,0", "the weights of its captions are all 0"),
+        ("video,audio,caption", ",,x", "column 'audio' is empty"),
+    ],
+)
+def test_what_a_row_says_wrong_is_named(tmp_path, header, line, message):
+    with pytest.raises(UserError, match=re.escape(f"t.csv:2: {message}")):
+        read_table(table(tmp_path, "t.csv", f"{header}\n{line}\n"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

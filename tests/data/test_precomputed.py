@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ltx2_jax import prepare
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
@@ -235,3 +236,26 @@ def test_makers_of_other_sizes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"audio is \[18, 16, 2\], but --codec makes \[18, 16, 1\]"):
         from_precomputed(GOLDEN / "v1", tmp_path / "set", **MAKERS)
     assert not (tmp_path / "set").exists()
+
+
+def test_the_command_converts_both_ways_and_says_what_is_missing(tmp_path, capsys):
+    source = str(GOLDEN / "v2" / ".precomputed")
+    out = str(tmp_path / "set")
+    for flags, message in (
+        ([], "--codec: give it; a .precomputed does not say what made it"),
+        (["--link", "--folders", "latents"], "--codec: give it"),
+    ):
+        assert prepare.cli(["--from-precomputed", source, out, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert prepare.cli([source, out, "--link"]) == 2
+    assert "--link: only with --from-precomputed" in capsys.readouterr().err
+    assert prepare.cli(["--inspect", source]) == 2
+    assert "prepare --from-precomputed" in capsys.readouterr().err
+    from_precomputed(source, out, **MAKERS, sources=["latents", "conditions"])
+    assert prepare.cli(["--to-precomputed", out, str(tmp_path / "back")]) == 0
+    assert f"in {tmp_path / 'back' / '.precomputed'}" in capsys.readouterr().out
+    assert prepare.cli(["--verify", out]) == 0
+    told = capsys.readouterr().out
+    assert "2 x 128x64x17, without sound" in told
+    assert "4 records read, 0 faults" in told
+    assert prepare.cli(["--inspect", out, "x"]) == 2

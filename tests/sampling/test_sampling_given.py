@@ -66,9 +66,10 @@ def on_mesh(sizes, together):
 # ------------------------------------------------------------------------------------ on every mesh
 
 
-def test_clips_spread_over_eight_devices_are_those_that_one_makes():
+def test_clips_spread_over_eight_devices_are_those_that_one_makes_bit_by_bit():
+    """A device has one clip in either case: larger products may be summed in another order."""
     for a, b in zip(on_mesh((8, 1, 1), 8)[1], on_mesh((1, 1, 1), 1)[1], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_clip_with_a_keyframe_beside_it_is_the_same_on_every_mesh():
@@ -149,10 +150,13 @@ def test_the_steps_are_one_loop_with_one_loop_over_blocks_and_constant_text_is_o
     # Before it: the layers of the connectors, and the text keys and values of the blocks.
     assert loops(found).count(1) == 1
     assert max(loops(found)) == 1
-    assert 2 not in text_products(found)
-    assert 2 in text_products(traced(True, given()))  # where sigma modulates the text
+    assert text_products(found) == {1}
     names = {eqn.primitive.name for _, eqn in found}
     assert not {name for name in names if "callback" in name or "feed" in name}
+
+
+def test_text_that_sigma_modulates_is_read_again_in_every_step():
+    assert 2 in text_products(traced(True, given()))
 
 
 def test_the_compiled_program_sends_nothing_to_the_host():
@@ -212,19 +216,12 @@ def test_a_later_stage_starts_from_latents_at_its_first_noise_level(stand_in):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_the_latents_that_a_stage_starts_from_are_donated():
-    mesh = make_mesh(devices=jax.devices()[:1])
-    start = jnp.asarray(LATENTS["video"][:1]), jnp.asarray(LATENTS["audio"][:1])
-    known = Given(*[dataclasses.replace(c, strength=None) for c in bare(1)])
-    with jax.set_mesh(mesh):
-        start = jax.tree.map(lambda a: jax.device_put(a, jax.P()), start)
-        make_sampler()(
-            *inputs(placed(CONFIG, mesh)), None, known, start, **static(passes=EMPTY[:0])
-        )
+    start = jnp.asarray(LATENTS["video"][:2]), jnp.asarray(LATENTS["audio"][:2])
+    args = *inputs(None, slice(2))[:-1], ()
+    make_sampler()(*args, None, bare(), start, graphdef=None, request=REQUEST, passes=())
     assert all(a.is_deleted() for a in start)
-
-
-EMPTY = (EMPTY_CAPTION,)
 
 
 def test_what_is_appended_does_not_change_the_noise_of_the_clip(stand_in):
@@ -276,7 +273,11 @@ def test_keyframes_that_were_generated_are_a_third_result(stand_in):
 
 @pytest.mark.parametrize(
     ("passes", "how"),
-    [((), Guidance()), ((Pass(skipped=(0,)),), Guidance()), (EMPTY, Guidance(skip_steps=(1, 1)))],
+    [
+        ((), Guidance()),
+        ((Pass(skipped=(0,)),), Guidance()),
+        ((EMPTY_CAPTION,), Guidance(skip_steps=(1, 1))),
+    ],
     ids=["no pass", "another", "skipped"],
 )
 def test_cfg_plus_plus_without_its_pass_is_refused(stand_in, passes, how):

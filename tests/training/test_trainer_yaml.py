@@ -315,7 +315,13 @@ def test_the_deprecated_strategies_are_read():
         ({"acceleration__mixed_precision_mode": "fp16"}, "mixed_precision_mode=fp16: use bf16"),
         ({"data__preprocessed_data_root": None}, "data.preprocessed_data_root is missing"),
         ({"model__training_mode": "full", "model__load_checkpoint": "x"}, "=x: a full"),
-        ({"lora__rank": 0}, "rank=0 must be at least 1"),
+        ({"lora__rank": 0}, "lora: rank=0 must be at least 1"),
+        ({"optimization__learning_rate": 0}, "optimization.learning_rate=0 must be above 0"),
+        ({"optimization__steps": 0}, "optimization.steps=0 must be at least 1"),
+        ({"optimization__batch_size": 0}, "optimization, data: batch_size=0 must be at least 1"),
+        ({"checkpoints__interval": 0, "checkpoints__keep_last_n": -1}, "ts: every_steps=0 must"),
+        ({"training_strategy": {"name": "flexible"}}, "training_strategy: video.role, audio.role"),
+        ({"flow_matching__timestep_sampling_params": {"uniform_prob": 3}}, "sigma_uniform_prob=3"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_file_is_named_by_its_key(changes, message):
