@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.models.layers import Axes, Linear
-from ltx2_jax.sharding import pin, spec
+from ltx2_jax.models.layers import Axes, Linear, product
+from ltx2_jax.sharding import spec
 
 
 class Constant(nnx.Variable):
@@ -49,16 +49,14 @@ class LowRank(nnx.Module):
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
-        a, b = (p[...].astype(x.dtype) for p in (self.a, self.b))
-        a, b = pin(a, None, n_in), pin(b, n_out, None)
         if self.keys is not None:
             where = spec(*lead, n_in)
             draws = jax.random.uniform(self.keys[...], x.shape, jnp.float32, out_sharding=where)
             x = jnp.where(draws >= self.rate, x / (1 - self.rate), 0)
-        low = jnp.einsum("...i,ri->...r", x, a, out_sharding=spec(*lead, None))
+        low = product(x, self.a[...], (None, n_in), lead)
         if self.scale is not None:
             low = low * self.scale[...].astype(x.dtype)
-        return jnp.einsum("...r,or->...o", low, b, out_sharding=spec(*lead, n_out))
+        return product(low, self.b[...], (n_out, None), lead)
 
 
 def homes(axes: Axes) -> tuple[Axes, Axes]:

@@ -213,7 +213,9 @@ def check_same_run(config: Config, stored: Config, workdir: str | Path) -> None:
     refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
-    if stored.init_from is not None and config.init_from not in (None, stored.init_from):
+    # Frozen weights are told by their numbers, wherever they lie: see `initial.tied`.
+    elsewhere = config.tune is None and config.init_from not in (None, stored.init_from)
+    if stored.init_from is not None and elsewhere:
         refused.append(
             f"init_from: {stored.init_from!r} -> {config.init_from!r}; leave it out to go on"
         )

@@ -379,12 +379,14 @@ def describe(
     """What is about to run, in four lines, while the first step compiles."""
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+    trained = "" if config.tune is None else " trained"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     hosts.say(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
         f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
-        f"model    {parameters / 1e6:,.2f} M parameters, {config.model.num_layers} blocks, "
+        f"model    {parameters / 1e6:,.2f} M parameters{trained}, "
+        f"{config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
