@@ -59,7 +59,7 @@ example:
       --stride 121 --incomplete --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
   python -m ltx2_jax.prepare --inspect data/films
-  python -m ltx2_jax.prepare --from-precomputed clips/.precomputed data/clips --link \\
+  python -m ltx2_jax.prepare --from-precomputed clips/.precomputed \\
       --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
 """
@@ -71,21 +71,20 @@ def main(args: argparse.Namespace) -> int:
         return _look(args)
     for flag, given, where in (
         ("--sheet", args.sheet, "--inspect or --verify"),
-        ("--link", args.link and not args.from_precomputed, "--from-precomputed"),
         ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
     ):
         if given:
             raise UserError(f"{flag}: only with {where}")
-    if args.out is None:
+    if args.from_precomputed:
+        _convert(args)
+        return 0
+    if args.out is None and not args.dry_run:
         raise UserError("OUT: give the folder to make")
     if args.to_precomputed:
         records = open_records(args.table)
         if not isinstance(records, Records):
             raise UserError(f"{args.table}: its records are those of a .precomputed already")
         print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
-        return 0
-    if args.from_precomputed:
-        _convert(args)
         return 0
     config = _config(args)
     codec = _codec(args)
@@ -199,7 +198,6 @@ def _convert(args: argparse.Namespace) -> None:
         text_encoder=_text_encoder(args),
         sources=args.folders,
         incomplete=args.incomplete,
-        link=args.link,
         overwrite=args.overwrite,
     )
     _report(records)
@@ -371,17 +369,13 @@ def _official_flags(parser: argparse.ArgumentParser) -> None:
     way.add_argument(
         "--from-precomputed",
         action="store_true",
-        help="TABLE is a .precomputed folder: convert it (--codec, --text-encoder: what made it)",
+        help="TABLE is a .precomputed folder, made by --codec and --text-encoder: convert it; "
+        "without OUT, only note that beside its files, which are trained on where they are",
     )
     way.add_argument(
         "--to-precomputed",
         action="store_true",
         help="TABLE is a dataset, OUT gets a .precomputed folder that the official trainer reads",
-    )
-    official.add_argument(
-        "--link",
-        action="store_true",
-        help="of --from-precomputed: copy nothing; the files are trained on where they are",
     )
     official.add_argument(
         "--folders",

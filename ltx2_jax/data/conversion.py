@@ -1,9 +1,11 @@
 """Datasets of the official trainer to ours, and ours to its."""
 
+import contextlib
 import dataclasses
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,37 +13,37 @@ from tqdm import tqdm
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
-from ltx2_jax.data.records import Linked, Records, RecordWriter, open_records
+from ltx2_jax.data.records import INDEX_NAME, Linked, Records, RecordWriter, open_records
 from ltx2_jax.data.schema import Schema
 from ltx2_jax.data.work import CODEC_NAME, TEXT_ENCODER_NAME, write_empty_caption
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 from ltx2_jax.models.ltx2 import TEXT_FIELDS
 from ltx2_jax.text.captions import FeatureEncoder
 
 
 def from_precomputed(
     folder: str | os.PathLike,
-    out: str | os.PathLike,
+    out: str | os.PathLike | None,
     *,
     codec: Codec,
     text_encoder: FeatureEncoder,
     sources: Sequence[str] | None = None,
     incomplete: bool = False,
-    link: bool = False,
     overwrite: bool = False,
 ) -> Records | Linked:
-    """Makes a dataset of what the official scripts prepared, all or nothing.
+    """Makes a dataset of what the official scripts prepared, in its place or as a copy.
 
     Latents and features are taken as they are. The official format does not say what made them:
     `codec` and `text_encoder` do, and are what sampling decodes and prompts with.
 
     Args:
       folder: a `.precomputed`, or the folder that holds it.
-      out: the folder to make.
+      out: the folder to make, all or nothing; None copies nothing: what made the files is written
+        beside them, and they are the records.
       codec, text_encoder: those of the release that made it.
       sources, incomplete: see `Precomputed`.
-      link: copy nothing; the records are the files, where they are.
       overwrite: replace a dataset that is there.
 
     Raises:
@@ -57,20 +59,38 @@ def from_precomputed(
     )
     settings = {"precomputed": str(samples.precomputed), "sources": list(samples.sources)}
     settings |= {"incomplete": incomplete}
-    with RecordWriter(out, settings=settings, overwrite=overwrite) as writer:
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            target = stack.enter_context(_beside(samples.precomputed))
+        else:
+            target = out
+        writer = stack.enter_context(RecordWriter(target, settings=settings, overwrite=overwrite))
         codec.save(writer.staging / CODEC_NAME)
         text_encoder.save(writer.staging / TEXT_ENCODER_NAME)
         empty = write_empty_caption(writer.staging, text_encoder)
         _check_makers(samples, codec, {name: value.shape for name, value in empty.items()})
         writer.start(_made_by(samples.schema, writer.staging))
-        if link:
+        if out is None:
             writer.link(samples)
         else:
             for index in tqdm(range(len(samples)), desc="converting", unit="clip", disable=None):
                 writer.write(samples[index], int(samples.buckets[index]))
         for clip in samples.skipped:
             writer.skip(clip["source"], clip["reason"])
-    return open_records(out)
+    return open_records(samples.precomputed if out is None else out)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder, for the block to make; its files go into `folder` then, the index last."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as temporary:
+            yield Path(temporary) / "made"
+            files = list((Path(temporary) / "made").iterdir())
+            for path in sorted(files, key=lambda path: path.name == INDEX_NAME):
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here ({reason(error)})") from None
 
 
 def _made_by(schema: Schema, staging: Path) -> Schema:

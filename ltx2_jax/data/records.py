@@ -155,7 +155,10 @@ class RecordWriter:
             self._close_shard()
 
     def link(self, samples: Precomputed) -> None:
-        """In place of `write`: the records are the files of a `.precomputed`, where they are."""
+        """In place of `write`: the records are the files of a `.precomputed`.
+
+        The folder that is written is to be moved in there.
+        """
         self._linked = samples
         self.num_records = len(samples)
         self._buckets = samples.buckets.tolist()
@@ -208,9 +211,8 @@ class RecordWriter:
             "settings": self._settings,
         }
         if self._linked is not None:
-            where = {"folder": str(self._linked.folder.resolve())}
-            where |= {"sources": list(self._linked.sources)}
-            contents["linked"] = where | {"incomplete": self._linked.incomplete}
+            sources, incomplete = list(self._linked.sources), self._linked.incomplete
+            contents["linked"] = {"sources": sources, "incomplete": incomplete}
         if len(self._schema.buckets) > 1:
             table = {"bucket": np.array(self._buckets, np.int32)}
             (self.staging / TABLE_NAME).write_bytes(serialize(table))
@@ -350,19 +352,17 @@ class Records(_Made, Sequence):
 
 
 class Linked(_Made, Precomputed):
-    """A dataset folder whose records are the files of a `.precomputed`, read where they are.
+    """A `.precomputed` with a dataset.json beside its files, which are its records.
 
     Attributes:
-      folder: of the dataset; `precomputed` is that of the files.
       settings: what it was made with.
     """
 
     def __init__(self, folder: Path, contents: Mapping[str, Any]):
         """See `open_records`."""
-        self.folder = folder
+        self.folder = self.precomputed = folder
         try:
             linked = contents["linked"]
-            self.precomputed = Path(linked["folder"])
             self.schema = Schema.from_json(contents["schema"])
             self.skipped, self.settings = contents["skipped"], contents["settings"]
             self._shares_text = "audio_text" not in self.schema.fields
@@ -373,8 +373,6 @@ class Linked(_Made, Precomputed):
             raise UserError(f"{folder / INDEX_NAME}: damaged: {error!r}") from None
         several = len(self.schema.buckets) > 1
         self.buckets = Table(folder, several, len(self), len(self.schema.buckets)).buckets
-        if not self.precomputed.is_dir():
-            raise UserError(f"{folder}: names {self.precomputed}, which is not there; put it back")
         self._choose(sources, bool(linked.get("incomplete")))
 
 
@@ -384,15 +382,27 @@ def open_records(folder: str | os.PathLike) -> Records | Linked:
     Raises:
       UserError: no dataset there, written by another version, or a shard is missing or truncated.
     """
-    folder = Path(folder)
-    if not (folder / INDEX_NAME).exists() and precomputed_folder(folder) is not None:
-        raise UserError(
-            f"{folder}: a .precomputed does not say what made it; a dataset that does, and copies "
-            f"nothing: python -m ltx2_jax.prepare --from-precomputed {folder} OUT --link "
-            "--codec FILE --text-encoder FILE GEMMA"
-        )
+    folder = _home(folder)
     contents = _read_index(folder)
     return Linked(folder, contents) if "linked" in contents else Records(folder)
+
+
+def _home(folder: str | os.PathLike) -> Path:
+    """Where the dataset.json is: here, or in the `.precomputed` in here.
+
+    Raises:
+      UserError: that has none yet.
+    """
+    folder = Path(folder)
+    official = None if (folder / INDEX_NAME).exists() else precomputed_folder(folder)
+    if official is None:
+        return folder
+    if not (official / INDEX_NAME).exists():
+        raise UserError(
+            f"{folder}: a .precomputed does not say what made it; tell it once: python -m "
+            f"ltx2_jax.prepare --from-precomputed {folder} --codec FILE --text-encoder FILE GEMMA"
+        )
+    return official
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -423,6 +433,6 @@ def read_schema(folder: str | os.PathLike) -> Schema:
     Raises UserError as `open_records` does for the index.
     """
     try:
-        return Schema.from_json(_read_index(Path(folder))["schema"])
+        return Schema.from_json(_read_index(_home(folder))["schema"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{Path(folder) / INDEX_NAME}: damaged: {error!r}") from None

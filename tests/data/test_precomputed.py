@@ -10,7 +10,7 @@ from ltx2_jax import prepare
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
-from ltx2_jax.data.records import open_records
+from ltx2_jax.data.records import open_records, read_schema
 from ltx2_jax.data.torch_files import read_pt, write_pt
 from ltx2_jax.errors import UserError
 
@@ -125,9 +125,9 @@ def test_samples_that_lack_a_stream_are_sizes_of_their_own(tmp_path):
     ]  # fmt: skip
     assert opened.buckets.tolist() == [0, 1, 2]
     assert opened.skipped == [{"source": "3.pt", "reason": "has no file in conditions"}]
-    made = from_precomputed(GOLDEN / "v2", tmp_path / "set", **MAKERS, incomplete=True, link=True)
-    assert len(made) == 4
-    again = open_records(tmp_path / "set")
+    shutil.copytree(GOLDEN / "v2", tmp_path / "v2")
+    assert len(from_precomputed(tmp_path / "v2", None, **MAKERS, incomplete=True)) == 4
+    again = open_records(tmp_path / "v2")
     assert ["audio" in record for record in again] == [True, True, False, False]
 
 
@@ -192,7 +192,7 @@ def test_a_folder_that_is_none_is_told(tmp_path):
     with pytest.raises(UserError, match="no dataset here"):
         open_records(tmp_path)
     folder = folder_of(tmp_path, record(0))
-    with pytest.raises(UserError, match="does not say what made it; a dataset that does"):
+    with pytest.raises(UserError, match="does not say what made it"):
         open_records(tmp_path)
     with pytest.raises(UserError, match="no folder 'latent' is known"):
         Precomputed(folder, ["latent"])
@@ -231,23 +231,28 @@ def test_a_dataset_goes_from_the_official_format_and_back(tmp_path):
         to_precomputed(made, tmp_path / "back")
 
 
-def test_a_linked_dataset_copies_nothing_and_reads_the_same(tmp_path):
+def test_what_made_a_precomputed_is_told_once_and_it_is_a_dataset(tmp_path):
     source = tmp_path / "official"
     shutil.copytree(GOLDEN / "v2", source)
-    made = from_precomputed(
-        source, tmp_path / "set", **MAKERS, sources=["latents", "conditions"], link=True
-    )
-    assert sum(path.stat().st_size for path in (tmp_path / "set").iterdir()) < 200_000
-    again, direct = open_records(tmp_path / "set"), Precomputed(source, ["latents", "conditions"])
-    assert again.schema == made.schema
-    assert again.codec_path == tmp_path / "set" / "codec.safetensors"
-    assert again.empty_caption().keys() == {"video_text", "audio_text", "text_mask"}
-    assert again.buckets.tolist() == direct.buckets.tolist()
-    for index in range(4):
-        assert_same(again[index], direct[index])
-    shutil.rmtree(source)
-    with pytest.raises(UserError, match="which is not there; put it back"):
-        open_records(tmp_path / "set")
+    with pytest.raises(UserError, match="does not say what made it; tell it once: python -m"):
+        open_records(source)
+    direct = Precomputed(source, ["latents", "conditions"])
+    for _ in range(2):  # again, after samples have been added for one
+        made = from_precomputed(source, None, **MAKERS, sources=["latents", "conditions"])
+    assert not list((source / ".precomputed").glob(".making*"))
+    for folder in (source, source / ".precomputed"):
+        again = open_records(folder)
+        assert again.schema == made.schema == read_schema(folder)
+        assert again.schema.release == "2.3"
+        assert again.codec_path == source / ".precomputed" / "codec.safetensors"
+        assert again.empty_caption().keys() == {"video_text", "audio_text", "text_mask"}
+        assert again.buckets.tolist() == direct.buckets.tolist()
+        for index in range(4):
+            assert_same(again[index], direct[index])
+    shutil.move(source, tmp_path / "elsewhere")
+    assert len(open_records(tmp_path / "elsewhere")) == 4
+    # To the official trainer nothing has changed.
+    assert Precomputed(tmp_path / "elsewhere", ["latents", "conditions"]).names == direct.names
 
 
 def test_makers_of_other_sizes_are_refused(tmp_path):
@@ -263,12 +268,12 @@ def test_the_command_converts_both_ways_and_says_what_is_missing(tmp_path, capsy
     out = str(tmp_path / "set")
     for flags, message in (
         ([], "--codec: give it; a .precomputed does not say what made it"),
-        (["--link", "--folders", "latents"], "--codec: give it"),
+        (["--folders", "latents"], "--codec: give it"),
     ):
         assert prepare.cli(["--from-precomputed", source, out, *flags]) == 2
         assert message in capsys.readouterr().err
-    assert prepare.cli([source, out, "--link"]) == 2
-    assert "--link: only with --from-precomputed" in capsys.readouterr().err
+    assert prepare.cli([source, out, "--folders", "latents"]) == 2
+    assert "--folders: only with --from-precomputed" in capsys.readouterr().err
     assert prepare.cli(["--inspect", source]) == 2
     assert "prepare --from-precomputed" in capsys.readouterr().err
     from_precomputed(source, out, **MAKERS, sources=["latents", "conditions"])

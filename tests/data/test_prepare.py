@@ -244,6 +244,19 @@ def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
     assert change[0] in capsys.readouterr().err
 
 
+def test_what_is_to_be_made_must_be_said(clips, tmp_path, capsys):
+    table = str(clips / "captions.csv")
+    for flags, message in (
+        ([table, "out"], "--num-frames: give the size of the clips, or --buckets"),
+        ([table, "out", *SIZE[:4]], "--width: give the size"),
+        ([table, *SIZE], "OUT: give the folder to make"),
+        ([table, "out", *SIZE, "--sheet", "a.png"], "--sheet: only with --inspect or --verify"),
+        ([table, "out", "--buckets", "16x16"], "bucket '16x16': not width x height x frames"),
+    ):
+        assert prepare.cli(flags) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.cli(["--help"])
