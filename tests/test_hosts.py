@@ -159,7 +159,9 @@ def test_a_workdir_on_a_disk_of_each_host_is_refused(tmp_path):
     ended = drill(tmp_path / "logs", "apart", tmp_path)
     assert ended.codes == [2, 2]
     (line,) = ended.lines()
-    assert re.search(r"host-1 \(.*\): .*1: is not shared: this host does not see what host 0 wrote", line)
+    assert re.search(
+        r"host-1 \(.*\): .*1: is not shared: this host does not see what host 0 wrote", line
+    )
     assert not ended.lines(1)
 
 

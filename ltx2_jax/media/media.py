@@ -248,7 +248,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     path, notes = Path(path), set()
     with _opened(path) as container:
-        video, _, _ = _decode_video(container, 1, None, 1.0, notes)
+        video, _, _ = _decode_video(container, 1, None, 1.0, notes, None)
         if not len(video):
             raise UserError("holds no picture")
     return video[0]
