@@ -11,7 +11,7 @@ Source: `ltx_pipelines/{ti2vid_one_stage,ti2vid_two_stages,ti2vid_two_stages_hq,
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Stage:
     eta: float = 1.0  # how much noise a stepper draws that draws any
     video: Scales = Scales()
     audio: Scales = Scales()
-    how: Guidance = Guidance()  # how passes are combined: other directions than the difference
+    how: Guidance = field(default_factory=Guidance)  # how passes are combined
     distilled_lora: float = 0.0  # strength of the distilled LoRA
 
     def __post_init__(self):
