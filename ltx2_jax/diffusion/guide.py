@@ -34,15 +34,17 @@ class Guided:
             raise UserError(f"guidance {self.how.direction!r} needs the pass without a prompt")
 
     def rows(self, steps: np.ndarray, inner: np.ndarray) -> Row:
-        row = {
-            f"number {i}": number[np.minimum(steps, number.shape[0] - 1)]
-            for i, number in enumerate(self._leaves())
-            if jnp.ndim(number)
-        }
+        count = steps[-1] + (inner.max() == 0)  # a call after the last step is of no step
+        row = {}
+        for i, number in enumerate(self._leaves()):
+            if jnp.ndim(number):
+                if number.shape[0] != count:
+                    raise UserError(f"{number.shape[0]} numbers of guidance for {count} steps")
+                row[f"number {i}"] = number[np.minimum(steps, count - 1)]
         if self.skips:
             # A step that is skipped is so at its first call: the others have points of their own.
             video, audio = (guidance.skipped(steps, k) & (inner == 0) for k in self._skip_steps())
-            row["skipped"] = jnp.asarray(video + 2 * audio)
+            row["skipped"] = jnp.asarray(np.searchsorted(self._kinds(), video + 2 * audio))
         return row
 
     def begin(self, x: Latents) -> Memory:
@@ -68,14 +70,13 @@ class Guided:
         def none_runs(memory: Memory) -> tuple[Estimate, Memory]:
             return Estimate(memory["x0"]), memory
 
-        if len(set(self._skip_steps())) == 1:  # never one alone: the network is compiled once
-            return jax.lax.cond(row["skipped"] == 0, all_run, none_runs, memory)
-        audio_runs, video_runs = (
-            lambda memory, enabled=enabled: one_runs(enabled, memory)
-            for enabled in ((False, True), (True, False))
-        )
-        branches = [all_run, audio_runs, video_runs, none_runs]
-        return jax.lax.switch(row["skipped"], branches, memory)
+        kinds = [
+            all_run,
+            lambda memory: one_runs((False, True), memory),
+            lambda memory: one_runs((True, False), memory),
+            none_runs,
+        ]
+        return jax.lax.switch(row["skipped"], [kinds[i] for i in self._kinds()], memory)
 
     def _run(self, x: Latents, row: Row, memory: Memory, **enabled: Any) -> tuple[Estimate, Memory]:
         """One call of the network."""
@@ -131,6 +132,16 @@ class Guided:
         video, audio = self.how.skip_steps
         fixed = [not nothing(self.given) and (c is None or c.frozen) for c in self.given]
         return (audio if fixed[0] else video), (video if fixed[1] else audio)
+
+    def _kinds(self) -> list[int]:
+        """Which combinations of skipped streams occur: 1 for the video and 2 for the audio.
+
+        The network is compiled once for each but 3.
+        """
+        video, audio = self._skip_steps()
+        if video == audio:
+            return [0, 3]
+        return [0, 1] if not audio else [0, 2] if not video else [0, 1, 2, 3]
 
     def _leaves(self) -> list[Array]:
         return jax.tree.leaves((self.strengths, self.rescales))

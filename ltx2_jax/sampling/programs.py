@@ -225,14 +225,18 @@ def _on_mesh(c: Conditions, tokens: str) -> Conditions:
     def place(x: Array | None, *names: str | None) -> Array | None:
         return None if x is None else pin(jnp.asarray(x), *names)
 
+    def latents(x: Array | None) -> Array | None:
+        """In float32, in which the loop adds small steps to them."""
+        return None if x is None else place(x, lead, tokens, None).astype(jnp.float32)
+
     return dataclasses.replace(
         c,
-        clean=place(c.clean, lead, tokens, None),
+        clean=latents(c.clean),
         strength=place(c.strength, lead, tokens),
         positions=place(c.positions, None, None, None, None),
         marks=place(c.marks, lead, tokens),
         attention=place(c.attention, None, None, None),
-        start=place(c.start, lead, tokens, None),
+        start=latents(c.start),
     )
 
 

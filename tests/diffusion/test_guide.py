@@ -142,6 +142,8 @@ def test_the_second_call_of_a_step_has_the_numbers_of_its_step():
     row = guide(strengths=((strengths, np.float32(0)),)).rows(*np.divmod(np.arange(9), 2))
     np.testing.assert_array_equal(row["number 0"], [1, 1, 2, 2, 3, 3, 4, 4, 4])
     assert "number 1" not in row
+    with pytest.raises(UserError, match="4 numbers of guidance for 5 steps"):
+        guide(strengths=((strengths, np.float32(0)),)).rows(np.arange(5), np.zeros(5, int))
 
 
 # ---------------------------------------------------------------------------------- skipped steps

@@ -118,12 +118,13 @@ def subs(eqn):
                 yield x
 
 
-def traced(prompt_adaln, known=None, **kw):
+def traced(prompt_adaln, sizes=(1, 1, 1), clips=1, changes=None, **kw):
     model = dataclasses.replace(tiny.MODEL, prompt_adaln=prompt_adaln)
     config = tiny.config(model=model)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    args = inputs(ltx2.abstract_params(config.networks, mesh, for_sampling=True))
-    options = static(config, **kw)
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
+    args = inputs(params, slice(clips))
+    known, options = given(slice(clips), **(changes or {})), static(config, **kw)
     run = lambda *args: programs.sample(*args, None, known, **options)  # noqa: E731
     with jax.set_mesh(mesh):
         return list(eqns(jax.make_jaxpr(run)(*args).jaxpr))
@@ -145,7 +146,7 @@ def loops(found):
 
 @pytest.mark.parametrize("stepper", [steppers.Euler(), steppers.Res2s()], ids=["euler", "res_2s"])
 def test_the_steps_are_one_loop_with_one_loop_over_blocks_and_constant_text_is_outside(stepper):
-    found = traced(False, given(), stepper=stepper)
+    found = traced(False, stepper=stepper)
     # Before it: the layers of the connectors, and the text keys and values of the blocks.
     assert loops(found).count(1) == 1
     assert max(loops(found)) == 1
@@ -155,7 +156,27 @@ def test_the_steps_are_one_loop_with_one_loop_over_blocks_and_constant_text_is_o
 
 
 def test_text_that_sigma_modulates_is_read_again_in_every_step():
-    assert 2 in text_products(traced(True, given()))
+    assert 2 in text_products(traced(True))
+
+
+STATEFUL = Guidance(direction="apg", apg_norm=1.0, apg_momentum=0.5, skip_steps=(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("stepper", "how"),
+    [
+        (steppers.Res2s(by_token=True), STATEFUL),
+        (steppers.EulerCFGPlusPlus(), Guidance(direction="star")),
+        (steppers.GradientEstimation(), dataclasses.replace(STATEFUL, skip_steps=(1, 1))),
+    ],
+    ids=["res_2s", "cfg++", "gradient estimation"],
+)
+def test_every_kind_of_step_and_guidance_runs_on_a_mesh(stepper, how):
+    """Arrays there have their shardings in their types: what does not fit cannot be traced."""
+    audio = conditioning.of_audio(LATENTS["audio"][:2])
+    found = traced(True, (2, 2, 2), 2, {"audio": audio}, stepper=stepper, guidance=how)
+    # One copy of the network for each combination of streams that run.
+    assert loops(found).count(1) == (2 if how.skip_steps == (1, 0) else 1)
 
 
 def test_the_compiled_program_sends_nothing_to_the_host():
