@@ -75,6 +75,13 @@ GUIDANCE = {
     "stg_blocks": ("stg_blocks", "blocks whose self-attention is skipped"),
     "skip_step": ("skip_step", "steps between two guided ones"),
 }
+# Other flags of numbers of the first stage; those of workdirs mean the same.
+OF_STAGES = {
+    "steps": ("num_inference_steps", "steps"),
+    "schedule": ("schedule",),
+    "video.cfg": ("video_guidance",),
+    "audio.cfg": ("audio_guidance",),
+}
 MODALITY = {"a2v_guidance_scale": "video", "v2a_guidance_scale": "audio"}
 
 
@@ -118,6 +125,10 @@ def _released(args: argparse.Namespace) -> None:
 def _pipeline(args: argparse.Namespace) -> Pipeline:
     mesh = make_mesh(*args.mesh) if args.mesh else None
     if args.workdir:
+        for name in ("lora", "distilled_lora", "spatial_upsampler_path", "text_encoder"):
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: is for released models; {args.workdir} is a workdir")
         mesh = mesh or make_mesh()
         return Pipeline.from_workdir(
             args.workdir, step=args.checkpoint_step, mesh=mesh, text_cache=args.text_cache
@@ -217,8 +228,10 @@ def _wishes(args: argparse.Namespace) -> dict[str, Any]:
     for flag, stream in MODALITY.items():
         if (value := getattr(args, flag)) is not None:
             changes.setdefault(f"stage1.{stream}.modality", str(value))
-    if args.num_inference_steps is not None:
-        changes.setdefault("stage1.steps", str(args.num_inference_steps))
+    for field, names in OF_STAGES.items():
+        value = next((v for n in names if (v := getattr(args, n)) is not None), None)
+        if value is not None:
+            changes.setdefault(f"stage1.{field}", str(value))
     for number in (1, 2):
         if (value := getattr(args, f"distilled_lora_strength_stage_{number}")) is not None:
             changes.setdefault(f"stage{number}.distilled_lora", str(value))

@@ -48,13 +48,13 @@ def stage(case: Case, number: int, encoded: Encoded, start, noises):
     assert recipes.distilled(release).stages[0].size == 0.5
     text = {name: np.repeat(x[f"{name[0]}_context"], 2, 0) for name in ("video_text", "audio_text")}
     text["text_mask"] = np.ones(text["video_text"].shape[:2])
-    videos, audios = stages.run(
-        chosen, make_sampler(), graph, params, make_mesh(devices=jax.devices()[:1]),
-        stages.Shapes.of(task, codec, height, width), task, encoded, text, [0], *start,
-        number=number, batch=1, marked="keyframes_abs_pos_embedding" in names_of(case.folder),
-        noises=noises,
+    marked = "keyframes_abs_pos_embedding" in names_of(case.folder)
+    program = stages.Program(make_sampler(), graph, make_mesh(devices=jax.devices()[:1]), marked)
+    (found,) = stages.run(
+        chosen, program, params, stages.Shapes.of(task, codec, height, width), task, encoded, text,
+        [0], start, number=number, batch=1, noises=noises,
     )  # fmt: skip
-    return videos[0], audios[0]
+    return found.video, found.audio
 
 
 @cache
@@ -70,13 +70,13 @@ def run_two_stage(case: Case):
     images = [np.asarray(codec.video.encode(i.astype(np.uint8))) for i in (half, image)]
     encoded = [Encoded(images=(Placed(i[0], 0, 1.0, 1),)) for i in images]
     first = noises_of({**x, "v_noise": x["v_noise_stage1"], "a_noise": x["a_noise_stage1"]})
-    v, a = stage(case, 0, encoded[0], ([None], [None]), first)
+    v, a = stage(case, 0, encoded[0], None, first)
     vae = load(file_of(case.folder, "video_vae"), "video_vae")
     network = load(case.folder / "upsampler_spatial.safetensors", "upsampler", dtype="float32")
     statistics = vae.statistics.mean[...], vae.statistics.std[...]
     larger = np.asarray(upsample_latents(network, jnp.asarray(v[None]), *statistics))[0]
     noise = Latents(jnp.asarray(x["v_noise_stage2"]), jnp.asarray(x["a_noise_stage2"]))
-    last_v, last_a = stage(case, 1, encoded[1], ([larger], [a]), (noise, None))
+    last_v, last_a = stage(case, 1, encoded[1], [stages.Found(larger, a)], (noise, None))
     found = {
         "image_latent_stage1": images[0][0],
         "image_latent_stage2": images[1][0],

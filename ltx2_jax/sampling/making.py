@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from ltx2_jax.sampling.loading import Files, RunWeights, Strength, Used, Weights
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
+from ltx2_jax.sampling.stages import Found
 from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
 from ltx2_jax.text.enhancement import enhance
 from ltx2_jax.training.checks import check_mesh
@@ -127,8 +129,12 @@ class Maker:
 
     def __post_init__(self):
         with jax.set_mesh(self.mesh):
-            self._graph = ltx2.graph(self.weights.config)
-            self._sampler = make_sampler()
+            self._program = stages.Program(
+                make_sampler(),
+                ltx2.graph(self.weights.config),
+                self.mesh,
+                self.weights.config.transformer.keyframe_embedding,
+            )
 
     @property
     def codec(self) -> Codec:
@@ -398,51 +404,53 @@ class Maker:
                 for number, size in enumerate(sizes)
             ]
         self._free_codec()
-        videos: list[Any] = [None] * len(seeds)
-        audios: list[Any] = [None] * len(seeds)
-        kept = None
+        found, sound = None, None
         for number, stage in enumerate(plan.stages):
-            if number and task.picture:
-                videos = self._between(plan, number, videos)
+            if number:
+                found = self._between(plan, number, found)
             with self.phase("loading weights"):
                 params = self.weights.params(self._loras(plan, number))
             with self.phase(f"stage {number + 1}"):
-                videos, audios = stages.run(
+                found = stages.run(
                     stage,
-                    self._sampler,
-                    self._graph,
+                    self._program,
                     params,
-                    self.mesh,
                     shapes[number],
                     task,
                     encoded[number],
                     text,
                     seeds,
-                    videos,
-                    audios,
+                    found,
                     number=number,
                     batch=batch,
-                    marked=self.weights.config.transformer.keyframe_embedding,
                 )
             if number == plan.sound_of % len(plan.stages):
-                kept = audios
+                sound = [clip.audio for clip in found]
         if not self.keep:
             del params
             self.weights.free()
-        return list(zip(videos, kept, strict=True))
+        return [(clip.video, audio) for clip, audio in zip(found, sound, strict=True)]
 
-    def _between(self, plan: Recipe, number: int, videos: list[np.ndarray]) -> list[np.ndarray]:
-        """Video latents at the size of a stage, from those of the stage before."""
+    def _between(self, plan: Recipe, number: int, found: list[Found]) -> list[Found]:
+        """Latents at the size of a stage, from those of the stage before."""
         growth = plan.stages[number].size / plan.stages[number - 1].size
         if growth == 1:
-            return videos
+            return found
         if growth != 2 or self.files is None or self.files.upsampler is None:
             raise UserError(
                 f"stage{number + 1}.size: from x{plan.stages[number - 1].size:g} to "
                 f"x{plan.stages[number].size:g} needs the upsampler x2 (--spatial-upsampler-path)"
             )
         with self.phase("upsampling"):
-            return [self.files.upsample(video[None], self.dtype)[0] for video in videos]
+            upsample = partial(self.files.upsample, dtype=self.dtype)
+            return [
+                clip._replace(
+                    video=upsample(clip.video[None])[0],
+                    # Every keyframe is a clip of one frame.
+                    slots=None if clip.slots is None else upsample(clip.slots[:, None])[:, 0],
+                )
+                for clip in found
+            ]
 
     def _loras(self, plan: Recipe, number: int) -> Used:
         used = [(adapter.lora, adapter.at(number)) for adapter in self.adapters]

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +21,6 @@ from ltx2_jax.sampling.tasks import Encoded, Placed, Task
 from ltx2_jax.sharding import sharding_of
 
 VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip
-Latents = np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,13 @@ class Shapes:
 
 
 def conditions(
-    task: Task, given: Encoded, shapes: Shapes, *, marked: bool, rows: int, whole: bool = False
+    task: Task,
+    given: Encoded,
+    shapes: Shapes,
+    *,
+    marked: bool,
+    rows: int,
+    before: "Sequence[Found] | None" = None,
 ) -> Given | None:
     """What is known of both streams of `rows` clips; None: both are generated from nothing.
 
@@ -66,15 +72,19 @@ def conditions(
       shapes: of the stage.
       marked: whether the model has the keyframe embedding.
       rows: clips.
-      whole: conditions even where nothing is known, for latents to start from.
+      before: latents that the clips start from, of a stage after the first.
     """
     video = audio = None
     if task.picture:
         video = _video(task, given, shapes, marked, rows)
+        if task.slots:
+            at = geometry.evenly_spaced_keyframes(task.slots, task.num_frames)
+            slots = None if before is None else np.stack([clip.slots for clip in before])
+            video = conditioning.keyframe_slots(video, at, task.fps, shapes.strides, slots)
     if task.sound or task.audio is not None:
         audio = _audio(given, shapes, rows)
     both = video is not None and audio is not None
-    if both and not whole and not _known(video) and not _known(audio):
+    if both and before is None and not _known(video) and not _known(audio):
         return None
     return Given(video, audio)
 
@@ -114,9 +124,6 @@ def _video(task: Task, given: Encoded, shapes: Shapes, marked: bool, rows: int) 
             attention=None if read.attention == 1 else read.attention,
             **beside,
         )
-    if task.slots:
-        at = geometry.evenly_spaced_keyframes(task.slots, task.num_frames)
-        c = conditioning.keyframe_slots(c, at, **beside)
     return c
 
 
@@ -181,58 +188,67 @@ def passes(stage: Stage, given: Given | None) -> tuple[tuple[Pass, ...], list[An
 # ------------------------------------------------------------------------------------- the stage
 
 
+class Found(NamedTuple):
+    """Latents of a clip; None of a stream that is not there."""
+
+    video: np.ndarray | None = None  # [F', H', W', C]
+    audio: np.ndarray | None = None  # [A, M, C]
+    slots: np.ndarray | None = None  # [K, H', W', C], keyframes that the model made for itself
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled sampler of a model on a mesh, and whether it has the keyframe embedding."""
+
+    sample: Callable[..., tuple[jax.Array, ...]]  # `programs.make_sampler()`
+    graph: Any
+    mesh: jax.sharding.Mesh
+    marked: bool
+
+
 def run(
     stage: Stage,
-    sampler: Callable[..., Any],
-    graph: Any,
+    program: Program,
     params: Any,
-    mesh: jax.sharding.Mesh,
     shapes: Shapes,
     task: Task,
     encoded: Encoded,
     text: dict[str, np.ndarray],
     seeds: Sequence[int],
-    videos: Sequence[Latents],
-    audios: Sequence[Latents],
+    before: Sequence[Found] | None,
     *,
     number: int,
     batch: int,
-    marked: bool,
     noises: tuple[Any, Any] = (None, None),
-) -> tuple[list[Latents], list[Latents]]:
-    """Latents of every clip: [F', H', W', C] and [A, M, C], None of a stream that is not there.
+) -> list[Found]:
+    """Latents of every clip.
 
     Args:
       stage: what to do.
-      sampler: `programs.make_sampler()`.
-      graph: of the model.
+      program: the sampler.
       params: its weights.
-      mesh: where they are.
       shapes: of the latents.
       task: what is asked for.
       encoded: what is given.
       text: fields of all prompts, and of the negative one at the end.
       seeds: one a clip.
-      videos: latents of the stage before, one a clip; None in the first.
-      audios: the same of the sound.
+      before: latents that the clips start from, at this size; None in the first stage.
       number: of the stage, from 0; its noise differs from that of others.
       batch: clips at a time, at most.
-      marked: whether the model has the keyframe embedding.
       noises: in the place of those drawn; see `programs.sample`.
     """
-    first = all(x is None for x in (*videos, *audios))
-    known = conditions(task, encoded, shapes, marked=marked, rows=1)
-    others, strengths, rescales, how = passes(stage, known)
-    count, data = len(others) + 1, mesh.shape["data"]
-    shards = data // math.gcd(data, count)
+    given = partial(conditions, task, encoded, shapes, marked=program.marked)
+    others, strengths, rescales, how = passes(stage, given(rows=1))
+    data = program.mesh.shape["data"]
+    shards = data // math.gcd(data, len(others) + 1)
     size = -(-min(batch, len(seeds)) // shards) * shards
-    given = conditions(task, encoded, shapes, marked=marked, rows=size, whole=not first)
     sigmas = stage.sigma_values(math.prod(shapes.video))
-    made: list[tuple[Latents, Latents]] = []
-    for start in tqdm(range(0, len(seeds), size), desc=f"stage {number + 1}", disable=None):
-        rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)
-        with jax.set_mesh(mesh), jax.enable_x64(False):
-            found = sampler(
+    made: list[Found] = []
+    for first in tqdm(range(0, len(seeds), size), desc=f"stage {number + 1}", disable=None):
+        rows = np.minimum(np.arange(first, first + size), len(seeds) - 1)
+        start = None if before is None else [before[row] for row in rows]
+        with jax.set_mesh(program.mesh), jax.enable_x64(False):
+            latents = program.sample(
                 params,
                 (
                     {name: value[rows] for name, value in text.items()},
@@ -243,29 +259,30 @@ def run(
                 sigmas,
                 tuple(strengths),
                 rescales,
-                given,
-                None if first else (_picked(videos, rows, mesh), _picked(audios, rows, mesh)),
+                given(rows=size, before=start),
+                None if start is None else _placed(start, program.mesh),
                 noises,
-                graphdef=graph,
+                graphdef=program.graph,
                 request=shapes.request(task.fps),
                 passes=others,
                 stepper=stage.step,
                 guidance=how,
             )
-        streams = [None if x is None else np.asarray(x) for x in found[:2]]
-        made += [
-            tuple(None if x is None else x[i] for x in streams)
-            for i in range(min(size, len(seeds) - start))
-        ]
-    return [video for video, _ in made], [audio for _, audio in made]
+        streams = [None if x is None else np.asarray(x) for x in latents]
+        clips = range(min(size, len(seeds) - first))
+        made += [Found(*(None if x is None else x[i] for x in streams)) for i in clips]
+    return made
 
 
-def _picked(
-    latents: Sequence[Latents], rows: np.ndarray, mesh: jax.sharding.Mesh
-) -> jax.Array | None:
+def _placed(
+    start: Sequence[Found], mesh: jax.sharding.Mesh
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Latents of some clips, where the sampler leaves those that it makes in their place."""
-    if latents[0] is None:
-        return None
-    picked = np.stack([latents[i] for i in rows])
-    names = (rows_axis(len(rows)), *[None] * (picked.ndim - 1))
-    return jax.device_put(picked, sharding_of(mesh, *names))
+
+    def place(clips: Sequence[np.ndarray | None]) -> jax.Array | None:
+        if clips[0] is None:
+            return None
+        names = (rows_axis(len(clips)), *[None] * clips[0].ndim)
+        return jax.device_put(np.stack(clips), sharding_of(mesh, *names))
+
+    return place([clip.video for clip in start]), place([clip.audio for clip in start])

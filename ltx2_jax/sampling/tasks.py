@@ -193,7 +193,7 @@ def make_task(
     before, after = (_eights(s, fps, strides[0]) for s in (asked.extend_before, asked.extend))
     frames = _frames(asked, guide, sound, fps, strides[0], before + after, notes)
     fresh = not (known or sound or references) and asked.picture
-    if frames / fps > longest + 1e-6 and not fresh:
+    if frames / fps > longest + 1e-6 and not fresh:  # else it is made in parts
         notes.append(
             f"{frames / fps:.1f} s are more than the {longest:g} s that the model was trained on: "
             "expect less of what comes later"
@@ -203,9 +203,6 @@ def make_task(
         video, audio = _known(asked, known, frames - before - after, before, fps)
     if sound is not None:
         audio = _fitted(sound, frames / fps, notes)
-    voice = _sound(asked.voice) if asked.voice is not None else None
-    if dub is not None and voice is None and dub.audio is not None:
-        voice = KnownAudio(dub.audio, dub.sample_rate)
     # A silent clip whose picture is retaken stays silent.
     silent = known is not None and known.audio is None and asked.start is not None
     task = Task(
@@ -221,13 +218,21 @@ def make_task(
         video=video,
         audio=audio,
         references=tuple(_reference(r, frames, fps, scales, notes) for r in references),
-        voice=voice,
+        voice=_voice(asked.voice, dub),
         notes=tuple(notes),
     )
-    geometry.video_latent_shape(frames, height, width, strides)
     if task.slots:
         geometry.evenly_spaced_keyframes(task.slots, frames)
     return task
+
+
+def _voice(given: Any, dub: Clip | None) -> KnownAudio | None:
+    """Whose voice is heard: the one given, or that of a clip to be dubbed."""
+    if given is not None:
+        return _sound(given)
+    if dub is None or dub.audio is None:
+        return None
+    return KnownAudio(dub.audio, dub.sample_rate)
 
 
 def _check_together(asked: Asked) -> None:
