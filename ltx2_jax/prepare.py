@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -66,36 +65,35 @@ example:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Make or load the codec and the text encoder, prepare, report."""
-    if args.inspect or args.verify:
-        return _look(args)
+    """Prepare, by all processes; or what one of them does alone."""
     for flag, given, where in (
-        ("--sheet", args.sheet, "--inspect or --verify"),
+        ("--sheet", args.sheet and not (args.inspect or args.verify), "--inspect or --verify"),
         ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
     ):
         if given:
             raise UserError(f"{flag}: only with {where}")
-    if args.from_precomputed:
-        _convert(args)
-        return 0
-    if args.out is None and not args.dry_run:
+    for work, asked in (
+        (_look, args.inspect or args.verify),
+        (_foresee, args.dry_run),
+        (_convert, args.from_precomputed),
+        (_export, args.to_precomputed),
+    ):
+        if asked:
+            return work(args)
+    return _prepare(args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    """Make or load the codec and the text encoder, prepare, report."""
+    if args.out is None:
         raise UserError("OUT: give the folder to make")
-    if args.to_precomputed:
-        records = open_records(args.table)
-        if not isinstance(records, Records):
-            raise UserError(f"{args.table}: its records are those of a .precomputed already")
-        print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
-        return 0
     config = _config(args)
-    codec = _codec(args)
-    if args.dry_run:
-        return _foresee(args, config, codec)
     process, processes = args.part or (hosts.index(), hosts.count())
     records = prepare_dataset(
         args.table,
         args.out,
         config,
-        codec=codec,
+        codec=_codec(args),
         text_encoder=_text_encoder(args),
         overwrite=args.overwrite,
         process=process,
@@ -175,8 +173,10 @@ def _sheet(records: Records | Linked, path: str) -> Path:
     return contact_sheet(path, clips, captions, title=f"{len(clips)} clips of {records.folder}")
 
 
-def _foresee(args: argparse.Namespace, config: PrepareConfig, codec: Any) -> int:
-    config, rates = checked(config, codec), rates_of(codec)
+def _foresee(args: argparse.Namespace) -> int:
+    """Prints what would be made."""
+    codec = _codec(args)
+    config, rates = checked(_config(args), codec), rates_of(codec)
     fits = isinstance(codec, LinearCodecConfig)
     channels = codec.video_channels if fits else codec.video.channels
     for line in foresee(read_table(args.table), config, rates, channels):
@@ -184,7 +184,7 @@ def _foresee(args: argparse.Namespace, config: PrepareConfig, codec: Any) -> int
     return 0
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> int:
     """Makes a dataset of a `.precomputed`."""
     for name in ("codec", "text_encoder"):
         if not getattr(args, name):
@@ -201,6 +201,18 @@ def _convert(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     _report(records)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Writes a dataset as the official trainer reads it."""
+    if args.out is None:
+        raise UserError("OUT: give the folder to make")
+    records = open_records(args.table)
+    if not isinstance(records, Records):
+        raise UserError(f"{args.table}: its records are those of a .precomputed already")
+    print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
+    return 0
 
 
 def _codec(args: argparse.Namespace) -> Codec | LinearCodecConfig:

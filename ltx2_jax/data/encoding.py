@@ -16,11 +16,11 @@ from typing import Any
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import PrepareConfig
-from ltx2_jax.data.merging import CLIPS_NAME, adopt, finish, has_records, made_of
+from ltx2_jax.data.merging import CLIPS_NAME, adopt, finish, made_of
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.data.staging import READY, Staging
 from ltx2_jax.data.table import Row, read_table
-from ltx2_jax.data.work import Work, may_succeed_now
+from ltx2_jax.data.work import NoneUsableError, Work, may_succeed_now
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
@@ -96,9 +96,10 @@ def prepare_dataset(
                 return None
             work.wait_for_all(staging)
             finish(staging, work, settings, overwrite or made is not None)
-        except UserError:
-            if process == 0 and made is None and not has_records(staging, work):
-                staging.remove()
+        except UserError as error:
+            nothing = isinstance(error, NoneUsableError) or staging.read_json(READY) is None
+            if process == 0 and made is None and nothing:
+                staging.remove()  # there is nothing to go on with
             raise
     return Records(out)
 

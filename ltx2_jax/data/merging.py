@@ -21,12 +21,6 @@ CLIPS_NAME = "clips.json"  # {"files": name -> fingerprint, "notes": note -> num
 MADE_NAME = "prepare.json"  # the shards, so that clips that come later can be added
 
 
-def has_records(staging: Staging, work: Work) -> bool:
-    """Whether anything that was made is worth keeping."""
-    abouts = [staging.done(CLIPS, shard) for shard in range(work.shards(CLIPS))]
-    return any(about and about["count"] for about in abouts)
-
-
 def finish(staging: Staging, work: Work, settings: dict[str, Any], overwrite: bool) -> None:
     """Makes one dataset of all shards."""
     clips = [staging.done(CLIPS, shard) for shard in range(work.shards(CLIPS))]

@@ -166,6 +166,13 @@ class Precomputed(Sequence):
                     f"{self.file(TEXT, index)}: has features of its own for sound; "
                     "other files of this dataset have one for both"
                 )
+        for stream, axes in (("video", 3), ("audio", 1)):
+            mask, latents = record.get(f"{stream}_mask"), record.get(stream)
+            if mask is not None and latents is not None and mask.shape != latents.shape[:axes]:
+                raise UserError(
+                    f"{self.file(f'{stream}_masks', index)}: a mask of {list(mask.shape)} "
+                    f"for latents of {list(latents.shape[:axes])}"
+                )
         record.setdefault("fps", np.float32(DEFAULT_FPS))  # of sound alone
         return record | {"caption": "", "source": self.names[index].as_posix()}
 

@@ -34,6 +34,10 @@ SHARD_ROWS = 64
 SHARD_CAPTIONS = 256
 
 
+class NoneUsableError(UserError):
+    """No clip of a table can be used."""
+
+
 class Work:
     """What is to be done for a dataset, and the makers that do it.
 
@@ -126,10 +130,10 @@ class Work:
                 next(self.reader.read([row]), None)
         return self.reader.audio_samples
 
-    def none_usable(self, failures: Sequence[Failure]) -> UserError:
+    def none_usable(self, failures: Sequence[Failure]) -> NoneUsableError:
         """What to say when there is no record."""
         first = min(failures, key=lambda failure: failure.row)
-        return UserError(
+        return NoneUsableError(
             f"none of the {len(self.rows)} clips can be used; the first: "
             f"{self.rows[first.row].name}: {first.reason}"
         )

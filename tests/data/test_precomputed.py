@@ -179,6 +179,15 @@ def test_a_file_that_holds_something_else_is_named_with_what_it_holds(tmp_path):
     assert Precomputed(folder)[0]["video"].shape == (2, 2, 3, 4)
 
 
+def test_a_mask_of_another_size_than_its_clip_is_named(tmp_path):
+    masks = {"video_mask": np.ones((2, 2, 3), bool), "audio_mask": np.ones(5, bool)}
+    for name, other in (("video_mask", np.ones((2, 3, 2), bool)), ("audio_mask", np.ones(6, bool))):
+        folder = folder_of(tmp_path / name, record(0, **masks | {name: other}))
+        folders = [path.name for path in folder.iterdir()]
+        with pytest.raises(UserError, match=rf"{name}s/0\.pt: a mask of \[.* for latents of \["):
+            Precomputed(folder, folders)
+
+
 def test_text_of_another_length_than_the_first_is_named(tmp_path):
     short = {name: record(1)[name][1:] for name in ("video_text", "audio_text", "text_mask")}
     folder = folder_of(tmp_path, record(0), record(1, **short))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ltx2_jax.data import clips, encoding, merging, staging, work
+from ltx2_jax.data import clips, encoding, merging, shards, staging, work
 from ltx2_jax.data.buckets import Bucket
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.encoding import prepare_dataset
@@ -193,6 +193,29 @@ def test_a_dataset_made_with_crashes_equals_one_made_without(tmp_path, disk, mon
     assert len(crashed) >= 8
     assert contents(made) == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "t.csv", "whole"]
+
+
+def test_a_full_disk_costs_the_shard_in_hand(tmp_path, disk, monkeypatch):
+    rows, writes = films(disk, 6), []
+
+    def full(path, blobs):
+        writes.append(path.name)
+        if path.name.startswith("clips"):
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+        return shards.write_shard(path, blobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "write_shard", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(tmp_path, rows)
+        assert writes == [f"captions-0000{i}.arrayrecord" for i in (0, 1)] + [
+            "clips-00000.arrayrecord"
+        ]
+        writes.clear()
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(tmp_path, rows)
+        assert writes == ["clips-00000.arrayrecord"]  # the captions are kept
+    assert len(prepare(tmp_path, rows)) == 6
 
 
 def test_what_is_done_is_not_done_again(tmp_path, disk, monkeypatch):
