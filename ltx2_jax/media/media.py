@@ -262,6 +262,9 @@ def read_whole_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     Raises UserError when the file is missing or unreadable, or has no sound.
     """
     path = Path(path)
+    with contextlib.suppress(UserError):  # exact to the sample, of what soundfile knows
+        audio, rate = read_wav(path)
+        return (audio if audio.shape[1] < 3 else to_stereo(audio)), rate
     with _opened(path) as container:
         pictures = best_stream(container, "video") is not None
         if not container.streams.audio:
