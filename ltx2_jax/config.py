@@ -380,8 +380,8 @@ class ValidationConfig:
     path: str | None = None  # dataset of held-out clips; None: the training set
     samples: int = 16  # the first so many records of one size
     seed: int = 0  # of their noise and noise levels, whatever the seed of the run
-    # A metric, such as "val_loss": the checkpoint in which it is lowest is never deleted, and every
-    # checkpoint has its value.
+    # A metric, such as "val_loss": it is taken of every checkpoint too, and that in which it is
+    # lowest is never deleted.
     best: str | None = None
     clips_every: int = 0  # steps after which clips are made; 0: never
     prompts: str | None = None  # file of their prompts, one a line, and of those at the end

@@ -183,10 +183,11 @@ def take_steps(
                 if pending is not None:
                     health.note(log(logger, timer, *pending), *pending)
                 goodput.reached(step)
-                last = stop.asked() or step == config.num_steps
+                stops = stop.asked()
+                last = stops or step == config.num_steps
                 profile.after(step, metrics)
                 saves = cadence.due(step) or last
-                if found := checked.after(step, state, saves):
+                if found := checked.after(step, state, saves and not stops):
                     timer.restart()
                 pending = (step, metrics | found, rows)
                 if saves:

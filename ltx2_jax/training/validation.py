@@ -72,7 +72,7 @@ class Validation:
         held_out = hosts.agree(lambda: samples_of(config, records))
         checks.same_dataset(held_out)
         self._samples = hosts.agree(lambda: first_samples(config, held_out, mesh))
-        program = make_validation(config, codec.video.strides, codec.audio.clock, mesh)
+        program = make_validation(config, mesh, codec.video.strides, codec.audio.clock)
         self._program = compiled("the validation", config, program, *self._args(state))
         whose = f"{run.samples} clips of {held_out.folder}"
         if run.path is None:
@@ -82,7 +82,8 @@ class Validation:
     def after(self, step: int, state: State, saved: bool) -> dict[str, np.ndarray]:
         """Metrics of the weights after `step`, [] or by quarter of sigma [4]; {} if none are due.
 
-        `saved` says whether a checkpoint is made of them: with `validation.best`, each has metrics.
+        `saved` says whether a checkpoint is made of them, and there is time: with `validation.best`
+        it has metrics then.
         """
         run = self._config.validation
         if not run.every or (step % run.every and not (saved and run.best is not None)):
@@ -103,16 +104,16 @@ def sampled_weights(config: Config, state: State) -> Any:
 
 def make_validation(
     config: Config,
+    mesh: jax.sharding.Mesh,
     strides: tuple[int, int, int],
     clock: AudioClock = AUDIO_CLOCK,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., dict[str, Array]]:
     """The jitted loss of all samples: (weights, batch, null_text, frozen) -> metrics.
 
     As a train step has it, without gradients and without the dropout of adapters. Its micro-batches
-    are no larger than those of a step, on `mesh`; None: that in context.
+    are no larger than those of a step.
     """
-    chunks = micro_batches(config, jax.sharding.get_mesh() if mesh is None else mesh)
+    chunks = micro_batches(config, mesh)
     config = _without_dropout(config)
     graphdef = ltx2.graph(config.networks) if config.tune is None else trainable.graph(config)
 
@@ -176,11 +177,12 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
                 f"validation.samples={run.samples} is not a multiple of the {batch_shards(mesh)} "
                 "shards of a batch"
             )
-        if run.path is None:
-            return
-        if "://" in run.path:
-            raise UserError(f"validation.path={run.path}: a dataset is read from a folder alone")
-        checks.check_records(config, open_records(run.path), mesh)
+        if run.path is not None:
+            if "://" in run.path:
+                raise UserError(
+                    f"validation.path={run.path}: a dataset is read from a folder alone"
+                )
+            checks.check_records(config, open_records(run.path), mesh)
         if config.data.path is not None:
             held_out = samples_of(config, open_records(config.data.path))
             first_samples(config, held_out, mesh)
