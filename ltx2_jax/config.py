@@ -373,6 +373,28 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on fixed samples, and clips of fixed prompts, while a training goes on."""
+
+    every: int = 0  # steps after which the loss is taken; 0: never
+    path: str | None = None  # dataset of held-out clips; None: the training set
+    samples: int = 16  # the first so many records of one size
+    seed: int = 0  # of their noise and noise levels, whatever the seed of the run
+    # A metric, such as "val_loss": it is taken of every checkpoint too, and that in which it is
+    # lowest is never deleted.
+    best: str | None = None
+    clips_every: int = 0  # steps after which clips are made; 0: never
+    prompts: str | None = None  # file of their prompts, one a line, and of those at the end
+
+    def __post_init__(self):
+        check_least(self, every=0, samples=1, clips_every=0)
+        check_seed(self)
+        for name in ("path", "best"):
+            if getattr(self, name) is not None and not self.every:
+                raise UserError(f"{name}: needs every, the steps after which the loss is taken")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
@@ -388,6 +410,7 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     # Compiled programs are kept in the workdir, so that the next start needs no compiler.
     compile_cache: bool = True
     # Weights to start from: a released file, one that convert wrote, or a name on the Hugging Face
@@ -479,6 +502,10 @@ def _check_used(config: Config, overrides: dict[str, str]) -> None:
         if stream not in config.flow.generated:
             why = f"flow.{stream}.role is {getattr(config.flow, stream).role}"
             idle |= {f"flow.{name}": why for name in names}
+    if not config.validation.every:
+        idle |= dict.fromkeys(
+            ("validation.samples", "validation.seed"), "validation.every is 0: no loss is taken"
+        )
     for flag in overrides:
         for name, why in idle.items():
             if flag.startswith(name):

@@ -26,6 +26,7 @@ from ltx2_jax.sampling.output import SUFFIXES, Made, read_latents, save_latents,
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.recipes import RECIPES
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.captions import read_prompts
 from ltx2_jax.training.checkpoint import ASSETS
 
 DESCRIPTION = """\
@@ -155,16 +156,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     """
     prompts = [*args.prompt, *args.texts]
     if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: {args.prompts} cannot be read ({error})") from None
-        while lines and not lines[-1].strip():
-            lines.pop()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise UserError(f"--prompts: line {number} of {args.prompts} is blank")
-        prompts += lines
+        prompts += read_prompts(args.prompts, "--prompts")
     if not prompts:
         raise UserError("give a prompt: PROMPT, --prompt or --prompts FILE")
     for number, prompt in enumerate(prompts, 1):

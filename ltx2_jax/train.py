@@ -18,7 +18,7 @@ from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
-from ltx2_jax.training import trainer_yaml
+from ltx2_jax.training import trainer_yaml, validation
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import data_folder, train
 from ltx2_jax.training.status import status
@@ -51,40 +51,45 @@ PREVIEW_CLIPS = 4
 def main(config: Config) -> int:
     """Trains, with clips on the way and at the end; returns an exit code."""
     started = time.perf_counter()
+    given = validation.prompts_of(config)
 
     def make_clips(weights: Any, records: Records, step: int) -> None:
         assets, mesh = local_folder(location(config.workdir) / ASSETS), jax.sharding.get_mesh()
         pipeline = Pipeline.from_assets(config, weights, assets, mesh)
         if step < config.num_steps:
-            preview(pipeline, records, step)
+            preview(pipeline, given or fresh_prompts(config, records)[:PREVIEW_CLIPS], step)
         else:
-            show(pipeline, records)
+            show(pipeline, given or fresh_prompts(config, records), records)
 
     code = train(config, make_clips)
     hosts.say(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return code
 
 
-def preview(pipeline: Pipeline, records: Records, step: int) -> None:
-    """A contact sheet of a few clips while the training goes on."""
-    prompts = fresh_prompts(pipeline.config, records)[:PREVIEW_CLIPS]
-    sheet = location(pipeline.config.workdir) / "preview.png"
+def preview(pipeline: Pipeline, prompts: list[str], step: int) -> None:
+    """A few clips while the training goes on: one contact sheet, or files every so many steps."""
+    config, workdir = pipeline.config, location(pipeline.config.workdir)
     clips = pipeline(prompts)
     if hosts.index() != 0:
         return
-    contact_sheet(sheet, clips, prompts, title=f"generated clips after {step} steps")
-    print(f"wrote {sheet}, the first clips, after {step} steps", flush=True)
+    if step == config.sample.preview_step:
+        sheet = workdir / "preview.png"
+        contact_sheet(sheet, clips, prompts, title=f"generated clips after {step} steps")
+        print(f"wrote {sheet}, the first clips, after {step} steps", flush=True)
+    every = config.validation.clips_every
+    if every and step % every == 0:
+        write_clips(clips, prompts, workdir / "validation" / f"step-{step:06d}")
 
 
-def show(pipeline: Pipeline, records: Records) -> None:
-    """Clips from fresh prompts: files, a contact sheet, and how well sound and picture agree."""
+def show(pipeline: Pipeline, prompts: list[str], records: Records) -> None:
+    """Clips at the end: files, a contact sheet, and how well sound and picture agree."""
     config, workdir = pipeline.config, location(pipeline.config.workdir)
-    prompts = fresh_prompts(config, records)
     clips = pipeline(prompts)
     if hosts.index() != 0:
         return
     write_clips(clips, prompts, workdir)
-    if config.data.path is None:  # the measure is made for these clips
+    # The measure is made for the synthetic clips.
+    if config.data.path is None and config.validation.prompts is None:
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
         shown = [records[i] for i in range(min(len(clips), len(records)))]

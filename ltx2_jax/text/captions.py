@@ -59,6 +59,24 @@ def caption_features(encoder: FeatureEncoder, captions: Sequence[str]) -> dict[s
     return features
 
 
+def read_prompts(path: str | os.PathLike, where: str) -> list[str]:
+    """The lines of a file of prompts; blank ones at its end do not count.
+
+    Raises:
+      UserError: with `where`, the flag or field that names it: it cannot be read, or one is blank.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {path} cannot be read ({error})") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"{where}: line {number} of {path} is blank")
+    return lines
+
+
 def tell_cut(masks: Sequence[np.ndarray], what: str, flag: str) -> None:
     """Prints how many texts, of `text_mask`s bool [S], use all their tokens; nothing if none do."""
     if full := sum(bool(mask.all()) for mask in masks):

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Checkpoints:
         *,
         keep: int | None = None,
         keep_every: int | None = None,
+        best: str | None = None,
         max_failures: int = 0,
         check: Callable[[], None] = lambda: None,
     ):
@@ -65,6 +66,7 @@ class Checkpoints:
           workdir: a folder, or gs://bucket/folder.
           keep: of a writer: how many of the newest stay. None: reads alone.
           keep_every: checkpoints of multiples of so many steps stay as well.
+          best: the one in whose scores this is lowest stays as well.
           max_failures: saves that may fail one after the other before the run ends.
           check: raises UserError where this run may write no more.
 
@@ -83,9 +85,11 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{workdir}: cannot be a workdir ({_reason(error)})") from None
         self._keep, self._keep_every, self._check = keep, keep_every, check
+        self._best, self._scores = best, {}
         self._max_failures, self._failures = max_failures, 0
         self._writes = False
-        self._last: tuple[int, Any, Config] | None = None  # what is being saved
+        # What is being saved: what `save` was given.
+        self._last: tuple[int, Any, Config, dict[str, float]] | None = None
         self._pending, self._failed = None, ""
 
     def __enter__(self) -> "Checkpoints":
@@ -125,10 +129,13 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------ writing
 
-    def save(self, step: int, state: Any, config: Config) -> None:
+    def save(
+        self, step: int, state: Any, config: Config, scores: dict[str, float] | None = None
+    ) -> None:
         """Starts writing; returns as soon as the arrays are copied off the devices.
 
         One is written at a time: this waits for the save before, and says if that has failed.
+        `scores`, the same on all hosts, are kept with it: what `best` compares.
 
         Raises:
           UserError: more saves in a row have failed than may, or another run took the workdir over.
@@ -136,8 +143,10 @@ class Checkpoints:
         self._settle()
         hosts.agree(self._check)
         self._open_for_writing()
+        self._scores[step] = scores or {}
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
-        self._last = step, state, config
+        metadata["scores"] = self._scores[step]
+        self._last = step, state, config, self._scores[step]
         try:
             self._pending = self._checkpointer.save_async(
                 step, state, force=True, custom_metadata=metadata | {"made_by": saved.made_by()}
@@ -197,6 +206,7 @@ class Checkpoints:
         if not self._writes:
             self._writes = True
             self._reopen()
+            self._scores = {step: self.scores(step) for step in self.steps}
 
     def _reopen(self) -> None:
         """Forgets what failed, and removes what is half-written, now or by a run that was killed.
@@ -214,9 +224,22 @@ class Checkpoints:
         stay = [policies.LatestN(self._keep)]
         if self._keep_every is not None:
             stay.append(policies.EveryNSteps(self._keep_every))
+        if self._best is not None:
+            stay.append(_Lowest(self))
         self._checkpointer = ocp.training.Checkpointer(
             self.folder, preservation_policy=policies.AnyPreservationPolicy(stay)
         )
+
+    def best_of(self, steps: Iterable[int]) -> int | None:
+        """The one of these in whose scores `best` is lowest; None: it is in none of them."""
+        scored = [step for step in steps if self._best in self._scores.get(step, {})]
+        return min(scored, key=lambda step: self._scores[step][self._best], default=None)
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Of a writer that has written: the step that is the best, and its score."""
+        step = self.best_of(self.steps)
+        return None if step is None else (step, self._scores[step][self._best])
 
     # ---------------------------------------------------------------------------- damaged ones
 
@@ -294,12 +317,19 @@ class Checkpoints:
         """Hosts, mesh, versions and revision of the program that wrote it, as far as it said so."""
         return self._metadata(step)["made_by"]
 
+    def scores(self, step: int) -> dict[str, float]:
+        """What was measured of it when it was written; nothing of one that is damaged."""
+        try:
+            return self._metadata(step)["scores"]
+        except DamagedCheckpoint:
+            return {}
+
     def _metadata(self, step: int) -> dict[str, Any]:
         """What `save` noted beside the state."""
         try:
             found = self._checkpointer.metadata(step).custom_metadata or {}
             parts = {name: found[name] for name in ("config", "data")}
-            return parts | {"made_by": found.get("made_by", {})}
+            return parts | {name: found.get(name, {}) for name in ("made_by", "scores")}
         except (ValueError, KeyError, OSError):
             raise self._damaged(step, "its metadata is missing or cannot be read") from None
 
@@ -382,6 +412,17 @@ class Checkpoints:
             if why.startswith(_DAMAGE):
                 raise self._damaged(step, why) from error
             raise UserError(f"{self.folder / str(step)} does not hold {what}: {why}") from error
+
+
+class _Lowest:
+    """A policy of Orbax: what `Checkpoints.best_of` finds stays."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = self._checkpoints.best_of(found.step for found in checkpoints)
+        return [found.step == best for found in checkpoints]
 
 
 def stored_config(workdir: str | Path) -> Config | None:

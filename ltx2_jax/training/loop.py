@@ -30,7 +30,7 @@ from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacin
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, goodput, initial, trainable
+from ltx2_jax.training import checks, goodput, initial, trainable, validation
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
@@ -72,6 +72,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
         lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     )
     checks.before_work(config, mesh)
+    validation.check(config, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hosts.watched())
         stack.enter_context(programs_kept(config))
@@ -82,6 +83,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
                 workdir,
                 keep=config.checkpoint.keep,
                 keep_every=config.checkpoint.keep_every,
+                best=config.validation.best,
                 max_failures=config.checkpoint.max_failures,
                 check=check,
             )
@@ -117,6 +119,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
             hosts.say(f"stopped and saved at step {step}; {hosts.AGAIN}")
             hosts.say(str(spent))
             return stop_signals.exit_code()
+        validation.tell_best(config, checkpoints)
         weights = _weights(config, state, frozen)
         del state, clips, frozen  # moments, whose memory the sampler can have
         last_clips(config, make_clips, weights, records, step)
@@ -163,6 +166,7 @@ def take_steps(
             train_step = compiled("the train step", config, make_step(), *args)
             again = Replay(config, make_step, args)
             finite = compiled("the check of the weights", config, finite_program(), state)
+            checked = validation.Validation(config, records, codec, mesh, state, *beside)
         # From here on a signal finishes the step; who gives `stop` says until when.
         with same_collections() as collect, _begun(stop) as stop:
             while step < config.num_steps:
@@ -178,24 +182,29 @@ def take_steps(
                 hosts.progress("step", step, config.watchdog.seconds)
                 if pending is not None:
                     health.note(log(logger, timer, *pending), *pending)
-                pending = (step, metrics, rows)
                 goodput.reached(step)
-                last = stop.asked() or step == config.num_steps
+                stops = stop.asked()
+                last = stops or step == config.num_steps
                 profile.after(step, metrics)
-                if cadence.due(step) or last:
+                saves = cadence.due(step) or last
+                if found := checked.after(step, state, saves and not stops):
+                    timer.restart()
+                pending = (step, metrics | found, rows)
+                if saves:
                     # Looked at first: a state that is not finite is not worth keeping.
-                    health.note(log(logger, timer, *pending), *pending)
+                    values = log(logger, timer, *pending)
+                    health.note(values, *pending)
                     pending = None
                     hosts.progress("save", step, config.watchdog.long_seconds)
                     with goodput.part("checkpoint"):
                         if not finite(state):
                             raise checks.diverged("a weight is not finite", step, **health.run)
-                        checkpoints.save(step, state, config)
+                        checkpoints.save(step, state, config, validation.scores(values))
                     timer.restart()
                 if last:
                     break
                 collect(step)
-                if step == config.sample.preview_step:
+                if validation.clips_due(config, step):
                     hosts.progress("sample", step, config.watchdog.long_seconds)
                     clips(state, step)
                     timer.restart()
@@ -216,7 +225,7 @@ def _clips(
 
 def _weights(config: Config, state: State, frozen: Any) -> Any:
     """What clips are made with: all weights, averaged if the run averages."""
-    weights = state["params"] if config.optim.ema_decay is None else state["ema"]
+    weights = validation.sampled_weights(config, state)
     return weights if config.tune is None else trainable.merged(weights, frozen, config)
 
 

@@ -107,28 +107,44 @@ def gradients(
     chips of a slice as they are made, and over slices when those of all micro-batches are there.
     """
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    (value, sums), grads = summed(value_and_grad, params, batch, drawn, chunks, *shared)
+    count = chunks * axis_size("slices")
+    if count == 1:
+        return (value, sums), grads
+    return (value / count, sums), jax.tree.map(lambda g: g / count, grads)
+
+
+def summed(
+    of: Callable[..., Any],
+    params: Any,
+    batch: Batch,
+    drawn: dict[str, Any],
+    chunks: int,
+    *shared: Any,
+) -> Any:
+    """The sum of `of(params, batch, drawn, *shared)`, a tree, over the micro-batches of all slices.
+
+    `of` closes over no arrays.
+    """
 
     def total(same, rows):
         params, *shared = same
         if chunks == 1:
-            return value_and_grad(params, *rows, *shared)
+            return of(params, *rows, *shared)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *part, *shared)), None
+            return jax.tree.map(jnp.add, total, of(params, *part, *shared)), None
 
         parts = jax.tree.map(
             lambda x: _split(x, jax.tree.leaves(rows[0])[0].shape[0], chunks), rows
         )
         first = jax.tree.map(lambda x: x[0], parts)
-        like = jax.eval_shape(value_and_grad, params, *first, *shared)
+        like = jax.eval_shape(of, params, *first, *shared)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding), like)
         return jax.lax.scan(add, zeros, parts)[0]
 
-    size, count = jax.tree.leaves(batch)[0].shape[0], chunks * axis_size("slices")
-    (value, sums), grads = summed_over_slices(total, (params, *shared), (batch, drawn), size)
-    if count == 1:
-        return (value, sums), grads
-    return (value / count, sums), jax.tree.map(lambda g: g / count, grads)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    return summed_over_slices(total, (params, *shared), (batch, drawn), size)
 
 
 def ema_decay(decay: float, step: Array) -> Array:

@@ -44,7 +44,7 @@ class Disk:
     def __init__(self):
         self.saved = {}
 
-    def save(self, step, state, config):
+    def save(self, step, state, config, scores):
         self.saved[step] = jax.device_get(state)
 
     def data_position(self, step):
