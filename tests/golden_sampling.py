@@ -278,10 +278,14 @@ def given_of(case: Case, x) -> Given:
     if "a_initial_latent" in x:
         return Given(video, conditioning.freeze(
             conditioning.of_audio(channels_last(x["a_initial_latent"]))))  # fmt: skip
-    return Given(video, conditioning.of_audio(np.zeros((size[0], size[1], BINS, size[2] // BINS))))
+    bins = bins_of(case)
+    silence = np.zeros((size[0], size[1], bins, size[2] // bins), np.float32)
+    return Given(video, conditioning.of_audio(silence))
 
 
-BINS = 16  # mel bins of the audio latents of all golden data
+def bins_of(case: Case) -> int:
+    """Mel bins of the audio latents."""
+    return case.spec["shapes"]["outputs"].get("a_latent", [16])[-1]
 
 
 def stepper_of(case: Case) -> steppers.Stepper:
@@ -327,9 +331,10 @@ def run_loop(case: Case):
     x, args = case.inputs(), case.args
     graphdef, params = direct(case.folder)
     passes, strengths, rescales = passes_of(*settings_of(case))
-    audio = x.get("a_noise", np.zeros((1, 1, BINS)))
+    bins = bins_of(case)
+    audio = x.get("a_noise", np.zeros((1, 1, bins)))
     request = Request(
-        (args["frames"], args["height"], args["width"]), audio.shape[1], BINS, STRIDES, args["fps"]
+        (args["frames"], args["height"], args["width"]), audio.shape[1], bins, STRIDES, args["fps"]
     )
     given, noises = given_of(case, x), noises_of(x)
     if case.name.endswith("first_step"):
