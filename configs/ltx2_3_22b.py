@@ -6,11 +6,13 @@
 is the launch line, for every host of the slice (a slice of several hosts wants
 `jax.distributed.initialize()` before, which train does not call yet);
 `--config.init_from=ltx-2.3-22b-dev.safetensors` starts from released weights. Variants, after a
-colon, differ in mesh, batch and remat policy alone. What plan says of them, compiled, not measured,
+colon, differ in mesh, batch and remat policy alone; each is for one slice, of the accelerator type
+that stands in `ltx2_19b.py`. What plan says of them, compiled, not measured,
 with `--config.optim.reduce_dtype=bfloat16`:
 
     (none)   v5p:4x4x4    121 frames of 1280x704    91.6 of 95.7 GiB   5.65 s a step, 62.2% MFU
     :v5p256  v5p:4x4x8    121 frames of 1280x704    88.4 of 95.7 GiB   5.66 s a step, 62.1% MFU
+    :v5p512  v5p:4x8x8    121 frames of 1280x704    not compiled; should be as :v5p256
     :v6e256  v6e:16x16    121 frames of 1280x704    16.4 of 31.2 GiB   3.23 s a step, 27.2% MFU
     :v7x128  tpu7x:4x4x4  121 frames of 1280x704    88.0 of 94.8 GiB   2.75 s a step, 50.9% MFU
     :20s     v5p:8x8x8    481 frames of 1280x704    81.8 of 95.7 GiB  10.3 s a step, 59.0% MFU

@@ -14,6 +14,7 @@ EXAMPLE = """\
 example:
   python -m ltx2_jax.bench codec
   python -m ltx2_jax.bench codec --release=2.0 --frames=17 --height=128 --width=192
+  python -m ltx2_jax.bench data clips/ --records=data/clips --step=2
   python -m ltx2_jax.bench step
   python -m ltx2_jax.bench step --height=512 --width=768 --layers=12
   python -m ltx2_jax.bench train --layers=4 --remat=projections

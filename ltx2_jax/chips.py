@@ -15,6 +15,10 @@ as assumed where no record was found:
     h200              as h100, the same compute
     b200              cuDNN and FlashAttention-4 (Dao-AILab/flash-attention, pull request 2605)
     a100              the FlashAttention-2 paper (arXiv 2307.08691)
+
+Between slices data crosses the data-center network over the hosts. Its rate is the vendor's peak of
+a chip (docs.cloud.google.com/tpu; of v4, which has none there, assumed as v5p): 200 Gbit/s for a
+host of four v5p. That programs reach it is an assumption; no run has measured it.
 """
 
 import dataclasses
@@ -39,6 +43,7 @@ class Chip:
     attention_128: float
     attention_64: float
     host_bandwidth: float  # bytes/s of one jax device to the memory of its host, one direction
+    network: float = 0.0  # bytes/s of one chip to other slices, one direction
     devices: int = 1  # jax devices
 
     @property
@@ -54,6 +59,10 @@ class Chip:
         return self.hbm_bandwidth / self.devices
 
     @property
+    def device_network(self) -> float:
+        return self.network / self.devices
+
+    @property
     def link(self) -> float:
         """Bytes/s of one link to a neighbour, one direction; of all links to a switch."""
         return self.interconnect / (2 * self.torus or 1)
@@ -64,9 +73,9 @@ class Chip:
 
 
 def _tpu(name: str, tflops: float, gib: float, *rates: float, **more: int) -> Chip:
-    hbm, interconnect, torus, side, attention_128, attention_64, host = rates
+    hbm, interconnect, torus, side, attention_128, attention_64, host, network = rates
     return Chip(name, tflops * 1e12, gib * GIB, hbm * 1e9, interconnect * 1e9, torus, side,
-                0.80, attention_128, attention_64, host * 1e9, **more)  # fmt: skip
+                0.80, attention_128, attention_64, host * 1e9, network * 1e9, **more)  # fmt: skip
 
 
 def _gpu(name: str, tflops: float, gib: float, *rates: float) -> Chip:
@@ -78,12 +87,13 @@ def _gpu(name: str, tflops: float, gib: float, *rates: float) -> Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # TFLOP/s, GiB for a program, HBM GB/s, links GB/s, torus, MXU, attention 128, 64, host
-        _tpu("v4", 275, 30.75, 1228, 300, 3, 128, 0.80, 0.42, 16),
-        _tpu("v5e", 197, 15.75, 819, 200, 2, 128, 0.80, 0.42, 16),
-        _tpu("v5p", 459, 95.74, 2765, 600, 3, 128, 0.89, 0.46, 16),
-        _tpu("v6e", 918, 31.25, 1638, 400, 2, 256, 0.36, 0.19, 32),
-        _tpu("v7x", 2307, 189.5, 7380, 600, 3, 256, 0.60, 0.17, 32, devices=2),
+        # TFLOP/s, GiB for a program, HBM GB/s, links GB/s, torus, MXU, attention 128, 64, host,
+        # network GB/s
+        _tpu("v4", 275, 30.75, 1228, 300, 3, 128, 0.80, 0.42, 16, 6.25),
+        _tpu("v5e", 197, 15.75, 819, 200, 2, 128, 0.80, 0.42, 16, 3.125),
+        _tpu("v5p", 459, 95.74, 2765, 600, 3, 128, 0.89, 0.46, 16, 6.25),
+        _tpu("v6e", 918, 31.25, 1638, 400, 2, 256, 0.36, 0.19, 32, 12.5),
+        _tpu("v7x", 2307, 189.5, 7380, 600, 3, 256, 0.60, 0.17, 32, 12.5, devices=2),
         # bf16 TFLOP/s, GiB, HBM GB/s, NVLink GB/s, attention 128, 64
         _gpu("a100-40gb", 312, 40, 1555, 300, 0.71, 0.60),
         _gpu("a100", 312, 80, 2039, 300, 0.71, 0.60),

@@ -17,10 +17,11 @@ from pathlib import Path
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
-from ltx2_jax.fields import check_least, check_seed, replaced
+from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share, replaced
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
+from ltx2_jax.weights.lora_targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -62,38 +63,167 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; data = -1 takes the devices that the others leave."""
+    """Sizes of the device mesh of one slice; data = -1 takes the devices that the others leave."""
 
     data: int = -1
     model: int = 1
     sequence: int = 1
+    slices: int = -1  # -1: those that the devices lie in
+
+
+# Kinds of conditions, and the fields that each needs beside its probability.
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "first_frame": (),
+    "prefix": ("length",),
+    "suffix": ("length",),
+    "spatial_crop": ("region",),
+    "mask": (),
+    "reference": (),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something of a stream that a sample is given, clean; it is not learned.
+
+    `first_frame`, `prefix`, `suffix`: latents at an end; `spatial_crop`: a rectangle in all frames;
+    `mask`: where the sample's own mask says; `reference`: another clip beside the sample's own.
+    """
+
+    kind: str
+    probability: float = 1.0  # of every sample by itself; of a reference, of the whole batch
+    length: int | None = None  # of prefix and suffix: latent frames of video, latents of audio
+    region: tuple[int, int, int, int] | None = None  # of spatial_crop: top, left, bottom, right
+
+    def __post_init__(self):
+        if self.kind not in CONDITIONS:
+            raise UserError(f"kind={self.kind!r}: use {', '.join(CONDITIONS)}")
+        check_share(self, "probability")
+        for name in ("length", "region"):
+            given, needed = getattr(self, name) is not None, name in CONDITIONS[self.kind]
+            if given != needed:
+                raise UserError(f"{self.kind}: {'needs' if needed else 'takes no'} {name}")
+        if self.length is not None:
+            check_least(self, length=1)
+        if self.region is not None:
+            top, left, bottom, right = self.region
+            if not (0 <= top < bottom and 0 <= left < right):
+                raise UserError(f"region={self.region} is not (top, left, bottom, right)")
+
+
+ROLES = ("generated", "frozen", "absent")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What one stream is in a training."""
+
+    # Generated: noised and learned. Frozen: clean at noise level 0, only read by the other one.
+    # Absent: the model runs without it, the dataset need not have it.
+    role: str = "generated"
+    conditions: tuple[Condition, ...] = ()
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise UserError(f"role={self.role!r}: use {', '.join(ROLES)}")
+        if self.role == "absent" and self.conditions:
+            raise UserError("role='absent': a stream that is not there has no conditions")
+        kinds = [condition.kind for condition in self.conditions]
+        for kind in ("mask", "reference"):
+            if kinds.count(kind) > 1:
+                raise UserError(f"conditions: one {kind} at most; a sample has one")
+
+
+SIGMAS = ("shifted_logit_normal", "uniform")
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The training distribution: noise levels and conditions."""
+    """The training distribution: streams, noise levels and what is given."""
 
+    video: StreamConfig = StreamConfig()
+    audio: StreamConfig = StreamConfig()
+    sigma: str = "shifted_logit_normal"  # how noise levels are drawn, or "uniform"
     shared_sigma_prob: float = 0.0  # both streams take one sigma; released training draws two
-    sigma_std: float = 1.0
+    sigma_std: float = 1.0  # these three are read by shifted_logit_normal alone
     sigma_uniform_prob: float = 0.1
-    first_frame_prob: float = 0.0  # the first latent frame is given, clean (image to video)
+    sigma_eps: float = 1e-3
+    sigma_min: float = 0.0  # these two by uniform alone
+    sigma_max: float = 1.0
+    # The first latent frame of the video is given; as a first_frame condition before the others.
+    first_frame_prob: float = 0.0
+    # Latent frame 0 is marked as a keyframe to models that know such marks, as sampling does.
+    mark_first_frame: bool = True
     caption_dropout: float = 0.0  # the caption is emptied, for classifier-free guidance
     video_weight: float = 1.0  # of the video loss in the sum of both
     audio_weight: float = 1.0
 
+    def __post_init__(self):
+        if self.sigma not in SIGMAS:
+            raise UserError(f"sigma={self.sigma!r}: use {' or '.join(SIGMAS)}")
+        check_share(self, "shared_sigma_prob", "sigma_uniform_prob", "sigma_min", "sigma_max")
+        check_share(self, "first_frame_prob", "caption_dropout")
+        if self.sigma_min > self.sigma_max:
+            raise UserError(f"sigma_min={self.sigma_min} is above sigma_max={self.sigma_max}")
+        for condition in self.audio.conditions:
+            if condition.kind in ("first_frame", "spatial_crop"):
+                raise UserError(f"audio.conditions: {condition.kind} is of video alone")
+        if not self.generated:
+            raise UserError("video.role, audio.role: one of the two must be generated")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those that the model runs on, "video" before "audio"."""
+        return tuple(name for name in ("video", "audio") if getattr(self, name).role != "absent")
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Those that are learned."""
+        return tuple(x for x in self.streams if getattr(self, x).role == "generated")
+
+    def conditions(self, stream: str) -> tuple[Condition, ...]:
+        """Those of a stream that have an effect; references come last."""
+        given = getattr(self, stream).conditions
+        if stream == "video" and self.first_frame_prob > 0:
+            given = (Condition("first_frame", self.first_frame_prob), *given)
+        references = tuple(x for x in given if x.kind == "reference")
+        if stream not in self.generated:  # given as a whole, but for what stands beside it
+            return references
+        return tuple(x for x in given if x.kind != "reference") + references
+
+
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with clipping by global norm, a warm-up and a decay."""
+    """The optimizer with clipping by global norm, a warm-up and a decay."""
 
+    # "adamw"; "adafactor", whose second moments of matrices are two vectors; or "muon", which
+    # orthogonalises the moments of matrices and leaves the rest to AdamW.
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 0
-    schedule: str = "constant"  # or "linear", "cosine": decay to final_fraction at the last step
-    final_fraction: float = 0.1
+    # After the warm-up, one of `SCHEDULES`, which are those of the official trainer: "linear" from
+    # start_fraction to final_fraction of the rate, "cosine" from it to final_fraction,
+    # "cosine_with_restarts" the same again and again, "polynomial" to 0 with `power`, "step" by
+    # step_fraction every step_every steps.
+    schedule: str = "constant"
+    start_fraction: float = 1.0  # of linear
+    final_fraction: float = 0.1  # of linear, cosine and cosine_with_restarts
+    restart_after: int | None = None  # steps of the first period; None: a quarter of all
+    restart_growth: int = 1  # by what every period is longer than the one before
+    power: float = 1.0
+    step_every: int | None = None  # None: half of all
+    step_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.01  # on matrices only: not on biases, norms, tables, embeddings
+    weight_decay: float = 0.01
+    # What decays: "matrices", and not biases, norms, tables, embeddings; or "all", as PyTorch has
+    # it. Adapters decay in either case.
+    decays: str = "matrices"
     clip_norm: float = 1.0
     # Of the average of gradients, "float32" or "bfloat16", 2 bytes a parameter less. That of their
     # squares stays float32: with b2 = 0.999 it moves by less than bfloat16 resolves.
@@ -102,23 +232,122 @@ class OptimConfig:
     reduce_dtype: str = "float32"
     accumulate_steps: int = 1  # micro-batches whose gradients are averaged into one step
     ema_decay: float | None = None  # of the averaged weights that sampling uses; None: no average
+    # Steps in a row whose gradient is not finite, after which the run ends. They change no weight.
+    max_bad_steps: int = 10
 
     def __post_init__(self):
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise UserError(f"schedule={self.schedule!r}: use constant, linear or cosine")
-        for name in ("first_moment_dtype", "reduce_dtype"):
-            if (value := getattr(self, name)) not in ("float32", "bfloat16"):
-                raise UserError(f"{name}={value!r}: use float32 or bfloat16")
-        check_least(self, accumulate_steps=1)
+        check_one_of(self, schedule=SCHEDULES, optimizer=OPTIMIZERS, decays=("matrices", "all"))
+        dtypes = ("float32", "bfloat16")
+        check_one_of(self, first_moment_dtype=dtypes, reduce_dtype=dtypes)
+        check_least(self, accumulate_steps=1, restart_growth=1, max_bad_steps=1)
+        for name in ("restart_after", "step_every"):
+            if getattr(self, name) is not None:
+                check_least(self, **{name: 1})
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the transformer's linear maps: W x + (alpha / rank) B A x."""
+
+    # Official names of modules, or how they end; see `weights.lora_targets`, which has the lists of
+    # the official trainer.
+    targets: tuple[str, ...] = TARGETS["short"]
+    rank: int = 32
+    alpha: float | None = None  # None: that of the rank, whatever it is
+    dropout: float = 0.0  # of what A reads, in training
+    ranks: tuple[tuple[str, int], ...] = ()  # of some targets, another rank; the last counts
+    init_from: str | None = None  # a LoRA file to go on from
+
+    def __post_init__(self):
+        check_least(self, rank=1)
+        if not self.targets:
+            raise UserError("targets: name at least one module")
+        for target, rank in self.ranks:
+            if rank < 1:
+                raise UserError(f"ranks: {rank} of {target!r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} is not from 0 to below 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UserError(f"alpha={self.alpha} must be above 0")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What is trained of the weights in `init_from`; the rest is frozen.
+
+    Frozen weights are kept in the dtype that they are used in, and are no part of checkpoints: a
+    run that goes on reads them again from `init_from`. A rule is a path such as
+    "transformer/blocks/audio_self", which means all that is in it; "*" stands for anything, and the
+    words "video" and "audio" for all weights of a stream.
+    """
+
+    train: tuple[str, ...] = ("transformer",)  # rules; without the connectors, as officially
+    lora: LoraConfig | None = None  # adapters are trained, and nothing else
+    rates: tuple[tuple[str, float], ...] = ()  # rules, and times what rate; the last one counts
+    resident: bool = False  # frozen weights whole along data and sequence, not FSDP
+
+    def __post_init__(self):
+        if self.lora is not None and self.train != ("transformer",):
+            raise UserError("train: with lora, the adapters alone are trained; leave it out")
+        for rule, rate in self.rates:
+            if not 0 <= rate < math.inf:
+                raise UserError(f"rates: {rate} of {rule!r} must be at least 0")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 500
-    keep: int = 2  # newest checkpoints that stay on disk
+    every_minutes: float | None = None  # saves after so many minutes too, by the clock of process 0
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # checkpoints of multiples of so many steps are never deleted
+    max_failures: int = 3  # saves in a row that may fail (a full disk) before the run ends
 
     def __post_init__(self):
-        check_least(self, every_steps=1, keep=1)
+        check_least(self, every_steps=1, keep=1, max_failures=0)
+        for name in ("every_minutes", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be above 0")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What is looked for while a run goes on: hosts that drifted apart, computers that miscount."""
+
+    compare_every: int = 100  # steps after which hosts compare what they have done; 0: never
+    replay_every: int = 0  # steps after which one is run twice and compared; 0: never
+
+    def __post_init__(self):
+        check_least(self, compare_every=0, replay_every=0)
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds after which a phase is stuck, and the run ends to be started again."""
+
+    seconds: float = 900.0  # a step, or its data
+    long_seconds: float = 7200.0  # preparing data, restoring, compiling, saving, sampling
+
+    def __post_init__(self):
+        check_least(self, seconds=1, long_seconds=1)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """An XProf trace of some steps, in `profile/` of the workdir."""
+
+    steps: str | None = None  # such as "10:13", from the first step on and before the second
+
+    def __post_init__(self):
+        if self.steps is not None and self.span is None:
+            raise UserError(f"profile.steps={self.steps!r}: expected FIRST:END, such as 10:13")
+
+    @property
+    def span(self) -> range | None:
+        first, colon, end = (self.steps or "").partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+            return None
+        return range(int(first), int(end))
 
 
 @dataclass(frozen=True)
@@ -155,16 +384,24 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    # Compiled programs are kept in the workdir, so that the next start needs no compiler.
+    compile_cache: bool = True
     # Weights to start from: a released file, one that convert wrote, or a name on the Hugging Face
     # Hub. None: random ones.
     init_from: str | None = None
+    tune: TuneConfig | None = None  # what of them is trained; None: all, and in float32
     num_steps: int = 1000
     seed: int = 0
 
     def __post_init__(self):
         check_least(self, num_steps=1)
         check_seed(self)
+        if self.tune is not None and self.init_from is None:
+            raise UserError("tune: needs init_from, the weights that are tuned")
 
     @property
     def networks(self) -> LTX2Config:
@@ -202,8 +439,13 @@ def load(source: str, overrides: dict[str, str] | None = None) -> Config:
         raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
     if not isinstance(config, Config):
         raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
-    config = replaced(config, overrides or {})
-    _check_used(config, overrides or {})
+    return changed(config, overrides or {})
+
+
+def changed(config: Config, overrides: dict[str, str]) -> Config:
+    """`config` with the fields that flags name; UserError for one that would not be read."""
+    config = replaced(config, overrides)
+    _check_used(config, overrides)
     return config
 
 
@@ -213,8 +455,30 @@ def _check_used(config: Config, overrides: dict[str, str]) -> None:
     if config.data.path is not None:
         made = ("data.synthetic.", "data.codec.", "text.encoder.")
         idle = dict.fromkeys(made, f"the dataset is given (data.path={config.data.path})")
-    if config.optim.schedule == "constant":
-        idle["optim.final_fraction"] = "optim.schedule is constant"
+    for name, readers in {
+        "start_fraction": ("linear",),
+        "final_fraction": ("linear", "cosine", "cosine_with_restarts"),
+        "restart_after": ("cosine_with_restarts",),
+        "restart_growth": ("cosine_with_restarts",),
+        "power": ("polynomial",),
+        "step_every": ("step",),
+        "step_fraction": ("step",),
+    }.items():
+        if config.optim.schedule not in readers:
+            idle[f"optim.{name}"] = f"optim.schedule is {config.optim.schedule}"
+    for sampler, names in {
+        "shifted_logit_normal": ("sigma_std", "sigma_uniform_prob", "sigma_eps"),
+        "uniform": ("sigma_min", "sigma_max"),
+    }.items():
+        if config.flow.sigma != sampler:
+            idle |= {f"flow.{name}": f"flow.sigma is {config.flow.sigma}" for name in names}
+    for stream, names in {
+        "video": ("video_weight", "first_frame_prob", "shared_sigma_prob"),
+        "audio": ("audio_weight", "shared_sigma_prob"),
+    }.items():
+        if stream not in config.flow.generated:
+            why = f"flow.{stream}.role is {getattr(config.flow, stream).role}"
+            idle |= {f"flow.{name}": why for name in names}
     for flag in overrides:
         for name, why in idle.items():
             if flag.startswith(name):

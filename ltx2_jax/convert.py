@@ -14,10 +14,13 @@ import numpy as np
 
 from ltx2_jax import command
 from ltx2_jax.command import count
+from ltx2_jax.config import Config
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
+from ltx2_jax.files import location
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.training import checkpoint, initial, objective
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.loading import FLOAT8
@@ -30,7 +33,8 @@ RANK = 64  # of an extracted LoRA
 
 DESCRIPTION = """\
 Make official files of weights: of training runs, of several files, with LoRA files merged in; make
-LoRA files; look into files.
+LoRA files; look into files. A run that trained adapters becomes a LoRA file, or, with --base, that
+model with the adapters merged in.
 
 SRC is an official file, several of them (a split pack), a folder of files, a name on the Hugging
 Face Hub, the workdir of a training run, or a LoRA (a file, or the folder in which diffusers or PEFT
@@ -78,7 +82,9 @@ def main(args: argparse.Namespace) -> None:
         convert_lora(sources, dst, args)
     elif _is_workdir(sources[0]):
         _refuse(args, f"the run {sources[0]}: convert it first, then merge into the file", "lora")
-        convert_run(sources, dst, args)
+        tune = _config_of_run(sources[0]).tune
+        of_adapters = tune is not None and tune.lora is not None
+        (convert_adapters if of_adapters else convert_run)(sources, dst, args)
     else:
         _refuse(args, sources[0], "step")
         convert_release(sources, dst, args)
@@ -104,7 +110,8 @@ def convert_release(sources: Sequence[str], dst: str, args: argparse.Namespace) 
             release.describe_by(base)
         out = export.of_release(release, param_dtype=args.dtype, raw=raw)
         if args.lora:
-            _merge(out, release, args.lora)
+            given = [(loras.read_lora(path), Path(path).name, rest) for path, *rest in args.lora]
+            _merge(out, release, [(lora, name, _strength(rest)) for lora, name, rest in given])
         for network in sorted(set(out.names) - set(out.raw)):
             if {s.stored.dtype for s in release.networks[network].tensors.values()} & set(FLOAT8):
                 print(f"{network}: its float8 weights become {args.dtype or 'bfloat16'}")
@@ -120,6 +127,25 @@ def convert_run(sources: Sequence[str], dst: str, args: argparse.Namespace) -> N
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_release(args.base)) if args.base else None
         out = initial.as_export(config, params, base=base, param_dtype=args.dtype)
+        out.write(dst, progress=True)
+
+
+def convert_adapters(sources: Sequence[str], dst: str, args: argparse.Namespace) -> None:
+    """The adapters of a training run as a LoRA file, or merged into the model --base."""
+    workdir = _alone(sources, "a training run")
+    check_writable(Path(dst))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config, trained, step = checkpoint.weights_of_run(workdir, mesh, step=args.step, adapters=True)
+    lora = initial.as_lora(config, trained, **_references(config, Path(workdir)))
+    print(f"{workdir}: adapters of step {step}, {len(lora.targets)} matrices")
+    if args.base is None:
+        loras.write_lora(dst, lora, dtype=args.dtype or "bfloat16")
+        return
+    with open_release(args.base) as base:
+        initial.check_same(config, base)
+        raw = set(base.networks) - {"transformer"}
+        out = export.of_release(base, param_dtype=args.dtype, raw=raw)
+        _merge(out, base, [(lora, Path(workdir).name, 1.0)])
         out.write(dst, progress=True)
 
 
@@ -157,23 +183,29 @@ def inspect(path: str) -> str:
             step = checkpoints.latest_step
             if step is None:
                 raise UserError(f"{path}: no checkpoint there")
-            model = checkpoints.config(step).model
-        return f"{path}\n  training run, step {step}\n  {report.describe('transformer', model)}"
+            config = checkpoints.config(step)
+        lines = [str(path), f"training run, step {step}"]
+        lines.append(report.describe("transformer", config.model))
+        if config.tune is not None:
+            lora = config.tune.lora
+            what = ", ".join(config.tune.train) if lora is None else f"a LoRA of rank {lora.rank}"
+            lines.append(f"trained: {what}; the rest is that of {config.init_from}")
+        return "\n  ".join(lines)
     with open_release(path) as release:
         return report.of_release(release)
 
 
-def _merge(out: export.Export, release: Release, given: Sequence[Sequence[str]]) -> None:
-    """Puts LoRA files into the transformer on its way."""
+def _merge(
+    out: export.Export, release: Release, given: Sequence[tuple[loras.Lora, str, float]]
+) -> None:
+    """Puts LoRAs, each with a name and a strength, into the transformer on its way."""
     config = release.config("transformer")
-    pairs = []
-    for path, *strength in given:
-        lora = loras.read_lora(path)
+    for lora, _, _ in given:
         loras.check(lora, config, release.release_of("transformer"))
-        pairs.append((lora, _strength(strength)))
+    pairs = [(lora, strength) for lora, _, strength in given]
     stream = out.streams["transformer"]
     out.streams["transformer"] = lambda: loras.fuse_stream(stream(), pairs, config)
-    merged = [{"file": Path(path).name, "strength": _strength(rest)} for path, *rest in given]
+    merged = [{"file": name, "strength": strength} for _, name, strength in given]
     out.metadata["merged_loras"] = json.dumps(merged)
 
 
@@ -189,6 +221,8 @@ def _strength(given: Sequence[str]) -> float:
 
 
 def _is_lora(source: str) -> bool:
+    if source.startswith("gs://"):  # a run alone may lie there
+        return False
     path = loras.lora_file(source)
     if not path.is_file():
         return False
@@ -203,7 +237,24 @@ def _alone(sources: Sequence[str], what: str) -> str:
 
 
 def _is_workdir(path: str) -> bool:
-    return (Path(path) / checkpoint.FOLDER).is_dir()
+    place = location(path) if path.startswith("gs://") else Path(path)
+    return (place / checkpoint.FOLDER).is_dir()
+
+
+def _references(config: Config, workdir: Path) -> dict[str, str]:
+    """What the adapters of a run say of the clips that they refer to."""
+    if all(what.kind != "reference" for what in config.flow.conditions("video")):
+        return {}
+    fields = read_schema(workdir / checkpoint.ASSETS).fields
+    shapes = {name: field.shape for name, field in fields.items()}
+    return loras.reference_metadata(*objective.reference_factors(config.flow, shapes))
+
+
+def _config_of_run(workdir: str) -> Config:
+    config = checkpoint.stored_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir}: no checkpoint there")
+    return config
 
 
 def _refuse(args: argparse.Namespace, what: str, *flags: str) -> None:
@@ -238,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float32"),
         help="of transformer and connectors, or a LoRA (default: as stored, but bfloat16 of float8 "
-        "into which a LoRA is merged, and of an extracted LoRA)",
+        "into which a LoRA is merged, and of an extracted LoRA, or that of a run)",
     )
     add("--base", metavar="FILE", help="a release to take from what SRC lacks (VAEs, vocoder, ...)")
     add("--step", type=count, metavar="N", help="of a run: the checkpoint (default: the newest)")

@@ -18,6 +18,21 @@ def check_least(config: Any, **least: int) -> None:
             raise UserError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
+def check_one_of(config: Any, **choices: tuple[str, ...]) -> None:
+    """UserError unless every named field of `config` is one of its choices."""
+    for name, valid in choices.items():
+        if (value := getattr(config, name)) not in valid:
+            *most, last = valid
+            raise UserError(f"{name}={value!r}: use {', '.join(most)} or {last}")
+
+
+def check_share(config: Any, *names: str) -> None:
+    """UserError unless every named field of `config` is from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name}={getattr(config, name)} is not from 0 to 1")
+
+
 def check_seed(config: Any, where: str = "") -> None:
     """UserError unless `config.seed` is what all generators of random numbers take."""
     if not 0 <= config.seed < 2**32:

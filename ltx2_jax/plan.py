@@ -14,6 +14,7 @@ from ltx2_jax import config as config_lib
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.training import trainer_yaml
 
 DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.
@@ -25,11 +26,15 @@ without a TPU. Without it, train and sample print what arithmetic can tell. --wh
   sample   a batch of clips from text features to latents, with a config's model and mesh
   vae      the video VAE's decoding, or encoding, of one clip that all chips of the slice share
   text     the text encoder, prompts of 1024 tokens to context
+
+--hosts says which rows of a batch every host of the slice would read, in seconds.
 """
 
 EXAMPLE = """\
 example:
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v5p:4x4x4
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=2xv5p:4x4x4
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v5p:4x4x4 --hosts
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:16x16 --search
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:4x4 --mesh=1,4,4 \\
       --what=sample --height=512 --width=768 --steps=1
@@ -51,6 +56,7 @@ FLAGS = {
     "width": (("train", "sample", "vae"), None),
     "search": (("train",), False),
     "compile": (("train",), None),
+    "hosts": (("train",), False),
     "batch": (("sample", "text"), 1),
     "passes": (("sample",), 1),
     "steps": (("sample",), None),
@@ -82,6 +88,8 @@ def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError(f"--config.{next(iter(overrides))} is not of --what={args.what}")
     if args.compile and not args.search:
         raise UserError("--compile is a number of the rows of --search")
+    if args.search and args.hosts:
+        raise UserError("--search tries all meshes: leave --hosts out")
     if args.search and args.mesh:
         raise UserError("--search tries all meshes: leave --mesh out")
 
@@ -102,12 +110,15 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
 def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     if args.config is None:
         raise UserError(f"--what={args.what} needs --config=FILE.py")
-    config = config_lib.load(args.config, overrides)
+    config = trainer_yaml.load(args.config, overrides)
     if args.mesh is not None:
-        config = dataclasses.replace(config, mesh=MeshConfig(*args.mesh))
+        mesh = MeshConfig(*args.mesh, slices=config.mesh.slices)
+        config = dataclasses.replace(config, mesh=mesh)
     request = planning.request_of(
         config, num_frames=args.frames, height=args.height, width=args.width
     )
+    if args.hosts:
+        return planning.plan_hosts(config, request, args.topology)
     if args.search:
         rows = args.compile or TO_COMPILE
         return planning.search_plans(config, request, args.topology, compiled=rows)
@@ -132,13 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     what = ("train", "sample", "vae", "text")
     add("--what", choices=what, default="train", help="the program (default: %(default)s)")
-    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x4 or v6e:2x4")
-    add("--config", metavar="FILE.py[:ARG]", help="of train and sample, as for train")
+    add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x4, or 2xv5p:4x4x4")
+    add("--config", metavar="FILE[:ARG]", help="of train and sample, as for train")
     add(
         "--mesh",
         type=mesh_flag,
         metavar="D,M,S",
-        help="data, model, sequence instead of the config's",
+        help="data, model, sequence of a slice instead of the config's",
     )
     add("--frames", type=count, metavar="N", help="(default: those of the dataset, or 121)")
     add("--height", type=count, metavar="PIXELS", help="(default: the dataset's, or 704)")
@@ -149,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="rank meshes, remat policies and batch sizes of train, in place of the config's",
     )
+    add("--hosts", action="store_true", default=None, help="the rows of every host, of train")
     add("--compile", type=count, metavar="N", help=f"of them to compile ({TO_COMPILE})")
     add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")

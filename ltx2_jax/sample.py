@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltx2_jax import command
+from etils import epath
+
+from ltx2_jax import command, hosts
 from ltx2_jax.command import count, finite, positive, seed_flag
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.demo import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.files import location
 from ltx2_jax.media.media import read_about
 from ltx2_jax.sampling.output import SUFFIXES, Made, read_latents, save_latents, write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
@@ -293,8 +296,9 @@ def _again(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _from_workdir(args: argparse.Namespace) -> None:
-    out = output_folder(args.workdir, args.out)
-    mesh = make_mesh(*(args.mesh or (-1, 1, 1)))
+    # The first host names and writes the folder; the others only compute.
+    out = hosts.agree(lambda: output_folder(args.workdir, args.out))
+    mesh = hosts.agree(lambda: make_mesh(*(args.mesh or (-1, 1, 1))))
     pipeline = Pipeline.from_workdir(
         args.workdir, step=args.checkpoint_step, mesh=mesh, text_cache=args.text_cache
     )
@@ -302,16 +306,15 @@ def _from_workdir(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(pipeline.config.sample, **given)
     prompts = all_prompts(args.texts, args.num_clips, pipeline.config, settings)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
+    hosts.agree_on_first(lambda: make_folder(out), 300, "the folder of the clips is made")
     if pipeline.clip_bytes * len(prompts) > LARGE:
         paths = [out / "samples" / f"{number:03d}.mp4" for number in range(len(prompts))]
         pipeline.save(prompts, paths, sample=settings)
-        print(f"wrote {len(prompts)} clips in {out}/samples")
+        hosts.say(f"wrote {len(prompts)} clips in {out}/samples")
         return
     clips = pipeline(prompts, sample=settings)
+    if hosts.index() != 0:
+        return
     write_clips(clips, prompts, out)
     # One clip has no other to exchange its sound with; the measure is made for the synthetic clips.
     if len(clips) > 1 and all(map(synthetic.is_scripted, prompts)):
@@ -319,21 +322,29 @@ def _from_workdir(args: argparse.Namespace) -> None:
         print("generated clips:", sync_report(clips, kinds=kinds))
 
 
-def output_folder(workdir: str, out: str | None) -> Path:
+def output_folder(workdir: str, out: str | None) -> epath.Path:
     """`out`, or the first of out-001, out-002, ... that the workdir does not have.
 
     Raises:
       UserError: `out` is a file, or holds clips.
     """
     if out is None:
-        names = (Path(workdir) / f"out-{number:03d}" for number in itertools.count(1))
+        names = (location(workdir) / f"out-{number:03d}" for number in itertools.count(1))
         return next(name for name in names if not name.exists())
-    folder = Path(out)
+    folder = location(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file")
     if (folder / "sample.mp4").exists() or (folder / "samples").exists():
         raise UserError(f"--out: {folder} holds clips already; choose another folder")
     return folder
+
+
+def make_folder(out: epath.Path) -> None:
+    """UserError unless `out` can be a folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
 
 
 def all_prompts(
@@ -371,8 +382,8 @@ def _asks_for_a_task(args: argparse.Namespace) -> bool:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parsed(_parser(), argv)
-    return command.run("sample", lambda: main(args, argv))
+    work = lambda: main(_parsed(_parser(), argv), argv)  # noqa: E731
+    return command.run("sample", lambda: command.on_hosts(argv, work))
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -428,6 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     for flags in (_model, _task, _given, _guidance, _resources, _output, _workdir):
         flags(parser)
     parser.set_defaults(changes={}, model=[], texts=[], text_encoder=None)
+    command.host_flags(parser)
     return parser
 
 

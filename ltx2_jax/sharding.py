@@ -4,17 +4,22 @@ Mesh axis names appear in this file only. The rest of the package speaks of logi
 "video_tokens", "heads"), which `RULES` maps to mesh axes:
 
     tensor axis                 mesh axis           why
-    batch                       data                guidance passes are batch entries
+    batch                       slice x data        guidance passes are batch entries
     video tokens                sequence            the only long axis
     audio tokens, text tokens   (replicated)        few rows: moving them costs more
     weights, input feature      data x sequence     FSDP: gathered in the compute dtype when used;
-                                                    sampling keeps them whole: `resident_weights`
+                                                    sampling keeps them whole: `resident_weights`.
+                                                    Whole on every slice: between slices, gathering
+                                                    would hold up every layer
     heads, mlp features         model               tensor parallel
     shards                      all                 what each device leaves for its own backward
 
 The mesh is explicit (`jax.sharding.AxisType.Explicit`): shardings are part of array types, so a
 wrong one is an error at trace time, without devices, and optimizer moments inherit the sharding of
 their parameters. Without a mesh in context every helper is a no-op.
+
+A slice is what the links between chips connect; several talk over the data-center network. The
+mesh of one slice has no axis for it.
 """
 
 import contextlib
@@ -30,12 +35,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ltx2_jax.errors import UserError
 
-MESH_AXES = ("data", "model", "sequence")
+SLICE = "slice"
+IN_SLICE = ("data", "model", "sequence")
+MESH_AXES = (SLICE, *IN_SLICE)
 Names = tuple[str | None, ...]  # logical names, one per dimension of an array
 PICTURE_AXES = ("clips", "rows", "columns")  # of the meshes for convolutional networks
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data",),
+    "batch": (SLICE, "data"),
     "video_tokens": ("sequence",),
     "audio_tokens": (),
     "text_tokens": (),
@@ -43,35 +50,77 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("model",),
     "mlp": ("model",),
     "shards": MESH_AXES,
+    "slices": (SLICE,),
 }
 _RESIDENT = contextvars.ContextVar("resident", default=False)
 _REDUCED_IN_FLOAT32 = contextvars.ContextVar("reduced_in_float32", default=False)
 
 
 def make_mesh(
-    data: int = -1, model: int = 1, sequence: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = -1,
+    model: int = 1,
+    sequence: int = 1,
+    *,
+    slices: int = -1,
+    devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
-    """An explicit mesh (data, model, sequence) over all devices; data = -1 takes what is left.
+    """An explicit mesh (data, model, sequence) over all devices of one slice.
+
+    data = -1 takes what the others leave. Over several slices it is (slice, data, model, sequence),
+    with the sizes of one of them. slices = -1 takes as many as the devices lie in; another number
+    cuts devices that know of no slices, as CPUs, into blocks.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices of a slice; there are not so
+        many slices, or they are not alike.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    data, model, sequence = mesh_sizes(data, model, sequence, count)
-    sizes, types = (data, model, sequence), (AxisType.Explicit,) * 3
+    devices = jax.devices() if devices is None else list(devices)
+    groups = _by_slice(devices, slices)
+    hosts = len({device.process_index for device in devices})
+    sizes = mesh_sizes(data, model, sequence, len(devices) // len(groups), len(groups), hosts)
+    grids = [_grid(sizes, group) for group in groups]
+    if len(grids) == 1:
+        return jax.sharding.Mesh(grids[0], IN_SLICE, axis_types=(AxisType.Explicit,) * 3)
+    return jax.sharding.Mesh(np.stack(grids), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+
+
+def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice, [data, model, sequence]."""
     try:
-        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
+        return jax.make_mesh(sizes, IN_SLICE, (AxisType.Explicit,) * 3, devices=devices).devices
     except NotImplementedError:
         # No whole dimensions of the torus multiply to an axis, as for 32 x 1 x 2 on 4x4x4 chips.
         # Data and sequence, over which weights are gathered, are laid out as one: in another order
         # of the devices the TPU compiler gathers by all-reduces, which move twice the bytes.
+        data, model, sequence = sizes
         fsdp = create_device_mesh((data * sequence, model), devices, allow_split_physical_axes=True)
-        grid = fsdp.reshape(data, sequence, model).swapaxes(1, 2)
-        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
+        return fsdp.reshape(data, sequence, model).swapaxes(1, 2)
 
 
-def mesh_sizes(data: int, model: int, sequence: int, devices: int) -> tuple[int, int, int]:
-    """Sizes of a mesh over so many devices; data = -1 takes what the others leave.
+def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """The devices of every slice, in the order of the slices; see `make_mesh`."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    groups, count = [found[index] for index in sorted(found)], len(devices)
+    if slices > 1 and len(groups) == 1 and count % slices == 0 and devices[0].platform != "tpu":
+        size = count // slices
+        groups = [list(devices[i : i + size]) for i in range(0, count, size)]
+    if slices not in (-1, len(groups)):
+        there = f"{len(groups)} slice{'s'[: len(groups) > 1]}"
+        raise UserError(f"mesh: slices={slices}, but the {count} devices are of {there}")
+    if len(sizes := {len(group) for group in groups}) > 1:
+        listed = " and ".join(map(str, sorted(sizes)))
+        raise UserError(f"mesh: the {len(groups)} slices are not alike: of {listed} devices")
+    return groups
+
+
+def mesh_sizes(
+    data: int, model: int, sequence: int, devices: int, slices: int = 1, hosts: int = 1
+) -> tuple[int, int, int]:
+    """Sizes of a mesh over so many devices of a slice; data = -1 takes what the others leave.
+
+    The number of slices, and that of the hosts of all of them, are for the messages.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -80,18 +129,34 @@ def mesh_sizes(data: int, model: int, sequence: int, devices: int) -> tuple[int,
     if data == -1 and min(model, sequence) >= 1 and devices % others == 0:
         data = devices // others
     if min(data, model, sequence) < 1 or data * others != devices:
+        asked = f"mesh (data={data}, model={model}, sequence={sequence})"
+        if hosts > 1 and min(data, others) > 0 and data * others * hosts == devices * slices:
+            raise UserError(
+                f"{asked} is that of the {data * others} devices of one host, but the run has "
+                f"{hosts} hosts with {devices * slices} devices: data=-1 takes the rest"
+            )
         divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        of_each = f" of each of the {slices} slices" if slices > 1 else ""
         raise UserError(
-            f"mesh (data={data}, model={model}, sequence={sequence}) does not divide the "
-            f"{devices} devices: data * model * sequence must be {devices} (data=-1 takes the "
-            f"rest); sizes that divide them: {divisors}"
+            f"{asked} does not divide the {devices} devices{of_each}: data * model * sequence "
+            f"must be {devices} (data=-1 takes the rest); sizes that divide them: {divisors}"
         )
     return data, model, sequence
 
 
-def abstract_mesh(data: int, model: int, sequence: int) -> jax.sharding.AbstractMesh:
+def abstract_mesh(
+    data: int, model: int, sequence: int, slices: int = 1
+) -> jax.sharding.AbstractMesh:
     """A mesh without devices, to trace and check shardings of any size on any machine."""
-    return jax.sharding.AbstractMesh((data, model, sequence), MESH_AXES, (AxisType.Explicit,) * 3)
+    sizes, names = (data, model, sequence), IN_SLICE
+    if slices > 1:
+        sizes, names = (slices, *sizes), MESH_AXES
+    return jax.sharding.AbstractMesh(sizes, names, (AxisType.Explicit,) * len(sizes))
+
+
+def batch_shards(mesh: Any) -> int:
+    """Number of shards of a batch on `mesh`, over all slices."""
+    return math.prod(mesh.shape[axis] for axis in _axes("batch", mesh))
 
 
 def picture_mesh(devices: Sequence[Any], batch: int, rows: int, columns: int) -> jax.sharding.Mesh:
@@ -191,12 +256,18 @@ def reduces_in_float32() -> bool:
 
 
 def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
-    """Mesh axes of a logical name, without those of size 1: they would only collide."""
+    """Mesh axes of a logical name, without those of size 1: they would only collide.
+
+    And without that of slices within `summed_over_slices`, where there is one.
+    """
     if name is None or (name == "fsdp" and _RESIDENT.get()):
         return ()
     if name not in RULES:
         raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
-    return tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+    there = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    if SLICE in mesh.manual_axes:
+        there.pop(SLICE, None)
+    return tuple(axis for axis in RULES[name] if axis in there)
 
 
 def _partition(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
@@ -227,6 +298,55 @@ def on_shards(
     return jax.shard_map(
         f, in_specs=names(tuple(inputs)), out_specs=names(outputs), check_vma=checked
     )
+
+
+def summed_over_slices(f: Callable[..., Any], shared: Any, batch: Any, rows: int) -> Any:
+    """The sum over slices of `f(shared, batch)`, a tree of arrays, of the rows of each slice.
+
+    What slices find crosses the data-center network once, when all of it is found: `f` computes
+    on one slice as if there were no other. Of `batch`, arrays with `rows` rows are split over the
+    slices. `f` closes over no arrays, and what it gathers by indices it gathers in `on_shards`: on
+    others, XLA of jax 0.10 ends the process. With one slice, or without a mesh, the result is
+    `f(shared, batch)`.
+    """
+    if axis_size("slices") == 1:
+        return f(shared, batch)
+    whole = PartitionSpec()
+    over = jax.tree.map(lambda x: PartitionSpec(SLICE) if x.shape[0] == rows else whole, batch)
+    within = jax.tree.map(lambda x: _within_slice(jax.typeof(x)), (shared, batch))
+    found_at = []
+
+    def explicit(*given: Any) -> Any:
+        found = f(*given)
+        found_at.append(jax.tree.map(lambda x: spec_of(jax.typeof(x)), found))
+        return found
+
+    def of_one_slice(*given: Any) -> Any:
+        found = jax.sharding.explicit_axes(explicit, axes=IN_SLICE, in_sharding=within)(*given)
+        return jax.lax.psum(found, SLICE)
+
+    # On the way in and out the other axes are left to XLA: jax 0.10 would gather over explicit ones
+    # what a function takes that is mapped over some axes only.
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(
+        mesh.update_axis_types(dict.fromkeys(IN_SLICE, AxisType.Auto))
+    ):
+        given = jax.sharding.reshard((shared, batch), (jax.tree.map(lambda _: whole, shared), over))
+        total = jax.shard_map(
+            of_one_slice,
+            in_specs=(whole, over),
+            out_specs=whole,
+            axis_names={SLICE},
+            # What is found on a slice differs from what is found on another, until it is summed.
+            check_vma=False,
+        )(*given)
+    return jax.sharding.reshard(total, found_at[0])
+
+
+def _within_slice(x: Any) -> PartitionSpec:
+    """The sharding of an array's type, but for the axis of slices."""
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec_of(x)]
+    return _partition([tuple(axis for axis in entry if axis != SLICE) for entry in entries])
 
 
 def _is_names(tree: Any) -> bool:

@@ -3,74 +3,93 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from ltx2_jax import command
+from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.training import trainer_yaml
 from ltx2_jax.training.checkpoint import ASSETS
-from ltx2_jax.training.loop import train
+from ltx2_jax.training.loop import data_folder, train
+from ltx2_jax.training.status import status
 
-DESCRIPTION = "Train the joint audio-video model, then sample from it."
+DESCRIPTION = """\
+Train the joint audio-video model, then sample from it.
+
+Exit codes: 0 done, 2 something is to be fixed, 3 diverged, 42 start it again, 130 Ctrl-C and 143
+another signal; a training that was stopped is saved.
+"""
 
 EPILOG = """\
 example:
   python -m ltx2_jax.train --config=configs/quickstart.py
   python -m ltx2_jax.train --config=configs/quickstart.py --config.num_steps=100 \\
       --config.workdir=/tmp/short
+  python -m ltx2_jax.train --config=t2v_lora.yaml   # a file of the official trainer
 
 Every field of the config can be changed with --config.FIELD=VALUE. Running the same command again
-resumes from the newest checkpoint of the workdir.
+resumes from the newest checkpoint of the workdir. While it runs, and from any machine,
+
+  python -m ltx2_jax.train --status workdir/quickstart
+
+says how far it is.
 """
 
 PREVIEW_CLIPS = 4
 
 
-def main(config: Config) -> None:
-    """Trains, with clips on the way and at the end."""
+def main(config: Config) -> int:
+    """Trains, with clips on the way and at the end; returns an exit code."""
     started = time.perf_counter()
 
     def make_clips(weights: Any, records: Records, step: int) -> None:
-        assets, mesh = Path(config.workdir) / ASSETS, jax.sharding.get_mesh()
+        assets, mesh = local_folder(location(config.workdir) / ASSETS), jax.sharding.get_mesh()
         pipeline = Pipeline.from_assets(config, weights, assets, mesh)
         if step < config.num_steps:
             preview(pipeline, records, step)
         else:
             show(pipeline, records)
 
-    train(config, make_clips)
-    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    code = train(config, make_clips)
+    hosts.say(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    return code
 
 
 def preview(pipeline: Pipeline, records: Records, step: int) -> None:
     """A contact sheet of a few clips while the training goes on."""
     prompts = fresh_prompts(pipeline.config, records)[:PREVIEW_CLIPS]
-    sheet = Path(pipeline.config.workdir) / "preview.png"
-    contact_sheet(sheet, pipeline(prompts), prompts, title=f"generated clips after {step} steps")
+    sheet = location(pipeline.config.workdir) / "preview.png"
+    clips = pipeline(prompts)
+    if hosts.index() != 0:
+        return
+    contact_sheet(sheet, clips, prompts, title=f"generated clips after {step} steps")
     print(f"wrote {sheet}, the first clips, after {step} steps", flush=True)
 
 
 def show(pipeline: Pipeline, records: Records) -> None:
     """Clips from fresh prompts: files, a contact sheet, and how well sound and picture agree."""
-    config, workdir = pipeline.config, Path(pipeline.config.workdir)
+    config, workdir = pipeline.config, location(pipeline.config.workdir)
     prompts = fresh_prompts(config, records)
     clips = pipeline(prompts)
+    if hosts.index() != 0:
+        return
     write_clips(clips, prompts, workdir)
     if config.data.path is None:  # the measure is made for these clips
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
         shown = [records[i] for i in range(min(len(clips), len(records)))]
-        real = [read_clip(workdir / "data" / "clips" / record["source"]) for record in shown]
+        rendered, _ = data_folder(config.workdir)
+        real = [read_clip(rendered / "clips" / record["source"]) for record in shown]
         kinds = [synthetic.event_kind(record["caption"]) for record in shown]
         print("real clips:     ", sync_report(real, kinds=kinds))
 
@@ -86,14 +105,31 @@ def fresh_prompts(config: Config, records: Records) -> list[str]:
 def cli(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `command.run`."""
     parser = command.parser("train", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config(arg)"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        help="a file with get_config(arg), or one of the official trainer (.yaml)",
     )
-    args, rest = parser.parse_known_args(argv)
+    what.add_argument(
+        "--status", metavar="WORKDIR", help="say how far the run there is, from its files alone"
+    )
+    command.host_flags(parser)
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word.partition("=")[0] == "--status" for word in argv):
+        args = parser.parse_args(argv)
+        return command.run("train", lambda: print(status(args.status)))
+
+    def config() -> Config:
+        args, rest = parser.parse_known_args(argv)
+        return trainer_yaml.load(args.config, config_lib.overrides(rest))
+
     return command.run(
         "train",
-        lambda: main(config_lib.load(args.config, config_lib.overrides(rest))),
+        lambda: command.on_hosts(argv, lambda: main(hosts.agree(config))),
         interrupted="the same command continues",
+        stopped=hosts.STOPPED,
     )
 
 

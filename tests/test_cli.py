@@ -81,7 +81,7 @@ def test_help_shows_an_example(name, capsys):
         ("sample", ["--workdir=x", "--seed=-1"], "--seed"),
         ("sample", ["--workdir=x", "--seed=4294967296"], "--seed"),
         ("sample", ["--workdir=x", "--video-guidance=nan"], "--video-guidance"),
-        ("prepare", ["table.csv", "out"], "--num-frames"),
+        ("prepare", ["t.csv", "out", "--num-frames=0"], "--num-frames"),
     ],
 )
 def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsys):

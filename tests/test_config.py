@@ -153,7 +153,7 @@ def test_a_value_out_of_range_is_named(name, text, where):
 
 def test_a_group_is_not_a_value_and_a_value_is_not_a_group():
     message = refused(lambda: change(mesh="8"))
-    assert message == "--config.mesh: set its fields: data, model, sequence"
+    assert message == "--config.mesh: set its fields: data, model, sequence, slices"
     assert refused(lambda: change(seed__a="8")) == "--config.seed has no fields"
 
 
@@ -260,6 +260,12 @@ def test_difference_names_dotted_paths_and_both_values():
             {"optim__schedule": "constant", "optim__final_fraction": "0.5"},
             "optim.schedule is constant",
         ),
+        ({"flow__sigma_max": "0.9"}, "flow.sigma is shifted_logit_normal"),
+        ({"flow__sigma": "uniform", "flow__sigma_std": "2"}, "flow.sigma is uniform"),
+        (
+            {"flow__video__role": "frozen", "flow__first_frame_prob": "0.5"},
+            "flow.video.role is frozen",
+        ),
     ],
 )
 def test_a_flag_that_would_not_be_read_is_refused(flags, why):
@@ -270,7 +276,7 @@ def test_a_config_made_from_another_says_its_mistake_once():
     path = str(Path(QUICKSTART).with_name("ltx2_5_22b.py"))
     message = refused(load, f"{path}:v4")
     assert message.startswith(f"--config: {path}:v4, line ")
-    assert message.endswith(": variants are :v5p256, :v6e256, :v7x128, :20s")
+    assert message.endswith(": variants are :v5p256, :v5p512, :v6e256, :v7x128, :20s")
 
 
 def test_a_name_may_hold_a_colon(tmp_path):

@@ -57,6 +57,7 @@ def parsed_only(monkeypatch):
     for name in ("train", "sample", "prepare", "convert"):
         module = importlib.import_module(f"ltx2_jax.{name}")
         monkeypatch.setattr(module, "main", lambda *given: None)
+    monkeypatch.setattr(importlib.import_module("ltx2_jax.train"), "status", lambda workdir: "")
     monkeypatch.setattr(plan, "main", check_plan)
     for bench, _ in planning.BENCHES.values():
         monkeypatch.setattr(bench, "run", lambda args: None)

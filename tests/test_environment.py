@@ -28,7 +28,7 @@ def of_training():
     with one_device():
         drawn = draw(key, tiny.batch(8), config, tiny.STRIDES)
     video, audio = drawn["video"], drawn["audio"]
-    return video.noise, audio.noise, video.sigma, audio.sigma, video.clean, drawn["drop_caption"]
+    return video.noise, audio.noise, video.sigma, audio.sigma, video.given, drawn["drop_caption"]
 
 
 def of_sampling():

@@ -1,12 +1,28 @@
-"""Which rows of a batch a host holds."""
+"""Which rows of a batch a host holds, and how several start, agree, stop, fail and end."""
 
+import dataclasses
+import inspect
+import re
+import signal
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import hosts_config
 import jax
+import numpy as np
 import pytest
+import resume_config
+from pod import TESTS, environment, free_port, pod
 
+from ltx2_jax import hosts
+from ltx2_jax.config import load
+from ltx2_jax.errors import UserError
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import make_mesh, sharding_of
+from ltx2_jax.training import loop
+from ltx2_jax.training.metrics import read_metrics
 
 
 class Device:
@@ -36,3 +52,222 @@ def test_hosts_that_share_a_shard_hold_the_same_rows():
 def test_one_host_holds_the_whole_batch_whatever_the_mesh(mesh):
     assert rows_of_host(sharding_of(make_mesh(*mesh), "batch"), 8) == tuple(range(8))
     assert rows_of_host(sharding_of(make_mesh(devices=jax.devices()[:1]), "batch"), 2) == (0, 1)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def test_the_private_names_of_jax_that_we_need_are_there():
+    from jax._src import clusters, compilation_cache, compiler, distributed
+
+    client = distributed._jax.DistributedRuntimeClient
+    for method in (
+        "key_value_set", "blocking_key_value_get", "key_value_try_get", "key_value_dir_get",
+        "key_value_delete",
+    ):  # fmt: skip
+        assert callable(getattr(client, method))
+    state = distributed.global_state
+    assert (state.client, state.process_id, state.num_processes) == (None, 0, 1)
+    known = {kind.name for kind in clusters.ClusterEnv._cluster_types}
+    assert known >= set(hosts.DETECTORS)
+    assert callable(clusters.ClusterEnv.auto_detect_unset_distributed_params)
+    assert list(inspect.signature(compiler._cache_write).parameters)[:5] == [
+        "cache_key", "compile_time_secs", "module_name", "backend", "executable",
+    ]  # fmt: skip
+    assert list(inspect.signature(compilation_cache.put_executable_and_time).parameters)[:5] == [
+        "cache_key", "module_name", "executable", "backend", "compile_time",
+    ]  # fmt: skip
+    assert "jax_enable_preemption_service" in jax.config.values
+
+
+def test_one_process_agrees_with_itself_and_asks_nobody():
+    assert hosts.gather("a") == ["a"]
+    assert hosts.broadcast("b") == "b"
+    assert hosts.agree(lambda: 3) == 3
+    hosts.start()
+    assert (hosts.index(), hosts.count()) == (0, 1)
+    with pytest.raises(UserError, match=r"^no$"):
+        hosts.agree(lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("127.0.0.1:9", None, 1), "--num-processes: missing; all three or none"),
+        ((None, 2, None), "--coordinator and --process-id: missing"),
+        (("127.0.0.1:9", 2, 2), "--process-id=2: with --num-processes=2 it is from 0 to 1"),
+        (("127.0.0.1", 2, 1), "--coordinator=127.0.0.1: expected HOST:PORT"),
+        (("127.0.0.1:http", 2, 1), "--coordinator=127.0.0.1:http: expected HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        hosts.start(*flags)
+
+
+def test_a_coordinator_that_is_not_there_is_named():
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(hosts.LostError, match=f"{address}: nobody answers there in 1 s"):
+        hosts.start(address, 2, 1, seconds=1)
+
+
+def test_importing_the_commands_touches_no_device():
+    code = (
+        "from ltx2_jax import train, sample, prepare; from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment(1), check=True)
+
+
+def drill(folder, *what):
+    return pod(folder, 2, 1, str(TESTS / "hosts_drill.py"), *map(str, what))
+
+
+def test_a_host_too_few_is_told_and_to_be_started_again(tmp_path):
+    port, flags = free_port(), ["--num-processes=2", "--process-id=0", "--start-timeout=1"]
+    command = [sys.executable, TESTS / "hosts_drill.py", "talk", f"--coordinator=127.0.0.1:{port}"]
+    done = subprocess.run([*command, *flags], env=environment(1), capture_output=True, text=True)
+    assert done.returncode == 42
+    (line,) = done.stderr.splitlines()
+    assert re.match(rf"host-0 \(.*\): not all 2 processes came to 127\.0\.0\.1:{port} in 1 s", line)
+
+
+@pytest.mark.parametrize(
+    ("what", "codes", "message"),
+    [
+        (
+            "stuck",
+            [42, 42],
+            r"stuck in \"data\" of step 7 for .*; others wait in \"step\" of step 7",
+        ),
+        (
+            "stopped",
+            [42, -signal.SIGKILL],
+            r"lost in \"data\" of step 3, .*; the others wait in \"s",
+        ),
+    ],
+)
+def test_the_host_that_is_behind_is_named_and_all_show_what_they_do(tmp_path, what, codes, message):
+    ended = drill(tmp_path, what, "--heartbeat=3")
+    assert ended.codes == codes
+    first, *stacks = ended.lines()
+    assert re.match(rf"drill: error: host-1 \(.*\): {message}", first)
+    assert any(f"in {what}" in line for line in stacks)
+
+
+def test_a_workdir_on_a_disk_of_each_host_is_refused(tmp_path):
+    ended = drill(tmp_path / "logs", "apart", tmp_path)
+    assert ended.codes == [2, 2]
+    (line,) = ended.lines()
+    assert re.search(
+        r"host-1 \(.*\): .*1: is not shared: this host does not see what host 0 wrote", line
+    )
+    assert not ended.lines(1)
+
+
+def test_a_signal_to_one_host_ends_those_that_wait_for_it(tmp_path):
+    ended = drill(tmp_path, "told")
+    assert ended.codes == [143, 143]
+    assert ended.lines() == ["drill: interrupted"]
+
+
+def test_hosts_agree_or_refuse_together(tmp_path):
+    ended = drill(tmp_path, "talk")
+    assert ended.codes == [0, 0], ended.err
+    name = rf"host-1 \({re.escape(socket.gethostname())}\)"
+    for me, output in enumerate(ended.out):
+        lines = output.splitlines()
+        assert lines[:4] == [
+            f"{me} of 2", "['from 0', 'from 1']", "from 0", f"went on with {me}",
+        ]  # fmt: skip
+        assert lines[4] == "no dataset here"
+        assert re.fullmatch(rf"{name}: no disk", lines[5])
+        assert lines[6] == "the same"
+        assert re.fullmatch(rf"{name}: rate is 1e-4, but 1e-3 on host-0 \(.*\)", lines[7])
+        assert re.fullmatch(rf"{name}: extra is yes, but None on host-0 \(.*\)", lines[8])
+        assert lines[9:] == (["said once"] if me == 0 else [])
+
+
+# ------------------------------------------------------------------------------- train
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A small dataset, prepared once."""
+    folder = tmp_path_factory.mktemp("data")
+    config = dataclasses.replace(resume_config.get_config(), workdir=str(folder))
+    return loop.dataset(config).folder
+
+
+@pytest.fixture
+def trained(tmp_path, records):
+    """`trained(processes, devices, what, own=..., **fields)` runs train with `hosts_config`."""
+
+    def run(processes, devices, what, *flags, own=None, **fields):
+        given = {"workdir": tmp_path / "run", "data.path": records, "num_steps": 30} | fields
+        flags = [*flags, *(f"--config.{name}={value}" for name, value in given.items())]
+        config = f"--config={TESTS / 'hosts_config.py'}:drill;{what}"
+        command = "-m", "ltx2_jax.train", config, *flags
+        return pod(tmp_path / "logs", processes, devices, *command, own=own)
+
+    run.workdir = tmp_path / "run"
+    return run
+
+
+def losses(workdir):
+    return [row["loss"] for row in read_metrics(workdir)]
+
+
+def on_one_process(workdir, records, monkeypatch, devices, steps):
+    """The losses of the same run in this process."""
+    monkeypatch.setattr(loop, "init_state", hosts_config.init_state)
+    monkeypatch.setattr(loop, "make_train_step", hosts_config.make_train_step)
+    changes = {"workdir": workdir, "num_steps": steps, "data.path": records}
+    config = load(str(TESTS / "hosts_config.py"), {k: str(v) for k, v in changes.items()})
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    monkeypatch.setattr(loop, "make_mesh", lambda *_, **__: mesh)
+    loop.train(config, make_clips=lambda *_: None)
+    return losses(workdir)
+
+
+def test_stopped_on_any_host_all_save_one_step_and_another_layout_goes_on(
+    trained, records, monkeypatch, tmp_path
+):
+    reference = on_one_process(tmp_path / "one", records, monkeypatch, 4, 20)
+    ended = trained(2, 2, "slow;1,5,SIGTERM;interleaved", num_steps=20)
+    assert ended.codes == [143, 143], ended.err
+    step = int(re.search(r"stopped and saved at step (\d+); the same", ended.out[0])[1])
+    assert 5 <= step <= 8
+    np.testing.assert_allclose(losses(trained.workdir), reference[:step], rtol=2e-6)
+    assert not ended.lines(1)
+    resumed = on_one_process(trained.workdir, records, monkeypatch, 8, 20)
+    np.testing.assert_allclose(resumed, reference, rtol=2e-6)
+
+
+ONE = r"host-1 \(.*\): "
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "code", "message"),
+    [
+        ("", {1: ["--config.optim.learning_rate=9"]}, 2,
+         ONE + r"config\.optim\.learning_rate is 9\.0, but 0\.001 on host-0 \(.*\)"),
+        ("1,3,refuse", {}, 2, ONE + "records/data-0: damaged record"),
+        ("nan6", {}, 3, "loss is nan at step 7: lower optim.learning_rate .*"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_on_one_host_ends_all_in_one_line(trained, what, own, code, message):
+    ended = trained(2, 1, what, own=own)
+    assert ended.codes == [code, code], ended.err
+    assert ended.seconds < 10
+    (line,) = ended.lines()
+    assert re.fullmatch(f"train: error: {message}", line)
+    assert not ended.lines(1)
+
+
+def test_a_host_that_is_killed_is_named_and_the_others_end(trained):
+    ended = trained(2, 1, "slow;1,5,SIGKILL", "--heartbeat=4")
+    assert ended.codes == [42, -signal.SIGKILL]
+    assert ended.seconds < 20
+    line = ended.lines()[0]
+    assert re.search(r"host-1 \(.*\): lost in .* of step \d+, .*; the same command resumes", line)

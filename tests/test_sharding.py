@@ -1,6 +1,7 @@
 """The same numbers on every mesh, nothing large replicated, and the full size traced abstractly."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -16,10 +17,11 @@ from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.transformer.config import LTX2_19B
+from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.training import objective
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.state import init_state
-from ltx2_jax.training.step import make_train_step
+from ltx2_jax.training.step import gradients, make_train_step
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
 WIDE = dataclasses.replace(
@@ -28,43 +30,44 @@ WIDE = dataclasses.replace(
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
 
 
-def loss_and_gradients(mesh_context, sizes):
-    config = tiny.config()
-    graphdef = ltx2.graph(config.networks)
+CONFIG = tiny.config()
 
-    def compute(params, batch):
-        drawn = objective.draw(jax.random.key(7), batch, config, tiny.STRIDES)
 
-        def loss(p):
-            model = nnx.merge(graphdef, p)
-            return objective.loss(model, batch, drawn, tiny.null_text(), config)[0]
+def loss_and_gradients(mesh, chunks=1):
+    """Of one batch in so many micro-batches, with what is logged, and the program for it."""
+    graphdef = ltx2.graph(CONFIG.networks)
 
+    def loss_of(params, batch, drawn, null_text):
         with sharding.gradients_reduced_in("float32"):
-            return jax.value_and_grad(loss)(params)
+            return objective.loss(nnx.merge(graphdef, params), batch, drawn, null_text, CONFIG)
 
-    with mesh_context(*sizes), jax.default_matmul_precision("highest"):
-        mesh = jax.sharding.get_mesh()
-        value, grads = jax.jit(compute)(tiny.params(config, mesh), place(tiny.batch(), mesh))
-        return float(value), jax.tree.map(np.asarray, grads)
+    def compute(params, batch, null_text):
+        drawn = objective.draw(jax.random.key(7), batch, CONFIG, tiny.STRIDES)
+        (value, logged), grads = gradients(loss_of, params, batch, drawn, chunks, null_text)
+        return value, grads | {"logged": logged}
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        null_text = jax.device_put(tiny.null_text(), sharding.sharding_of(mesh))
+        given = tiny.params(CONFIG, mesh), place(tiny.batch(), mesh), null_text
+        program = jax.jit(compute).lower(*given).compile()
+        value, grads = program(*given)
+        return float(value), jax.tree.map(np.asarray, grads), program
 
 
 @pytest.fixture(scope="module")
-def single_device():
-    return {}  # filled by the first test that needs it
+def one_device():
+    return loss_and_gradients(sharding.make_mesh(devices=jax.devices()[:1]))[:2]
 
 
-# Of 2x2x2 test_training.py asks it, with micro-batches.
+# Of 2x2x2 test_training.py asks it, with micro-batches. The last number is that of slices.
 @pytest.mark.parametrize(
-    "mesh", [(8, 1, 1), (2, 1, 4), (1, 4, 2)], ids=lambda m: "x".join(map(str, m))
+    "sizes", [(4, 1, 1, 2), (2, 1, 4, 1), (1, 4, 2, 1)], ids=lambda m: "x".join(map(str, m))
 )
-def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh_context, mesh, single_device):
-    if not single_device:
-        single_device["value"], single_device["grads"] = loss_and_gradients(mesh_context, (1, 1, 1))
-    value, grads = loss_and_gradients(mesh_context, mesh)
-    assert value == pytest.approx(single_device["value"], rel=1e-5)
-    for want, got in zip(
-        jax.tree.leaves(single_device["grads"]), jax.tree.leaves(grads), strict=True
-    ):
+def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes, one_device):
+    wanted, wanted_grads = one_device
+    value, grads, _ = loss_and_gradients(sharding.make_mesh(*sizes[:3], slices=sizes[3]))
+    assert value == pytest.approx(wanted, rel=1e-5)
+    for want, got in zip(jax.tree.leaves(wanted_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5 * np.abs(want).max() + 1e-7)
 
 
@@ -191,3 +194,102 @@ def test_weights_move_to_another_axis_when_fsdp_does_not_divide(mesh_context):
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match="does not divide the 8 devices"):
         sharding.make_mesh(*sizes)
+
+
+# ------------------------------------------------------------------------------------------ slices
+
+
+class Device:
+    """What a mesh is made of: where a device is, and on which host."""
+
+    platform, device_kind = "gpu", "H100"
+
+    def __init__(self, number, process, **where):
+        self.id, self.process_index = number, process
+        vars(self).update(where)
+
+    def __repr__(self):
+        return f"{self.id}"
+
+
+def devices_of(*slices):
+    """So many devices of every slice, two a host, in another order than that of the slices."""
+    count = itertools.count()
+    found = [Device(i := next(count), i // 2, slice_index=s) for s, n in slices for _ in range(n)]
+    return found
+
+
+def numbers(mesh):
+    return np.vectorize(lambda device: device.id)(mesh.devices)
+
+
+def test_slices_are_the_outermost_axis_and_inside_lies_the_mesh_of_one():
+    devices = devices_of((1, 4), (0, 4))
+    mesh = sharding.make_mesh(model=2, devices=devices)
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "model": 2, "sequence": 1}
+    for i, part in enumerate((devices[4:], devices[:4])):
+        one = sharding.make_mesh(model=2, devices=part)
+        assert dict(one.shape) == {"data": 2, "model": 2, "sequence": 1}
+        np.testing.assert_array_equal(numbers(mesh)[i], numbers(one))
+
+
+def test_devices_that_know_of_no_slices_are_cut_into_blocks():
+    mesh = sharding.make_mesh(slices=2)
+    np.testing.assert_array_equal(numbers(mesh)[..., 0, 0], np.arange(8).reshape(2, 4))
+    assert sharding.make_mesh() == jax.make_mesh((8, 1, 1), ("data", "model", "sequence"))
+
+
+def test_a_batch_is_split_over_slices_and_a_weight_is_whole_on_each():
+    with jax.set_mesh(sharding.make_mesh(1, 2, 2, slices=2)):
+        assert sharding.spec("batch", "video_tokens", "heads") == P("slice", "sequence", "model")
+        assert sharding.weight_spec((8, 6), ("fsdp", "heads")) == P("sequence", "model")
+    with jax.set_mesh(mesh := sharding.make_mesh(4, slices=2)):
+        assert sharding.spec("batch") == P(("slice", "data"))
+        assert sharding.weight_spec((8, 6), ("fsdp", None)) == P("data", None)
+        assert sharding.batch_shards(mesh) == 8
+
+
+@pytest.mark.parametrize(
+    ("slices", "asked", "message"),
+    [
+        (((0, 4), (1, 4)), {"slices": 4}, "slices=4, but the 8 devices are of 2 slices"),
+        (((0, 4), (1, 4)), {"slices": 1}, "slices=1, but the 8 devices are of 2 slices"),
+        (((0, 4),), {"slices": 3}, "slices=3, but the 4 devices are of 1 slice$"),
+        (((0, 4),), {"slices": 0}, "slices=0, but the 4 devices are of 1 slice$"),
+        (((0, 4), (1, 2)), {}, "the 2 slices are not alike: of 2 and 4 devices"),
+        (((0, 4), (1, 4)), {"data": 8}, "does not divide the 4 devices of each of the 2 slices"),
+        (
+            ((0, 8),),
+            {"data": 2},
+            r"\(data=2, model=1, sequence=1\) is that of the 2 devices of one host, but the run "
+            "has 4 hosts with 8 devices",
+        ),
+        (((0, 4), (1, 4)), {"data": 1, "model": 2}, "2 devices of one host, but the run has 4"),
+    ],
+)
+def test_slices_that_are_not_there_are_one_line(slices, asked, message):
+    with pytest.raises(UserError, match=message) as raised:
+        sharding.make_mesh(**asked, devices=devices_of(*slices))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_slice_of_tpus_is_not_cut(monkeypatch):
+    monkeypatch.setattr(Device, "platform", "tpu")
+    with pytest.raises(UserError, match="slices=2, but the 4 devices are of 1 slice"):
+        sharding.make_mesh(slices=2, devices=devices_of((0, 4)))
+
+
+def test_gradients_of_micro_batches_cross_between_slices_once(one_device):
+    """Those of two slices are those of one device; what is sent between them is sent at the end."""
+    wanted, wanted_grads = one_device
+    mesh = sharding.make_mesh(2, slices=2, devices=jax.devices()[:4])
+    value, grads, program = loss_and_gradients(mesh, chunks=2)
+    assert value == pytest.approx(wanted, rel=2e-6)
+    for want, got in zip(jax.tree.leaves(wanted_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
+    moved = [row for row in program_facts(program, mesh)["collectives"] if "slice" in row["axes"]]
+    sums = [row for row in moved if row["kind"] == "all-reduce"]
+    assert {row["depth"] for row in moved} == {0}
+    assert all(row["axes"] == ["slice"] for row in sums)
+    on_a_device = sum(x.nbytes for x in jax.tree.leaves(grads)) / 2
+    assert on_a_device <= sum(row["bytes"] for row in sums) <= 1.1 * on_a_device

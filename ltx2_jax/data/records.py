@@ -5,6 +5,8 @@
     codec.safetensors                 what made the latents
     text_encoder.safetensors          what made the text features, and its tokenizer
     empty_caption.safetensors         features of the empty caption, for captions that are dropped
+    captions-00000-of-00001.arrayrecord  one record per caption, where they lie apart
+    table.safetensors                 of every record its size and its captions
 
 A record is one safetensors blob: numeric fields as tensors, strings as JSON in its metadata. It
 describes itself, keeps bfloat16, and reading it can never run code.
@@ -21,6 +23,11 @@ channels; S text tokens; Dv Da widths of the text features for video and audio):
     fps         float32 []             frames per second of the clip
     caption     str
     source      str                    the clip's path as its table gives it
+
+Text and caption lie apart where `prepare` wrote them: once for all clips that have the caption. A
+dataset may hold clips of several sizes, and clips that lack a stream; the schema has the fields of
+each kind. References and masks are `video_reference` [F", H", W", C] with `video_reference_fps` [],
+`audio_reference` [A', M, C], `video_mask` bool [F', H', W'] and `audio_mask` bool [A].
 """
 
 import contextlib
@@ -28,22 +35,25 @@ import glob
 import json
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from ltx2_jax.blobs import deserialize, serialize, unpack
+from ltx2_jax.blobs import serialize, unpack
+from ltx2_jax.data.precomputed import Precomputed, precomputed_folder
 from ltx2_jax.data.schema import Schema, renamed
+from ltx2_jax.data.shards import OPTIONS, TABLE_NAME, Shards, Table
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason
 
-VERSION = 2
+VERSION = 3
+OLDER = (2,)  # versions that are read: of one size
 INDEX_NAME = "dataset.json"
+NAMES_NAME = "names.json"  # of a dataset whose records are files of a .precomputed
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 
 
@@ -93,10 +103,12 @@ class RecordWriter:
         self._schema: Schema | None = None
         self._shard: ArrayRecordWriter | None = None
         self._shards: list[dict[str, Any]] = []
+        self._buckets: list[int] = []
+        self._linked: Precomputed | None = None
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RecordWriter":
-        self._check_target()
+        check_target(self._folder, self._overwrite)
         self._remove_abandoned()
         try:
             self.staging.mkdir(parents=True)
@@ -119,15 +131,15 @@ class RecordWriter:
         """Sets what every record must look like; once, before the first `write`."""
         self._schema = schema
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record.
+    def write(self, record: Mapping[str, Any], bucket: int = 0) -> None:
+        """Appends one record, of one of the schema's `buckets`.
 
         Raises:
           UserError: it does not fit the schema, or the disk does not take it.
         """
         if self._schema is None:
             raise RuntimeError("start() sets the schema and comes before write()")
-        self._schema.check(record, f"{self._folder}: record {self.num_records}")
+        self._schema.check(record, f"{self._folder}: record {self.num_records}", bucket)
         data = serialize(record)
         if self._shard is None:
             self._open_shard()
@@ -136,10 +148,22 @@ class RecordWriter:
         except RuntimeError as error:
             raise UserError(f"{self._folder}: cannot write a record: {error}") from None
         self.num_records += 1
+        self._buckets.append(bucket)
         self._shards[-1]["records"] += 1
         self._shards[-1]["bytes"] += len(data)
         if self._shards[-1]["bytes"] >= self._shard_bytes:
             self._close_shard()
+
+    def link(self, samples: Precomputed) -> None:
+        """In place of `write`: the records are the files of a `.precomputed`.
+
+        The folder that is written is to be moved in there.
+        """
+        self._linked = samples
+        self.num_records = len(samples)
+        self._buckets = samples.buckets.tolist()
+        names = [name.as_posix() for name in samples.names]
+        (self.staging / NAMES_NAME).write_text(json.dumps(names, indent=0), encoding="utf-8")
 
     def skip(self, source: str, reason: str) -> None:
         """Notes that a clip was left out."""
@@ -153,27 +177,13 @@ class RecordWriter:
                 if abandoned:
                     shutil.rmtree(staging, ignore_errors=True)
 
-    def _check_target(self) -> None:
-        if not self._folder.exists():
-            return
-        if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: is a file; choose another folder")
-        if not any(self._folder.iterdir()):
-            return
-        if not (self._folder / INDEX_NAME).exists():
-            raise UserError(f"{self._folder}: holds files and no dataset; choose another folder")
-        if not self._overwrite:
-            raise UserError(f"{self._folder}: holds a dataset; choose another folder or overwrite")
-
     def _shard_path(self, index: int) -> Path:
         return self.staging / f"shard-{index}"
 
     def _open_shard(self) -> None:
-        # One record per chunk, so that random access never decompresses a neighbour. Latents hardly
-        # compress and pass through quickly; padded text features shrink several times.
         path = self._shard_path(len(self._shards))
         try:
-            self._shard = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+            self._shard = ArrayRecordWriter(str(path), OPTIONS)
         except RuntimeError as error:
             raise UserError(f"{path}: cannot write: {error}") from None
         self._shards.append({"records": 0, "bytes": 0})
@@ -200,81 +210,55 @@ class RecordWriter:
             "skipped": self.skipped,
             "settings": self._settings,
         }
+        if self._linked is not None:
+            sources, incomplete = list(self._linked.sources), self._linked.incomplete
+            contents["linked"] = {"sources": sources, "incomplete": incomplete}
+        if len(self._schema.buckets) > 1:
+            table = {"bucket": np.array(self._buckets, np.int32)}
+            (self.staging / TABLE_NAME).write_bytes(serialize(table))
         text = json.dumps(contents, indent=1, ensure_ascii=False)
         (self.staging / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
         # Again: another process may have finished the same dataset in the meantime.
-        self._check_target()
-        self._move_into_place()
+        check_target(self._folder, self._overwrite)
+        put_in_place(self.staging, self._folder)
 
-    def _move_into_place(self) -> None:
-        # A folder with files in it cannot be replaced in one step: the old one steps aside, and
-        # back if the new one cannot take its place.
-        aside = self.staging.with_suffix(".old")
-        replaces = (self._folder / INDEX_NAME).exists()
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """UserError unless a dataset may be put at `folder`."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / INDEX_NAME).exists():
+        raise UserError(f"{folder}: holds files and no dataset; choose another folder")
+    if not overwrite:
+        raise UserError(f"{folder}: holds a dataset; choose another folder or overwrite")
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Gives a finished folder the name of the dataset, in place of one that is there."""
+    # A folder with files in it cannot be replaced in one step: the old one steps aside, and
+    # back if the new one cannot take its place.
+    aside = staging.with_suffix(".old")
+    replaces = (folder / INDEX_NAME).exists()
+    if replaces:
+        folder.rename(aside)
+    try:
+        staging.rename(folder)
+    except BaseException:
         if replaces:
-            self._folder.rename(aside)
-        try:
-            self.staging.rename(self._folder)
-        except BaseException:
-            if replaces:
-                aside.rename(self._folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-class Records(Sequence):
-    """A dataset folder, opened: `len`, and `[i]` -> dict of numpy arrays and strings.
+class _Made:
+    """What made a dataset in a folder: files beside its records."""
 
-    Safe to read from several threads. Arrays are read-only. Shards are opened when first read.
-
-    Attributes:
-      folder: pathlib.Path.
-      schema: `Schema`.
-      skipped: clips left out when it was made, list of {"source", "reason"}.
-      settings: what it was made with.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        """See `open_records`."""
-        self.folder = Path(folder)
-        contents = _read_index(self.folder)
-        try:
-            self.schema = Schema.from_json(contents["schema"])
-            self.skipped = contents["skipped"]
-            self.settings = renamed(contents["settings"])
-            self._shards = [(s["file"], s["records"], s["bytes"]) for s in contents["shards"]]
-            if sum(count for _, count, _ in self._shards) != contents["num_records"]:
-                raise ValueError("num_records is not the sum over the shards")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
-        for name, _, size in self._shards:
-            path = self.folder / name
-            if not path.exists():
-                raise UserError(f"{path}: this shard of the dataset is missing")
-            if path.stat().st_size != size:
-                raise UserError(
-                    f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
-                )
-        self._ends = np.cumsum([count for _, count, _ in self._shards])
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[shard]) - self._shards[shard][1]
-        reader = self._reader(shard)
-        try:
-            return deserialize(reader.read([index - first])[0])
-        except (RuntimeError, ValueError, KeyError) as error:
-            path = self.folder / self._shards[shard][0]
-            raise UserError(f"{path}: damaged shard: cannot read record {index}: {error}") from None
-
-    def __repr__(self) -> str:
-        return f"Records({str(self.folder)!r}, {len(self)} records)"
+    folder: Path
+    schema: Schema
 
     @property
     def codec_path(self) -> Path:
@@ -302,33 +286,123 @@ class Records(Sequence):
         """`Schema.require` of this dataset."""
         self.schema.require(self.folder, **expected)
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                name, count, _ = self._shards[shard]
-                path = self.folder / name
-                # No read-ahead: the shuffled next record is somewhere else.
-                reader = ArrayRecordReader(
-                    str(path),
-                    "readahead_buffer_size:0,max_parallelism:0",
-                    file_reader_buffer_size=32768,
-                )
-                if reader.num_records() != count:
-                    raise UserError(
-                        f"{path}: damaged shard: {reader.num_records()} records, "
-                        f"{count} were written"
-                    )
-                self._readers[shard] = reader
-            return self._readers[shard]
+
+class Records(_Made, Sequence):
+    """A dataset folder, opened: `len`, and `[i]` -> dict of numpy arrays and strings.
+
+    Safe to read from several threads. Arrays are read-only. Shards are opened when first read.
+
+    Attributes:
+      folder: pathlib.Path.
+      schema: `Schema`.
+      buckets: int [n], of each record, its entry of `schema.buckets`.
+      skipped: clips left out when it was made, list of {"source", "reason"}.
+      settings: what it was made with.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """See `open_records`."""
+        self.folder = Path(folder)
+        contents = _read_index(self.folder)
+        try:
+            self.schema = Schema.from_json(contents["schema"])
+            self.skipped = contents["skipped"]
+            self.settings = renamed(contents["settings"])
+            self._shards = Shards(self.folder, contents["shards"])
+            apart = contents.get("captions", [])
+            self._captions = Shards(self.folder, apart) if apart else None
+            if len(self._shards) != contents["num_records"]:
+                raise ValueError("num_records is not the sum over the shards")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
+        self._shards.check()
+        several = len(self.schema.buckets) > 1 or self._captions is not None
+        self._table = Table(self.folder, several, len(self), len(self.schema.buckets))
+        self.buckets = self._table.buckets
+        if self._captions is not None:
+            self._captions.check()
+            self._table.check_captions(len(self._captions))
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.with_caption(index, 0.0)
+
+    def with_caption(self, index: int, draw: float) -> dict[str, Any]:
+        """Record `index` with one of its captions: the one at `draw`, in [0, 1), of their weights.
+
+        0 is the first that has a weight; a record has one caption unless its table gave it several.
+        """
+        index = range(len(self))[index]
+        record = self._shards[index]
+        if self._captions is None:
+            return record
+        return record | self._captions[self._table.caption(index, draw)]
+
+    def captions(self, index: int) -> list[tuple[str, float]]:
+        """All captions of a record, with the share of draws that takes each."""
+        index = range(len(self))[index]
+        if self._captions is None:
+            return [(self._shards[index]["caption"], 1.0)]
+        return [(self._captions[i]["caption"], w) for i, w in self._table.shares(index)]
+
+    def __repr__(self) -> str:
+        return f"Records({str(self.folder)!r}, {len(self)} records)"
 
 
-def open_records(folder: str | os.PathLike) -> Records:
+class Linked(_Made, Precomputed):
+    """A `.precomputed` with a dataset.json beside its files, which are its records.
+
+    Attributes:
+      settings: what it was made with.
+    """
+
+    def __init__(self, folder: Path, contents: Mapping[str, Any]):
+        """See `open_records`."""
+        self.folder = self.precomputed = folder
+        try:
+            linked = contents["linked"]
+            self.schema = Schema.from_json(contents["schema"])
+            self.skipped, self.settings = contents["skipped"], contents["settings"]
+            self._shares_text = "audio_text" not in self.schema.fields
+            sources = [str(source) for source in linked["sources"]]
+            names = json.loads((folder / NAMES_NAME).read_text(encoding="utf-8"))
+            self.names = [Path(name) for name in names]
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX_NAME}: damaged: {error!r}") from None
+        several = len(self.schema.buckets) > 1
+        self.buckets = Table(folder, several, len(self), len(self.schema.buckets)).buckets
+        self._choose(sources, bool(linked.get("incomplete")))
+
+
+def open_records(folder: str | os.PathLike) -> Records | Linked:
     """Opens the dataset in `folder`.
 
     Raises:
       UserError: no dataset there, written by another version, or a shard is missing or truncated.
     """
-    return Records(folder)
+    folder = _home(folder)
+    contents = _read_index(folder)
+    return Linked(folder, contents) if "linked" in contents else Records(folder)
+
+
+def _home(folder: str | os.PathLike) -> Path:
+    """Where the dataset.json is: here, or in the `.precomputed` in here.
+
+    Raises:
+      UserError: that has none yet.
+    """
+    folder = Path(folder)
+    official = None if (folder / INDEX_NAME).exists() else precomputed_folder(folder)
+    if official is None:
+        return folder
+    if not (official / INDEX_NAME).exists():
+        raise UserError(
+            f"{folder}: a .precomputed does not say what made it; tell it once: python -m "
+            f"ltx2_jax.prepare --from-precomputed {folder} --codec FILE --text-encoder FILE GEMMA"
+        )
+    return official
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -345,9 +419,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    if version != VERSION:
+    if version not in (VERSION, *OLDER):
+        read = ", ".join(map(str, (*OLDER, VERSION)))
         raise UserError(
-            f"{path}: dataset version is {version!r}, this program reads {VERSION}; prepare it anew"
+            f"{path}: dataset version is {version!r}, this program reads {read}; prepare it anew"
         )
     return contents
 
@@ -358,6 +433,6 @@ def read_schema(folder: str | os.PathLike) -> Schema:
     Raises UserError as `open_records` does for the index.
     """
     try:
-        return Schema.from_json(_read_index(Path(folder))["schema"])
-    except (KeyError, TypeError, AttributeError) as error:
+        return Schema.from_json(_read_index(_home(folder))["schema"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{Path(folder) / INDEX_NAME}: damaged: {error!r}") from None

@@ -5,8 +5,9 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,50 @@ class Row:
     Attributes:
       name: the clip's path as the table gives it.
       path: where that is: relative paths count from the table's folder.
-      caption: its text; may be empty.
+      caption: its text, the first of several; may be empty.
+      more_captions: the others, with the weight that the choice among all gives each.
+      weight: that of the first.
+      sound_alone: `path` is a sound file, there is no picture.
+      start, end: seconds of the file that are meant; None: from its beginning, to its end.
+      others: column to path, for those of `OTHERS` that the row has.
     """
 
     name: str
     path: Path
     caption: str
+    more_captions: tuple[tuple[str, float], ...] = ()
+    weight: float = 1.0
+    sound_alone: bool = False
+    start: float | None = None
+    end: float | None = None
+    others: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+    @property
+    def captions(self) -> tuple[tuple[str, float], ...]:
+        """All texts, with their weights."""
+        return (self.caption, self.weight), *self.more_captions
+
+    @property
+    def has_more(self) -> bool:
+        """Whether it says more than a film and a caption."""
+        return self != Row(self.name, self.path, self.caption)
+
+
+# Columns that name files beside the clip: its sound, what it is made from, what is given of it.
+OTHERS = ("audio", "reference_video", "reference_audio", "video_mask", "audio_mask")
+_OLDER_NAMES = {"media_path": "video", "ref_media_path": "reference_video"}
 
 
 def read_table(path: str | os.PathLike) -> list[Row]:
     """Reads a table of clips and captions, in the layout of the official trainer.
 
     CSV with a header, JSON (a list of objects) or JSONL, told apart by the suffix. Columns: `video`
-    (or `media_path`) and `caption`; others are ignored. What spreadsheets write is understood:
-    blank lines before the header, a first line `sep=;`, semicolons or tabs in place of commas,
-    capitals in the header, UTF-16. Source of the columns:
-    `packages/ltx-trainer/scripts/process_dataset.py`.
+    (or `media_path`) and `caption`; a row without `video` and with `audio` is sound alone. Further:
+    those of `OTHERS` (or `ref_media_path`), `start` and `end` in seconds, and more captions as
+    `caption_NAME`, each with a `weight_NAME` (`weight` is that of `caption`) of 1 unless given.
+    Other columns are ignored. What spreadsheets write is understood: blank lines before the header,
+    a first line `sep=;`, semicolons or tabs in place of commas, capitals in the header, UTF-16.
+    Source of the columns: `packages/ltx-trainer/scripts/process_dataset.py`.
 
     Raises:
       UserError: naming the file, and the line or column: missing or malformed file, missing column
@@ -56,24 +85,87 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     except UnicodeDecodeError as error:
         kind = error.encoding.upper()
         raise UserError(f"{path}: not {kind} text (byte {error.start}): save it as UTF-8") from None
-    rows = []
-    for where, values in readers[path.suffix.lower()](path, text):
-        video = "video" if "video" in values else "media_path"
-        for column in (video, "caption"):
-            if column not in values:
-                name = "'caption'" if column == "caption" else "'video' (or 'media_path')"
-                there = ", ".join(repr(key) for key in values) or "none"
-                raise UserError(f"{where}: no column {name}; there: {there}")
-            if not isinstance(values[column], str):
-                raise UserError(f"{where}: column {column!r} has no text")
-            _check_text(values[column], f"{where}: column {column!r}")
-        name, caption = values[video].strip(), values["caption"].strip()
-        if not name:
-            raise UserError(f"{where}: column {video!r} is empty")
-        rows.append(Row(name, path.parent / name, caption))
+    rows = [
+        _row(path.parent, where, {_OLDER_NAMES.get(k, k): v for k, v in values.items()}, values)
+        for where, values in readers[path.suffix.lower()](path, text)
+    ]
     if not rows:
         raise UserError(f"{path}: the table has no rows")
     return rows
+
+
+def _row(folder: Path, where: str, values: dict[str, Any], there: dict[str, Any]) -> Row:
+    """The row of a line, found `where` with the columns `there`."""
+    main = "video" if "video" in values else "audio"
+    if main == "video" and "audio" in values and not _text(values, "video", where):
+        main = "audio"
+    for column in (main, "caption"):
+        if column not in values:
+            name = "'caption'" if column == "caption" else "'video' (or 'media_path')"
+            found = ", ".join(repr(key) for key in there) or "none"
+            raise UserError(f"{where}: no column {name}; there: {found}")
+    name, caption = (_text(values, column, where, needed=True) for column in (main, "caption"))
+    if not name:
+        shown = "media_path" if main == "video" and "video" not in there else main
+        raise UserError(f"{where}: column {shown!r} is empty")
+    others = {
+        column: folder / text
+        for column in OTHERS
+        if column in values and column != main and (text := _text(values, column, where))
+    }
+    more = {
+        column.removeprefix("caption_"): text
+        for column in values
+        if str(column).startswith("caption_") and (text := _text(values, column, where))
+    }
+    start, end = (_number(values, column, where) for column in ("start", "end"))
+    if end is not None and end <= (start or 0):
+        raise UserError(f"{where}: end={end:g} is not after start={start or 0:g}")
+    weights = {
+        tail: _number(values, f"weight{tail}", where) for tail in ("", *map("_{}".format, more))
+    }
+    if not any(weight is None or weight > 0 for weight in weights.values()):
+        raise UserError(f"{where}: the weights of its captions are all 0")
+    return Row(
+        name,
+        folder / name,
+        caption,
+        tuple((text, _weight(weights[f"_{name}"])) for name, text in more.items()),
+        _weight(weights[""]),
+        main == "audio",
+        start,
+        end,
+        others,
+    )
+
+
+def _weight(number: float | None) -> float:
+    return 1.0 if number is None else number
+
+
+def _text(values: dict[str, Any], column: str, where: str, needed: bool = False) -> str:
+    """The text in a column; that of a column which need not be there may be missing."""
+    value = values.get(column)
+    if value is None and not needed:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column {column!r} has no text")
+    _check_text(value, f"{where}: column {column!r}")
+    return value.strip()
+
+
+def _number(values: dict[str, Any], column: str, where: str) -> float | None:
+    """The number from 0 on in a column; None if there is none."""
+    value = values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < math.inf or isinstance(value, bool):
+        raise UserError(f"{where}: column {column!r} is {value!r:.40}, not a number from 0 on")
+    return number
 
 
 def _check_text(text: str, where: str) -> None:
@@ -96,7 +188,8 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         for values in reader:
             # The header is at fault when a column is missing; its line is 1.
-            complete = "caption" in values and ("video" in values or "media_path" in values)
+            main = {"video", "media_path", "audio"} & values.keys()
+            complete = "caption" in values and bool(main)
             # Key None holds the values beyond the last column.
             if None in values:
                 raise UserError(

@@ -254,15 +254,15 @@ def append(
     """
     before, begun, marks = conditions.strength, conditions.start, conditions.marks
     xp = _numpy(conditions.clean, clean, positions, conditions.positions, before, strength, start)
-    (batch, length, _), count = conditions.clean.shape, clean.shape[1]
-    clean = xp.broadcast_to(clean, (batch, *clean.shape[1:])).astype(conditions.clean.dtype)
-    before = np.zeros((batch, length), bool) if before is None else before
-    new, strength = xp.ones((batch, count), bool), _partial(strength)
+    count, rows = clean.shape[1], conditions.clean.shape[0]
+    clean = xp.broadcast_to(clean, (rows, *clean.shape[1:])).astype(conditions.clean.dtype)
+    before = _filled(conditions.clean, False) if before is None else before
+    new, strength = _filled(clean, True), _partial(strength)
     if strength is not None or before.dtype != bool:
         new = new * _by_row(1.0 if strength is None else strength, xp)
         before = before.astype(np.float32)
     if marks is not None:
-        marks = xp.concatenate([marks, np.full((batch, count), float(marked), np.float32)], 1)
+        marks = xp.concatenate([marks, _filled(clean, marked).astype(np.float32)], 1)
     if begun is not None or start is not None:
         begun = conditions.clean if begun is None else begun
         begun = xp.concatenate([begun, xp.zeros_like(clean) if start is None else start], 1)
@@ -307,17 +307,16 @@ def reference_video(
     attention: Array | float | None = None,
 ) -> Conditions:
     """A whole video to follow (IC-LoRA), of which a token lies where it lies in the clip."""
-    positions = geometry.video_positions(latents.shape[1:4], fps / temporal_scale, strides)
-    if temporal_scale != 1:
-        # Its last token ends where that of the clip does.
-        pixel = conditions.positions[:, 0, :1, 1:]  # [B or 1, 1, 1]: one pixel frame in seconds
-        xp = _numpy(positions, pixel)
-        later = xp.maximum(positions[:, 0] - (temporal_scale - 1) * pixel, 0)
-        rest = xp.broadcast_to(positions[:, 1:], (later.shape[0], 2, *later.shape[1:]))
-        positions = xp.concatenate([later[:, None], rest], 1)
-    scale = np.asarray([1, spatial_scale, spatial_scale], np.float32)[:, None, None]
+    positions = geometry.reference_positions(
+        latents.shape[1:4],
+        fps,
+        fps / temporal_scale,
+        strides,
+        spatial=spatial_scale,
+        temporal=temporal_scale,
+    )
     tokens = geometry.patchify_video(latents)
-    return append(conditions, tokens, positions * scale, strength, attention=attention)
+    return append(conditions, tokens, positions, strength, attention=attention)
 
 
 def reference_audio(
@@ -375,6 +374,18 @@ def slots_of(conditions: Conditions, x: Array) -> Array:
     return geometry.unpatchify_video(tokens, (count, rows, columns))
 
 
+def without_appended(conditions: Conditions) -> Conditions:
+    """The clip's own tokens alone, as if nothing had been appended."""
+    own = partial(of_clip, conditions)
+    return replace(
+        conditions,
+        clean=own(conditions.clean),
+        strength=None if conditions.strength is None else own(conditions.strength),
+        positions=conditions.positions[:, :, : conditions.clip_tokens],
+        marks=None if conditions.marks is None else own(conditions.marks),
+    )
+
+
 def of_clip(conditions: Conditions, x: Array) -> Array:
     """The clip's own tokens of `x` [B, T, ...], without the appended ones."""
     return x[:, : conditions.clip_tokens]
@@ -394,6 +405,17 @@ def first_frame_mask(shape: tuple[int, int, int, int]) -> Array:
 def _partial(strength: Strength) -> Strength:
     """None for a strength that is known to be 1."""
     return None if isinstance(strength, float | int) and strength == 1 else strength
+
+
+def _filled(
+    tokens: Array,  # [B, n, C]
+    value: bool,
+) -> Array:
+    """bool [B, n], `value` everywhere, on the shards of the tokens."""
+    if isinstance(tokens, np.ndarray):
+        return np.full(tokens.shape[:2], value)
+    like = jax.typeof(tokens[..., 0])
+    return (jnp.ones if value else jnp.zeros)(like.shape, bool, out_sharding=like.sharding)
 
 
 def _end_with(

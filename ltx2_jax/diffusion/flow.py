@@ -8,7 +8,7 @@ Sources: `ltx_core/utils.py`, `ltx_trainer/timestep_samplers.py`,
 `ltx_trainer/training_strategies/flexible.py`.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,12 @@ def noised(x0: Array, noise: Array, sigma: Array | float) -> Array:
 
 
 def velocity_target(x0: Array, noise: Array) -> Array:
-    """What the network should predict, float32 in x0's shape."""
-    return noise.astype(jnp.float32) - x0.astype(jnp.float32)
+    """What the network should predict, in x0's shape and in the dtype that holds both.
+
+    So it is float32 wherever the noise is, and bfloat16 where latents and noise both are.
+    """
+    difference = noise.astype(jnp.float32) - x0.astype(jnp.float32)
+    return difference.astype(jnp.promote_types(noise.dtype, x0.dtype))
 
 
 def to_x0(x: Array, velocity: Array, timesteps: Array | float) -> Array:
@@ -68,6 +72,35 @@ def shift_mu(tokens, base_shift: float = 0.95, max_shift: float = 2.05):
     return base_shift + slope * (tokens - 1024)
 
 
+def shifted_logit_normal(
+    normal: Array,  # n ~ N(0, 1)
+    uniform: Array,  # U ~ U(0, 1)
+    pick: Array,  # q ~ U(0, 1), of the same shape
+    tokens: Array | float,
+    *,
+    std: float = 1.0,
+    eps: float = 1e-3,
+    uniform_prob: float = 0.1,
+) -> Array:
+    """Training sigmas in [0, 1] out of three draws, float32 of their shape.
+
+    `tokens` is the stream's own count of target tokens, references not included; a number or an
+    array that broadcasts against the draws, traced or not. The logit-normal is stretched so that
+    its 0.5 % and 99.9 % quantiles land on 0 and 1, the overshoot below is reflected at `eps`, and a
+    share `uniform_prob` of the draws is uniform on [eps, 1). Source:
+    `ShiftedLogitNormalTimestepSampler`.
+    """
+    mu = shift_mu(jnp.asarray(tokens, jnp.float32))
+    # In the complement 1 - u = sigmoid(-x): from ~50k tokens on (20 s at 720p) u and both quantiles
+    # round to 1 in float32, and the quotient of their differences would be 0 / 0.
+    x = jax.nn.sigmoid(-(std * normal + mu))
+    at_zero = jax.nn.sigmoid(-(mu - 2.5758 * std))
+    at_one = jax.nn.sigmoid(-(mu + 3.0902 * std))
+    sigma = (at_zero - x) / (at_zero - at_one)
+    sigma = jnp.clip(jnp.where(sigma < eps, 2 * eps - sigma, sigma), 0.0, 1.0)
+    return jnp.where(pick > uniform_prob, sigma, (1.0 - eps) * uniform + eps)
+
+
 def sample_sigmas(
     key: Array,
     shape: tuple[int, ...],
@@ -77,26 +110,16 @@ def sample_sigmas(
     eps: float = 1e-3,
     uniform_prob: float = 0.1,
 ) -> Array:
-    """Training sigmas from the shifted, stretched logit-normal: float32 of `shape`, in [0, 1].
-
-    `tokens` is the stream's own count of target tokens, references not included; a number or an
-    array that broadcasts against `shape`, traced or not. The logit-normal is stretched so that its
-    0.5 % and 99.9 % quantiles land on 0 and 1, the overshoot below is reflected at `eps`, and a
-    share `uniform_prob` of the draws is uniform on [eps, 1). Source:
-    `ShiftedLogitNormalTimestepSampler`.
-    """
+    """Training sigmas of `shape` by `shifted_logit_normal`, which says what its arguments are."""
     normal_key, pick_key, uniform_key = jax.random.split(key, 3)
-    mu = shift_mu(jnp.asarray(tokens, jnp.float32))
-    # In the complement 1 - u = sigmoid(-x): from ~50k tokens on (20 s at 720p) u and both quantiles
-    # round to 1 in float32, and the quotient of their differences would be 0 / 0.
-    x = jax.nn.sigmoid(-(std * jax.random.normal(normal_key, shape, jnp.float32) + mu))
-    at_zero = jax.nn.sigmoid(-(mu - 2.5758 * std))
-    at_one = jax.nn.sigmoid(-(mu + 3.0902 * std))
-    sigma = (at_zero - x) / (at_zero - at_one)
-    sigma = jnp.clip(jnp.where(sigma < eps, 2 * eps - sigma, sigma), 0.0, 1.0)
-    uniform = (1.0 - eps) * jax.random.uniform(uniform_key, shape, jnp.float32) + eps
-    return jnp.where(
-        jax.random.uniform(pick_key, shape, jnp.float32) > uniform_prob, sigma, uniform
+    return shifted_logit_normal(
+        jax.random.normal(normal_key, shape, jnp.float32),
+        jax.random.uniform(uniform_key, shape, jnp.float32),
+        jax.random.uniform(pick_key, shape, jnp.float32),
+        tokens,
+        std=std,
+        eps=eps,
+        uniform_prob=uniform_prob,
     )
 
 
@@ -104,7 +127,15 @@ def uniform_sigmas(
     key: Array, shape: tuple[int, ...], min_value: float = 0.0, max_value: float = 1.0
 ) -> Array:
     """Training sigmas uniform on [min_value, max_value): float32 of `shape`."""
-    return jax.random.uniform(key, shape, jnp.float32, minval=min_value, maxval=max_value)
+    return between(jax.random.uniform(key, shape, jnp.float32), min_value, max_value)
+
+
+def between(uniform: Array, min_value: float, max_value: float) -> Array:
+    """Draws from [0, 1) moved to [min_value, max_value)."""
+    return min_value + (max_value - min_value) * uniform
+
+
+Sampler = Callable[[Array, tuple[int, ...], Array | float], Array]  # key, shape, tokens -> sigmas
 
 
 def draw_sigmas(
@@ -114,8 +145,7 @@ def draw_sigmas(
     audio_tokens: Array | float,
     *,
     shared_prob: float,
-    std: float = 1.0,
-    uniform_prob: float = 0.1,
+    sampler: Sampler = sample_sigmas,
 ) -> tuple[Array, Array]:
     """Training sigmas of the two streams, each float32 [B]: `(video_sigma, audio_sigma)`.
 
@@ -126,9 +156,8 @@ def draw_sigmas(
     draw: the sampling schedule is shifted by the video token count too. A token count may be [B].
     """
     video_key, audio_key, shared_key = jax.random.split(key, 3)
-    sample = partial(sample_sigmas, std=std, uniform_prob=uniform_prob)
-    video_sigma = sample(video_key, (batch,), video_tokens)
-    audio_sigma = sample(audio_key, (batch,), audio_tokens)
+    video_sigma = sampler(video_key, (batch,), video_tokens)
+    audio_sigma = sampler(audio_key, (batch,), audio_tokens)
     shared = jax.random.uniform(shared_key, (batch,), jnp.float32) < shared_prob
     return video_sigma, jnp.where(shared, video_sigma, audio_sigma)
 
@@ -152,12 +181,18 @@ def masked_loss(
     return jnp.mean(mask * per_token, axis=1) / jnp.maximum(jnp.mean(mask, axis=1), 1e-8)
 
 
-def sigma_quarters(loss: Array, sigma: Array) -> tuple[Array, Array]:
-    """Sums of `loss` [B] and sample counts by quarter of sigma [B] in [0, 1]: float32 [4], [4].
+def sigma_quarters(
+    loss: Array,  # [B]
+    sigma: Array,  # [B], in [0, 1]
+    counted: Array | None = None,  # bool [B]; None: all
+) -> tuple[Array, Array]:
+    """Sums of `loss` and counts of samples by quarter of sigma: float32 [4], [4].
 
     The loss at sigma 0.1 and at 0.9 differ by far more than training moves either, so only the
     quarters show progress. Sums and counts, not means, so that they add up over steps.
     """
     quarter = jnp.clip(jnp.floor(sigma * 4), 0, 3)
     member = (quarter[:, None] == jnp.arange(4)).astype(jnp.float32)  # [B, 4]
+    if counted is not None:
+        member = member * counted[:, None]
     return jnp.sum(member * loss.astype(jnp.float32)[:, None], axis=0), jnp.sum(member, axis=0)

@@ -210,6 +210,61 @@ def audio_positions(
     return np.stack([seconds[:-1], seconds[1:]], axis=-1).astype(np.float32)[None, None]
 
 
+def spatial_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many pixels of a clip lie behind one of its reference, both given as (F', H', W').
+
+    Raises:
+      UserError: the reference is larger, or the sides are not the same whole multiple of its own.
+    """
+    for factor in range(1, grid[1] + 1):
+        if grid[1:] == (reference[1] * factor, reference[2] * factor):
+            return factor
+    raise UserError(
+        f"a reference of {reference[1]}x{reference[2]} latents for a clip of {grid[1]}x{grid[2]}: "
+        "both sides must be the same whole multiple of the reference's"
+    )
+
+
+def temporal_factor(grid: tuple[int, int, int], reference: tuple[int, int, int]) -> int:
+    """How many frames of a clip pass in one of its reference; 1 for a reference of one frame.
+
+    Raises:
+      UserError: the frames behind the first are not a whole multiple of the reference's.
+    """
+    ours, theirs = grid[0] - 1, reference[0] - 1
+    if theirs == 0:
+        return 1
+    if ours < theirs or ours % theirs:
+        raise UserError(
+            f"a reference of {theirs + 1} latent frames for a clip of {ours + 1}: the frames "
+            "behind the first must be a whole multiple of the reference's"
+        )
+    return ours // theirs
+
+
+def reference_positions(
+    reference: tuple[int, int, int],  # F', H', W' of the reference
+    fps: float | jax.Array,  # of the clip: one for all, or [B]
+    reference_fps: float | jax.Array,  # of the reference: the clip's over `temporal`
+    strides: tuple[int, int, int],
+    *,
+    spatial: int,
+    temporal: int,
+) -> np.ndarray | jax.Array:
+    """Where the tokens of a reference lie in its clip: float32 [B or 1, 3, R, 2].
+
+    Rows and columns are stretched over the clip's pixels. A latent frame of the reference stands
+    for `temporal` times as many frames, and ends where the last of them ends. A numpy array unless
+    a rate is a jax array.
+    """
+    positions = video_positions(reference, reference_fps, strides)
+    xp = jnp if isinstance(positions, jax.Array) or isinstance(fps, jax.Array) else np
+    late = (temporal - 1) / xp.asarray(fps, np.float32).reshape(-1, 1, 1)
+    seconds = xp.maximum(positions[:, 0] - late, 0)  # [B or 1, R, 2]
+    pixels = xp.broadcast_to(positions[:, 1:] * spatial, (len(seconds), 2, *seconds.shape[1:]))
+    return xp.concatenate([seconds[:, None], pixels], axis=1)
+
+
 # ------------------------------------------------------------------------------------------ masks
 
 
@@ -230,6 +285,16 @@ def latent_mask(mask: np.ndarray, latent_shape: tuple[int, int, int]) -> np.ndar
         return cells[:, :1]
     later = cells[:, 1:].reshape(batch, F - 1, (frames - 1) // (F - 1), H, W).mean(2)
     return np.concatenate([cells[:, :1], later], 1)
+
+
+def first_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the first latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) < count
+
+
+def last_latents(latent_shape: tuple[int, ...], count: int) -> np.ndarray:
+    """bool [T], True in the last latent frames of video (F', H', W'), or latents of audio (A,)."""
+    return np.indices(latent_shape)[0].reshape(-1) >= latent_shape[0] - count
 
 
 def rectangle(

@@ -27,7 +27,7 @@ from av.video.reformatter import VideoReformatter
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason, replacing
 from ltx2_jax.media.clip_files import found
-from ltx2_jax.media.picture import to_rgb, with_colours
+from ltx2_jax.media.picture import orientation, shown_width, to_rgb, with_colours
 from ltx2_jax.media.sound import SoundTrack, to_stereo
 from ltx2_jax.media.timing import FrameClock, paced, resampled
 from ltx2_jax.media.tracks import best_stream
@@ -114,8 +114,9 @@ def read_clip(
     width: int | None = None,
     fps: float | None = None,
     sample_rate: int | None = None,
+    start: float = 0.0,
 ) -> Clip:
-    """Reads the beginning of a video file.
+    """Reads the beginning of a video file, or a part of it from `start` seconds on.
 
     num_frames: take the first so many frames; None takes all. fps: resample by taking, at every
     output time, the source frame nearest in time; None keeps the file's frames and rate. height,
@@ -144,26 +145,100 @@ def read_clip(
             raise UserError(f"{path}: {name} must be positive, not {value}")
     size = None if height is None else (height, width)
     notes: set[str] = set()
+    if not 0 <= start < float("inf"):
+        raise UserError(f"{path}: start must be seconds from 0 on, not {start}")
     with _opened(path) as container:
-        video, start, rate = _decode_video(container, num_frames, size, fps, notes)
+        begin = _sought(container, "video", start)
+        video, origin, rate = _decode_video(container, num_frames, size, fps, notes, begin)
         if len(video) == 0:
             raise UserError("the video stream has no frames")
         if num_frames is not None and len(video) < num_frames:
             at = f" at {fps:g} fps" if fps is not None else ""
-            raise UserError(f"{num_frames} frames wanted, but it has only {len(video)}{at}")
+            raise TooShort(
+                f"{num_frames} frames wanted, but it has only {len(video)}{at}", len(video)
+            )
         if not rate > 0:
             raise UserError("the file does not say its frame rate; convert it to mp4 first")
     duration = len(video) / rate
     audio, source_rate = None, sample_rate or 16000
     with _opened(path) as container:
         if container.streams.audio:
-            audio, source_rate = _decode_audio(container, start, duration, notes)
+            _sought(container, "audio", start)
+            audio, source_rate = _decode_audio(container, origin, duration, notes)
     if audio is not None:
         if sample_rate is not None:
             audio = resample(audio, source_rate, sample_rate)
             source_rate = sample_rate
         audio = _fit_length(audio, round(duration * source_rate))
     return Clip(video, rate, audio, source_rate, tuple(sorted(notes)))
+
+
+class TooShort(UserError):
+    """A file has fewer frames than asked for: `frames` from there on."""
+
+    def __init__(self, text: str, frames: int):
+        super().__init__(text)
+        self.frames = frames
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSize:
+    """What a file holds, by what it says: frames and size as shown, seconds, and whether sound.
+
+    `num_frames` and `fps` are 0 where there is no picture.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    seconds: float
+    has_sound: bool
+
+
+def file_size(path: str | os.PathLike) -> FileSize:
+    """What a film or a sound file holds; only its first picture is decoded.
+
+    Raises UserError as `read_clip` does where there is neither picture nor sound.
+    """
+    path = Path(path)
+    with _opened(path) as container:
+        stream, sound = best_stream(container, "video"), best_stream(container, "audio")
+        total = (container.duration or 0) / av.time_base
+        if stream is None:
+            if sound is None:
+                raise UserError("the file has no video stream and no sound")
+            own = sound.duration * sound.time_base if sound.duration else 0
+            return FileSize(0, 0, 0, 0.0, float(own) or total, True)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        own = float(stream.duration * stream.time_base) if stream.duration else total
+        frames = stream.frames or round(own * rate) or 1
+        for _, frame in _pictures(container, stream, set()):
+            shown = frame.height, shown_width(frame.width, stream.sample_aspect_ratio)
+            height, width = shown[::-1] if orientation(frame)[0] else shown
+            seconds = frames / rate if rate else own
+            return FileSize(frames, height, width, rate, seconds, sound is not None)
+        raise UserError("the video stream has no frames")
+
+
+def read_sound(
+    path: str | os.PathLike, *, seconds: float, sample_rate: int, start: float = 0.0
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Reads the sound of any file: float32 [round(seconds * sample_rate), 2], and its notes.
+
+    Trimmed or padded with zeros, from `start` seconds on. Raises UserError as `read_clip` does, and
+    where there is no sound.
+    """
+    path, notes = Path(path), set()
+    with _opened(path) as container:
+        if not container.streams.audio:
+            raise UserError("the file has no sound")
+        _sought(container, "audio", start)
+        stream = best_stream(container, "audio")
+        first = float((stream.start_time or 0) * stream.time_base)
+        audio, rate = _decode_audio(container, first + start, seconds, notes)
+    audio = _fit_length(resample(audio, rate, sample_rate), round(seconds * sample_rate))
+    return audio, tuple(sorted(notes))
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -173,13 +248,13 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     path, notes = Path(path), set()
     with _opened(path) as container:
-        video, _, _ = _decode_video(container, 1, None, 1.0, notes)
+        video, _, _ = _decode_video(container, 1, None, 1.0, notes, None)
         if not len(video):
             raise UserError("holds no picture")
     return video[0]
 
 
-def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def read_whole_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     """Reads the sound of any file that has some: (float32 [samples, 1 or 2], sample rate).
 
     Time zero is the first picture, if it has pictures, and their time is that of the sound.
@@ -342,6 +417,8 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
             raise UserError("is a folder, not a video file")
         with av.open(_url(file), **_ANY_TITLE) as container:
             yield container
+    except TooShort as error:
+        raise TooShort(f"{path}: {error}", error.frames) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # Not only libav's errors: PyAV refuses sound that changes its format on the way, for one. A bad
@@ -355,12 +432,42 @@ def _url(path: str | os.PathLike) -> str:
     return f"file:{os.fspath(path)}"
 
 
+def _sought(container: av.container.InputContainer, kind: str, seconds: float) -> float | None:
+    """Moves to the last key frame before `seconds` after the first picture; None at the beginning.
+
+    Returns the time in the file's own clock. What lies between is left to the caller to skip; a
+    file that cannot be moved in is decoded from its beginning.
+    """
+    if not seconds:
+        return None
+    video = best_stream(container, "video")
+    stream = best_stream(container, kind, related=video) if kind == "audio" else video
+    first = video or stream
+    if first is None:
+        return None
+    begin = float((first.start_time or 0) * first.time_base) + seconds
+    margin = 0.5 if kind == "audio" else 0.0  # decoders of sound need the packets before
+    with contextlib.suppress(av.FFmpegError):
+        container.seek(max(0, round((begin - margin) / stream.time_base)), stream=stream)
+    return begin
+
+
+def _from(
+    frames: Iterable[tuple[float | None, av.VideoFrame]], begin: float | None, rate: float
+) -> Iterator[tuple[float | None, av.VideoFrame]]:
+    """Those from `begin` on, by the time in the file's clock."""
+    for stamp, frame in frames:
+        if begin is None or stamp is None or stamp >= begin - 0.5 / (rate or 25):
+            yield stamp, frame
+
+
 def _decode_video(
     container: av.container.InputContainer,
     num_frames: int | None,
     size: tuple[int, int] | None,
     fps: float | None,
     notes: set[str],
+    begin: float | None,
 ) -> tuple[np.ndarray, float, float]:
     """-> uint8 [F, H, W, 3], the first frame's time in seconds, the output's frames per second."""
     stream = best_stream(container, "video")
@@ -371,7 +478,7 @@ def _decode_video(
         stream.thread_type = "AUTO"  # for small pictures, starting threads takes longer
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     limit = float("inf") if num_frames is None else num_frames
-    clock, frames = FrameClock(rate), _pictures(container, stream, notes)
+    clock, frames = FrameClock(rate), _from(_pictures(container, stream, notes), begin, rate)
     if fps is None:
         chosen = paced(frames, clock, rate, limit)
     else:

@@ -36,7 +36,7 @@ def to_rgb(
     is_rgb = frame.format.is_rgb
     matrix = None if is_rgb else matrix_of(int(frame.colorspace), *codes)
     transposed, flips = orientation(frame)
-    shown = frame.height, _shown_width(frame.width, pixel_shape)
+    shown = frame.height, shown_width(frame.width, pixel_shape)
     if size is None:
         full = shown
     else:
@@ -50,8 +50,9 @@ def to_rgb(
         width=full[1],
         height=full[0],
         # Planes: libav's short cut from deep pictures to rgb24 makes them darker by two levels,
-        # and that to rgb48 had a fault in its version 8.0.
-        format="gbrp16le" if convert else "gbrp" if deep else "rgb24",
+        # and that to rgb48 had a fault in its version 8.0. Scaled ones take half the time for the
+        # same numbers.
+        format="gbrp16le" if convert else "gbrp" if deep or size else "rgb24",
         src_colorspace=matrix,
         interpolation="BICUBIC" if size or shown[1] != frame.width else None,
     ).to_ndarray()
@@ -93,7 +94,7 @@ def orientation(frame: Any) -> tuple[bool, tuple[slice, slice]]:
     return transposed, tuple(slice(None, None, -1 if sign < 0 else 1) for sign in (down, right))
 
 
-def _shown_width(width: int, pixel_shape: Fraction | None) -> int:
+def shown_width(width: int, pixel_shape: Fraction | None) -> int:
     """Pixels; an even number where it is not the stored one, as mp4 wants it."""
     if not pixel_shape or pixel_shape == 1:
         return width

@@ -63,13 +63,18 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
-        product = _product_reduced_in_float32 if reduces_in_float32() else _product
         y = product(x, self.weight[...], (n_out, n_in), lead)
         if self.adapter is not None:
             y = y + self.adapter(x, lead)
         if self.bias is not None:
             y = y + pin(self.bias[...].astype(x.dtype), n_out)
         return y
+
+
+def product(x: Array, weight: Array, axes: Axes, lead: Axes) -> Array:
+    """x [..., in] and weight [out, in], gathered to `axes` -> [..., out], in the dtype of x."""
+    reduced = _product_reduced_in_float32 if reduces_in_float32() else _product
+    return reduced(x, weight, axes, lead)
 
 
 def _product(x: Array, weight: Array, axes: Axes, lead: Axes) -> Array:

@@ -73,17 +73,21 @@ def abstract_params(
     if not for_sampling:
         return abstract_state(create, key, mesh=mesh)
     with resident_weights():
-        params = abstract_state(create, key, mesh=mesh)
+        return as_used(config, abstract_state(create, key, mesh=mesh))
+
+
+def as_used(config: LTX2Config, params: dict[str, Any]) -> dict[str, Any]:
+    """Abstract parameters in the dtypes to which they are cast before they are used."""
     dtypes = {
         ("transformer",): config.transformer.dtype,
         ("connectors", "video"): config.video_connector.dtype,
         ("connectors", "audio"): config.audio_connector.dtype,
     }
 
-    def as_used(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def cast(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(entry.key for entry in path)
         dtype = dtypes.get(names[:1]) or dtypes[names[:2]]
         dtype = dtype if names[-1] in ("weight", "bias") else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(as_used, params)
+    return jax.tree_util.tree_map_with_path(cast, params)

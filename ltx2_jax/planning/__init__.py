@@ -9,6 +9,7 @@ The one door: `BENCHES` are behind `python -m ltx2_jax.bench`, all else behind
 """
 
 from ltx2_jax.planning.bench import BENCHES
+from ltx2_jax.planning.hosts import plan_hosts
 from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 from ltx2_jax.planning.reports import describe
 from ltx2_jax.planning.search import search_plans
@@ -22,6 +23,7 @@ __all__ = [
     "TEXT_ENCODERS",
     "VAES",
     "describe",
+    "plan_hosts",
     "plan_sample",
     "plan_text",
     "plan_train",

@@ -14,7 +14,7 @@ from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.topology import Slice
 from ltx2_jax.sampling.programs import Request
-from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, mesh_sizes
+from ltx2_jax.sharding import abstract_mesh, batch_shards, bytes_per_chip, mesh_sizes
 
 Changes = dict[str, Any]  # fields of a config, as "model.remat"; "mesh" is (data, model, sequence)
 
@@ -25,8 +25,11 @@ def sizes_of(config: Config) -> tuple[int, int, int]:
 
 
 def mesh_of(config: Config, where: Slice) -> jax.sharding.AbstractMesh:
-    """The mesh of a config on a slice, without its devices."""
-    return abstract_mesh(*mesh_sizes(*sizes_of(config), where.devices))
+    """The mesh of a config on a slice, or several, without the devices."""
+    asked, count = config.mesh.slices, where.count
+    if asked not in (-1, count):
+        raise UserError(f"mesh.slices={asked}, but {where.name} is {count}: leave it at -1")
+    return abstract_mesh(*mesh_sizes(*sizes_of(config), where.devices // count, count), count)
 
 
 def changed(config: Config, changes: Changes) -> Config:
@@ -34,7 +37,10 @@ def changed(config: Config, changes: Changes) -> Config:
     for path, value in changes.items():
         part, _, field = path.partition(".")
         old = getattr(config, part)
-        new = dataclasses.replace(old, **{field: value}) if field else MeshConfig(*value)
+        if path == "mesh":
+            new = MeshConfig(*value, slices=config.mesh.slices)
+        else:
+            new = dataclasses.replace(old, **{field: value})
         config = dataclasses.replace(config, **{part: new})
     return config
 
@@ -44,10 +50,11 @@ def what_helps_training(config: Config, request: Request, where: Slice) -> list[
 
     Each is {"change": flags, "saves": bytes of a device}.
     """
-    data, model, sequence = mesh_of(config, where).shape.values()
+    mesh = mesh_of(config, where)
+    data, model, sequence = mesh_sizes(*sizes_of(config), where.devices // where.count)
     batch, chunks = config.data.batch_size, config.optim.accumulate_steps
     options = [{"model.remat": policy} for policy in POLICIES if policy != config.model.remat]
-    if batch % (2 * data * chunks) == 0:
+    if batch % (2 * batch_shards(mesh) * chunks) == 0:
         options += [{"data.batch_size": batch // 2}, {"optim.accumulate_steps": 2 * chunks}]
     if data % 2 == 0 and batch % 2 == 0:
         # Half as many clips at once, each on twice as many devices.
@@ -62,9 +69,10 @@ def what_helps_training(config: Config, request: Request, where: Slice) -> list[
 
 def what_helps_sampling(config: Config, request: Request, where: Slice) -> list[dict[str, Any]]:
     """As `what_helps_training`: weights split over more devices, which is most of a sampler."""
-    data, model, sequence = mesh_of(config, where).shape.values()
+    devices = where.devices // where.count
+    data, model, sequence = mesh_sizes(*sizes_of(config), devices)
     meshes = {(data // 2, 2 * model, sequence), (data, 2 * model, sequence // 2)}
-    options = [{"mesh": mesh} for mesh in sorted(meshes) if math.prod(mesh) == where.devices]
+    options = [{"mesh": mesh} for mesh in sorted(meshes) if math.prod(mesh) == devices]
 
     def weights(config: Config, mesh: jax.sharding.AbstractMesh) -> float:
         return bytes_per_chip(ltx2.abstract_params(config.networks, mesh, for_sampling=True))

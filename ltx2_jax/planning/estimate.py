@@ -22,7 +22,8 @@ from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
 from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
 from ltx2_jax.planning.programs import train_state
 from ltx2_jax.sampling.programs import Request
-from ltx2_jax.sharding import bytes_per_chip
+from ltx2_jax.sharding import SLICE, batch_shards, bytes_per_chip
+from ltx2_jax.training import initial, trainable
 
 WORKING_ROWS = 80  # [tokens, width] arrays of 2 bytes that live at once in a block's backward pass
 MOVED_ROWS = 400  # that the elementwise rest of a block reads and writes, in both passes
@@ -44,6 +45,7 @@ class Estimate:
     compute: float
     hbm: float
     links: float
+    between_slices: float  # all of it holds up the step, as far as we know
     step: float
     mfu: float
 
@@ -65,12 +67,14 @@ def estimate(
       UserError: weights cannot be split so.
     """
     cfg, shape = config.model, dict(mesh.shape)
-    data, model, sequence = (shape[axis] for axis in ("data", "model", "sequence"))
-    clips = config.data.batch_size / data / config.optim.accumulate_steps  # of a micro-batch
+    model, sequence = shape["model"], shape["sequence"]
+    clips = config.data.batch_size / batch_shards(mesh) / config.optim.accumulate_steps
     video, audio = math.prod(request.video_shape), request.audio_length
     tokens = clips * video / sequence  # of a device
     network = dataclasses.replace(cfg, remat="none")
-    state, params = _state_bytes(Config("", network, config.text, optim=config.optim), mesh)
+    alone = Config("", network, config.text, optim=config.optim)
+    alone = dataclasses.replace(alone, tune=config.tune, init_from=config.init_from)
+    state, params = _state_bytes(alone, mesh)
     block = flops.total_parameters(network) / cfg.num_layers / model
 
     whole, split = saved_rows(cfg)
@@ -79,15 +83,16 @@ def estimate(
     on_host = kept if cfg.remat == "attention_offload" else 0.0
     width = cfg.width / model**0.5  # about half of what a block works on is split over model
     working = 2 * WORKING_ROWS * tokens * width
-    compute = _compute(config, request, chip, data, model, sequence)
+    compute = _compute(config, request, chip, mesh.size)
     moved = 2 * MOVED_ROWS * cfg.num_layers * tokens * width * config.optim.accumulate_steps
     hbm = moved / chip.device_hbm_bandwidth / HBM_EFFICIENCY
     links = _links(config, chip, shape, block, tokens)
     host = 2 * on_host * config.optim.accumulate_steps / chip.host_bandwidth  # there and back
     hidden = links["gathered"] + (links["reduced"] if chip.name in SCATTERS else 0.0)
     seen = sum(links.values()) - hidden + SEEN * hidden
-    step = max(compute + hbm + seen, hidden, host)
-    work = flops.train_flops(cfg, video, audio, config.text.length) * config.data.batch_size
+    between = _between_slices(chip, mesh, params)
+    step = max(compute + hbm + seen + between, hidden, host)
+    work = trainable.train_flops(config, video, audio) * config.data.batch_size
     return Estimate(
         state=state,
         gradients=params,
@@ -97,16 +102,17 @@ def estimate(
         compute=compute,
         hbm=hbm,
         links=sum(links.values()),
+        between_slices=between,
         step=step,
-        mfu=work / step / chip.device_flops / math.prod(shape.values()),
+        mfu=work / step / chip.device_flops / mesh.size,
     )
 
 
 @functools.cache
 def _state_bytes(config: Config, mesh: jax.sharding.AbstractMesh) -> tuple[int, int]:
-    """Of the train state, and of the parameters in it."""
-    state = train_state(config, mesh)
-    return bytes_per_chip(state), bytes_per_chip(state["params"])
+    """Of the train state with frozen weights, and of the parameters that are trained."""
+    state, frozen = train_state(config, mesh), initial.frozen_homes(config, mesh)
+    return bytes_per_chip(state) + bytes_per_chip(frozen), bytes_per_chip(state["params"])
 
 
 def saved_rows(cfg: TransformerConfig) -> tuple[int, int]:
@@ -133,19 +139,24 @@ def recomputed(cfg: TransformerConfig) -> float:
     return {"projections": given_back / everything, "none": 0.0, "dots": 0.0}.get(cfg.remat, 1.0)
 
 
-def _compute(
-    config: Config, request: Request, chip: Chip, data: int, model: int, sequence: int
-) -> float:
+def _compute(config: Config, request: Request, chip: Chip, devices: int) -> float:
     cfg, video = config.model, math.prod(request.video_shape)
     terms = flops.forward_flops(cfg, video, request.audio_length, config.text.length)
     core = {name: value for name, value in terms.items() if "core" in name}
     products = sum(terms.values()) - sum(core.values())
     passes = ATTENTION_PASSES + (1 if cfg.remat == "block" else 0)
-    seconds = products * (flops.TRAIN_PASSES + recomputed(cfg)) / chip.gemm
+    own = trainable.trained_share(config)  # of frozen matrices there is no gradient
+    seconds = products * (flops.TRAIN_PASSES - 1 + own + recomputed(cfg)) / chip.gemm
     for name, value in core.items():
         head = cfg.head_dim if name.startswith("video") else cfg.audio_head_dim
         seconds += passes * value / chip.attention(head)
-    return config.data.batch_size * seconds / chip.device_flops / (data * model * sequence)
+    return config.data.batch_size * seconds / chip.device_flops / devices
+
+
+def _between_slices(chip: Chip, mesh: jax.sharding.AbstractMesh, params: float) -> float:
+    """Seconds of a step in which gradients as large as `params` bytes of weights cross."""
+    sent = 2 * (1 - 1 / mesh.shape.get(SLICE, 1)) * params
+    return sent / chip.device_network / EFFICIENCY if sent else 0.0
 
 
 def _links(
@@ -164,6 +175,6 @@ def _links(
     traded = 3 * 4 * row / model * (1 - 1 / sequence)  # q, k, v and the result, in three passes
     return {
         "gathered": blocks * 2 * 2 * block * others / all_links,
-        "reduced": blocks * reduced * others / all_links,
+        "reduced": trainable.trained_share(config) * blocks * reduced * others / all_links,
         "exchanged": blocks * (summed + traded) / ring,
     }

@@ -17,8 +17,8 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.pipeline import ClipSize
 from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
-from ltx2_jax.sharding import abstract_state, sharding_of
-from ltx2_jax.training import checks
+from ltx2_jax.sharding import abstract_state, batch_shards, sharding_of
+from ltx2_jax.training import checks, initial
 from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
@@ -52,13 +52,15 @@ def request_of(config: Config, **given: int | None) -> Request:
         size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
     if schema is not None:
         checks.check_schema(config, schema, Path(path))
-        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
-        frames, rows, columns, _ = schema.fields["video"].shape
-        length, bins, _ = schema.fields["audio"].shape
-        first = (size.num_frames - 1) // max(1, frames - 1)
-        strides = (first or strides[0], size.height // rows, size.width // columns)
-        if schema.release == "linear":
-            rate = length / (size.num_frames / size.fps)
+        if "video" in schema.fields:
+            size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
+            frames, rows, columns, _ = schema.fields["video"].shape
+            first = (size.num_frames - 1) // max(1, frames - 1)
+            strides = (first or strides[0], size.height // rows, size.width // columns)
+        if "audio" in schema.fields:
+            length, bins, _ = schema.fields["audio"].shape
+            if schema.release == "linear" or "video" not in schema.fields:
+                rate = length / (size.num_frames / size.fps)
     elif config.model.audio_in_channels % bins:
         raise UserError(
             f"model.audio_in_channels={config.model.audio_in_channels} is not a multiple of the "
@@ -108,10 +110,10 @@ def train_program(
       UserError: the mesh does not divide batch, heads or tokens, or weights cannot be split so.
     """
     batch, null_text = train_inputs(config, request, mesh)
-    state = train_state(config, mesh)
+    state, frozen = train_state(config, mesh), initial.frozen_homes(config, mesh)
     with jax.set_mesh(mesh):
         step = make_train_step(config, request.strides)
-        return step.lower(state, batch, null_text), state
+        return step.lower(state, batch, null_text, *([frozen] if frozen else [])), state
 
 
 def train_inputs(
@@ -173,12 +175,13 @@ def sample_program(
 
 
 def check_passes(batch: int, passes: int, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the passes of all clips fill the shards of data."""
-    data, rows = mesh.shape["data"], batch * passes
-    if rows % data:
+    """UserError unless the passes of all clips fill the shards of the batch."""
+    data, shards, rows = mesh.shape["data"], batch_shards(mesh), batch * passes
+    if rows % shards:
+        slices = f"{shards // data} slices x " if shards > data else ""
         sizes = ", ".join(str(n) for n in range(1, mesh.size + 1) if rows % n == mesh.size % n == 0)
         raise UserError(
-            f"mesh: data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
+            f"mesh: {slices}data={data} does not divide {batch} clip{'s'[: batch > 1]} x {passes} "
             f"pass{'es'[: 2 * (passes > 1)]}; sizes that do: {sizes}"
         )
 

@@ -9,6 +9,7 @@ from ltx2_jax import units
 from ltx2_jax.planning.compiled.facts import describe as describe_program
 from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.planning.compiled.memory import compile_or_overflow, describe_memory, memory_facts
+from ltx2_jax.planning.hosts import describe_hosts
 from ltx2_jax.planning.topology import NO_COMPILER
 
 GIB = 2**30
@@ -42,6 +43,8 @@ def describe(facts: dict[str, Any]) -> str:
     what = facts["what"]
     if what == "search":
         return _search(facts)
+    if what == "hosts":
+        return describe_hosts(facts)
     where = f"{facts['topology']} ({facts['devices']} x {facts['device_kind']})"
     title = f"{facts['program']} on {where}"
     if "message" in facts:
@@ -125,12 +128,15 @@ def _uncompiled(facts: dict[str, Any]) -> list[str]:
         f"{name} {guess[name] / GIB:.1f}"
         for name in ("state", "gradients", "saved", "working", "weights")
     )
+    slices = facts.get("slices", 1) > 1
+    between = f", between slices {guess['between_slices']:.3g}" if slices else ""
     excess = f"should not fit: {(guess['peak'] - hbm) / GIB:.1f} GiB too much"
     return [
         f"  estimate       peak {guess['peak'] / GIB:.1f} of {hbm / GIB:.1f} GiB per device "
         f"({parts}): {'should fit' if fits else excess}",
         f"  estimate       {guess['step']:.3g} s a step, {guess['mfu']:.1%} MFU at practical rates "
-        f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g})",
+        f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g}"
+        f"{between})",
         f"  not compiled   {NO_COMPILER}; these are estimates",
     ]
 

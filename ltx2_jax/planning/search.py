@@ -32,11 +32,12 @@ def search_plans(
     """
     where = slice_of(topology)
     room, rows, least = where.chip.device_hbm_bytes, [], None
-    for mesh, remat, clips in itertools.product(_meshes(where.devices), POLICIES, CLIPS):
+    meshes = _meshes(where.devices // where.count)
+    for mesh, remat, clips in itertools.product(meshes, POLICIES, CLIPS):
         row = {
             "mesh": list(mesh),
             "remat": remat,
-            "batch": clips * mesh[0] * config.optim.accumulate_steps,
+            "batch": clips * mesh[0] * where.count * config.optim.accumulate_steps,
         }
         option = _option(config, row)
         try:

@@ -29,7 +29,7 @@ from ltx2_jax.models.text.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
 from ltx2_jax.models.text.gemma_layers import GemmaConfig
 from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.planning.reports import compile_facts, counted
-from ltx2_jax.planning.topology import tpu_devices
+from ltx2_jax.planning.topology import one_slice, tpu_devices
 from ltx2_jax.sharding import abstract_state, make_mesh, replicated, sharding_of
 from ltx2_jax.text.encoder import LENGTH
 
@@ -61,7 +61,7 @@ def plan_text(
     Raises:
       UserError: no such slice, no TPU compiler.
     """
-    devices = tpu_devices(topology)
+    devices = tpu_devices(one_slice(topology, "text").name)
     mesh = text_mesh(config, devices)
     # As `TextEncoder` does: rows are repeated until the data axis divides them.
     rows = -(-batch // mesh.shape["data"]) * mesh.shape["data"]

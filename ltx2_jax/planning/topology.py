@@ -37,31 +37,37 @@ _NO_TPU = {
 }
 NO_COMPILER = "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+MOST_SLICES = 256  # that a name may ask for; 199 is the most that one program is known to have used
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice by its name, without its devices."""
+    """A slice, or several that are alike, by name, without the devices."""
 
     name: str
     chip: chips.Chip
-    shape: tuple[int, ...]  # in chips
+    shape: tuple[int, ...]  # of one, in chips
+    count: int = 1
 
     @property
     def devices(self) -> int:
-        """Number of jax devices."""
-        return math.prod(self.shape) * self.chip.devices
+        """Number of jax devices, of all slices together."""
+        return self.count * math.prod(self.shape) * self.chip.devices
 
 
 def slice_of(topology: str) -> Slice:
-    """The slice named, such as "v5p:2x2x1"; asks no compiler. UserError if there is none."""
+    """What is named, "v5p:2x2x1" or "2xv5p:2x2x1"; asks no compiler. UserError if there is none."""
 
     def refused(reason: str) -> UserError:
         return UserError(f"--topology={topology}: {reason}; {_valid(generation)}")
 
-    found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
-    generation = found[1] if found else topology.split(":")[0].split("-")[0]
+    count, one = re.fullmatch(r"(?:(\d+)x)?(.*)", topology, re.DOTALL).groups()
+    found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*){1,2})", one)
+    generation = found[1] if found else one.split(":")[0].split("-")[0]
     generation = _ALIASES.get(generation, generation)
+    if count is not None and not 1 <= int(count) <= MOST_SLICES:
+        raise refused(f"{count} slices; a name asks for 1 to {MOST_SLICES}, as 2xv5p:4x4x4")
+    count = int(count or 1)
     if not found or generation not in SLICES:
         raise refused("no such slice")
     chip_name, sizes = SLICES[generation]
@@ -74,7 +80,18 @@ def slice_of(topology: str) -> Slice:
     odd = any(size not in (1, 2) and size % 4 for size in shape)
     if odd or (math.prod(shape) < 4 and found[2] not in sizes):
         raise refused("no such slice: sizes are 1, 2 or a multiple of 4")
-    return Slice(f"{generation}:{found[2]}", chip, shape)
+    several = f"{count}x" if count > 1 else ""
+    return Slice(f"{several}{generation}:{found[2]}", chip, shape, count)
+
+
+def one_slice(topology: str, what: str) -> Slice:
+    """As `slice_of`, for what makes no use of several. UserError for those."""
+    where = slice_of(topology)
+    if where.count > 1:
+        raise UserError(
+            f"--topology={topology}: --what={what} runs on one slice; each of several does its own"
+        )
+    return where
 
 
 def has_compiler() -> bool:
@@ -83,7 +100,9 @@ def has_compiler() -> bool:
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a slice such as "v5p:2x2x1"; programs can be compiled for them, not run.
+    """The devices of "v5p:2x2x1", or of two such slices, "2xv5p:2x2x1".
+
+    Programs can be compiled for them, not run.
 
     Raises:
       UserError: no such slice, or the TPU compiler is not installed.
@@ -93,16 +112,19 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     where = slice_of(topology)
-    generation = where.name.split(":")[0]
+    name = where.name.removeprefix(f"{where.count}x")
+    generation = name.split(":")[0]
     # Left alone, libtpu takes every slice for a mesh without closed rings.
     options: dict[str, Any] = {"wrap": (*chips.wraps(where.chip, where.shape), False)[:3]}
     if generation == "v4":  # a chip's two cores as one device, as in jax on a v4
         options["chip_config_name"] = "megacore"
     if max(where.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if where.count > 1:
+        options["num_slices"] = where.count
     get = topologies.get_topology_desc
     try:
-        return get(platform="tpu", topology_name=where.name, **options).devices
+        return get(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # whatever libtpu raises, and a missing one an ordinary RuntimeError
         text = " ".join(str(error).split())
         if "not installed" in text:

@@ -19,7 +19,7 @@ from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
-from ltx2_jax.training import checks
+from ltx2_jax.training import checks, trainable
 
 WHOLE = 2**20  # bytes of an array that every chip holds whole, from which it is worth a line
 
@@ -37,11 +37,11 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     facts, tokens = _facts(config, request, where, "train", config.data.batch_size)
     guess = estimate(config, request, mesh, where.chip)
     facts |= {
-        "model_flops": facts["batch"] * flops.train_flops(config.model, *tokens),
+        "model_flops": facts["batch"] * trainable.train_flops(config, *tokens[:2]),
         "estimate": guess.facts(),
     }
     if has_compiler():
-        mesh = make_mesh(*sizes_of(config), devices=tpu_devices(topology))
+        mesh = make_mesh(*sizes_of(config), slices=where.count, devices=tpu_devices(topology))
         lowered, state = train_program(config, request, mesh)
         facts["replicated"] = replicated(state, WHOLE) if mesh.size > 1 else []
         facts |= compile_facts(lowered, mesh, facts["model_flops"])
@@ -67,7 +67,7 @@ def plan_sample(
     facts["program"] += f", {counted(steps, 'step')} of {counted(passes, 'pass')}"
     facts |= {"passes": passes, "steps": steps, "model_flops": work}
     if has_compiler():
-        mesh = make_mesh(*sizes_of(config), devices=tpu_devices(topology))
+        mesh = make_mesh(*sizes_of(config), slices=where.count, devices=tpu_devices(topology))
         lowered, _ = sample_program(config, request, mesh, batch=batch, passes=passes, steps=steps)
         facts |= compile_facts(lowered, mesh, work)
     else:
@@ -91,6 +91,7 @@ def _facts(
         "program": f"{what} {counted(batch, 'clip')} of {frames} frames of {width}x{height}",
         "topology": where.name,
         "devices": where.devices,
+        "slices": where.count,
         "device_kind": where.chip.name,
         "mesh": dict(mesh.shape),
         "split": {name: size for name, size in mesh.shape.items() if size > 1},

@@ -11,7 +11,7 @@ from ltx2_jax.models.codecs.inputs import legal_frames
 from ltx2_jax.models.codecs.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3, VideoVAEConfig
 from ltx2_jax.models.flops import video_vae_flops
 from ltx2_jax.planning.reports import compile_facts
-from ltx2_jax.planning.topology import tpu_devices
+from ltx2_jax.planning.topology import one_slice, tpu_devices
 
 VAES = {"2.0": VIDEO_VAE_2_0, "2.3": VIDEO_VAE_2_3, "2.5": VIDEO_VAE_2_3}
 
@@ -30,7 +30,7 @@ def plan_vae(
     Raises:
       UserError: no such slice, an illegal size, no TPU compiler.
     """
-    devices = tpu_devices(topology)
+    devices = tpu_devices(one_slice(topology, "vae").name)
     check_size(config, size)
     codec = VideoCodec(config, dict, devices=devices)
     tile = codec.largest_tile((1, *size, 3))

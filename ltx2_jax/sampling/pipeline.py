@@ -28,6 +28,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from ltx2_jax import hosts
 from ltx2_jax.codecs.clips import decode_clip, write_clip
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
@@ -35,6 +36,7 @@ from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
@@ -43,7 +45,7 @@ from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sampling.recipes import Recipe, Scales, Stage, one_stage
 from ltx2_jax.sampling.tasks import several
-from ltx2_jax.sharding import make_mesh
+from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
@@ -99,7 +101,8 @@ class Pipeline:
         """
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
         config, params, _ = weights_of_run(workdir, mesh, step=step, for_sampling=True)
-        return cls.from_assets(config, params, Path(workdir) / ASSETS, mesh, text_cache)
+        assets = local_folder(location(workdir) / ASSETS)
+        return cls.from_assets(config, params, assets, mesh, text_cache)
 
     @staticmethod
     def from_pretrained(
@@ -176,8 +179,11 @@ class Pipeline:
                 "needs both: copy the whole workdir"
             )
         schema = read_schema(assets)
-        codec = load_codec(Path(assets) / schema.codec, devices=list(mesh.devices.flat))
-        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, mesh, text_cache)
+        # Of several hosts each has text features of its own, and the first decodes.
+        here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+        own = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
+        codec = load_codec(Path(assets) / schema.codec, devices=here)
+        text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, own, text_cache)
         size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
         return cls(config, params, codec, text_encoder, size, mesh)
 
@@ -188,10 +194,11 @@ class Pipeline:
 
         Of a released model, or with `wishes`, those of `make`. Else clip i of a list depends on its
         prompt and on (seed, i), not on what it is batched with; `sample` replaces the sampling
-        settings of a run's config.
+        settings of a run's config. Of several hosts, all of which call this, the first gets the
+        clips.
         """
         if isinstance(prompts, str):
-            return self([prompts], sample=sample, **wishes)[0]
+            return next(iter(self([prompts], sample=sample, **wishes)), None)
         if wishes:
             if sample is not None:
                 raise UserError("sample= is for clips of a run as it was trained: give changes=")
@@ -199,6 +206,7 @@ class Pipeline:
         return [
             decode_clip(self.codec, video, audio, self.size.fps)
             for video, audio in self.latents(prompts, sample=sample)
+            if hosts.index() == 0
         ]
 
     def make(self, prompts: Sequence[str], **wishes: Any) -> list[Made]:
@@ -280,7 +288,8 @@ class Pipeline:
         """
         latents = self.latents(prompts, sample=sample)
         for path, (video, audio) in zip(paths, latents, strict=True):
-            write_clip(path, self.codec, video, audio, self.size.fps)
+            if hosts.index() == 0:
+                write_clip(path, self.codec, video, audio, self.size.fps)
 
     @property
     def clip_bytes(self) -> int:
@@ -299,15 +308,17 @@ class Pipeline:
             self.text_encoder.free()
         # Batches of one size, the last padded, so that one compiled program serves all. Guidance
         # passes of a clip fill shards of the data axis as well as clips do.
-        shards = self.mesh.shape["data"] // math.gcd(self.mesh.shape["data"], _passes(sample))
+        shards = batch_shards(self.mesh)
+        shards //= math.gcd(shards, _passes(sample))
         batch = -(-min(sample.batch_size, len(prompts)) // shards) * shards
-        for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=None):
+        silent = True if hosts.index() else None  # or where nobody looks
+        for start in tqdm(range(0, len(prompts), batch), desc="sampling", disable=silent):
             rows = np.arange(start, start + batch)
             real = np.minimum(rows, len(prompts) - 1)
             # JAX_ENABLE_X64 would make other draws, and other clips.
             with jax.set_mesh(self.mesh), jax.enable_x64(False):
                 latents = self._sample(text, real, rows, sample)
-            video, audio = (np.asarray(x) for x in latents)
+            video, audio = (hosts.whole(x) for x in latents)
             yield from list(zip(video, audio, strict=True))[: len(prompts) - start]
 
     def _sample(

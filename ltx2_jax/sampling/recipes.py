@@ -58,7 +58,8 @@ class Stage:
     eta: float = 1.0  # how much noise a stepper draws that draws any
     video: Scales = Scales()
     audio: Scales = Scales()
-    how: Guidance = field(default_factory=Guidance)  # how passes are combined
+    # How passes are combined: other directions than the difference.
+    how: Guidance = field(default_factory=Guidance)
     distilled_lora: float = 0.0  # strength of the distilled LoRA
 
     def __post_init__(self):

@@ -17,7 +17,14 @@ import numpy as np
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.media import Clip, read_clip, read_image, read_sound, resample, through_h264
+from ltx2_jax.media.media import (
+    Clip,
+    read_clip,
+    read_image,
+    read_whole_sound,
+    resample,
+    through_h264,
+)
 from ltx2_jax.media.picture import covering
 from ltx2_jax.models.codecs.inputs import as_stereo
 
@@ -291,7 +298,7 @@ def _sound(given: Any, start: float = 0.0, longest: float | None = None) -> Know
     elif isinstance(given, tuple):
         samples, rate = given
     else:
-        samples, rate = read_sound(given)
+        samples, rate = read_whole_sound(given)
     samples = as_stereo(np.asarray(samples, np.float32)[None])[0]
     samples = samples[round(start * rate) :]
     samples = samples if longest is None else samples[: round(longest * rate)]

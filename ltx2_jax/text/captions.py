@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from ltx2_jax import hosts
 from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.text.cache import TextCache
@@ -61,7 +62,8 @@ def caption_features(encoder: FeatureEncoder, captions: Sequence[str]) -> dict[s
 def tell_cut(masks: Sequence[np.ndarray], what: str, flag: str) -> None:
     """Prints how many texts, of `text_mask`s bool [S], use all their tokens; nothing if none do."""
     if full := sum(bool(mask.all()) for mask in masks):
-        print(f"{full} {what} fill all {len(masks[0])} tokens: what is longer is cut ({flag})")
+        cut = f"fill all {len(masks[0])} tokens: what is longer is cut ({flag})"
+        hosts.say(f"{full} {what} {cut}")
 
 
 def load_caption_encoder(

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.text.model import TextModel
-from ltx2_jax.sharding import make_mesh, pin, sharding_of
+from ltx2_jax.sharding import batch_shards, make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
 from ltx2_jax.weights import hub, references
 from ltx2_jax.weights.names import text as text_weights
@@ -201,7 +201,7 @@ class TextEncoder:
 
     def _by_batch(self, run: Callable, *inputs: ArrayLike) -> tuple[Array | None, ...]:
         """`run` on some rows of the inputs at a time, the last ones repeated to a full batch."""
-        count, shards = len(inputs[0]), self.mesh.shape["data"]
+        count, shards = len(inputs[0]), batch_shards(self.mesh)
         size = -(-min(self.batch_size, count) // shards) * shards
         parts = []
         with jax.set_mesh(self.mesh):

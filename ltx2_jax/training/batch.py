@@ -10,7 +10,20 @@ tokens; Dv Da widths of the text features for video and audio:
     audio_text  float   [B, S, Da]          absent where audio receives those of video
     text_mask   bool    [B, S]              True where there is a token
 
-The text fields (`models.ltx2.TEXT_FIELDS`) without their first axis are those of one caption.
+and where a condition of the run reads them, with F" H" W" and A' of a reference:
+
+    video_mask            bool or float [B, F', H', W']   given where True, or above 0.5
+    audio_mask            bool or float [B, A]
+    video_reference       float   [B, F", H", W", C]      another grid, see `conditioning`
+    video_reference_fps   float32 [B]                     absent: fps over the temporal factor
+    audio_reference       float   [B, A', M, C]
+
+and where not every sample has both streams (zeros stand for one that it has not):
+
+    has_video, has_audio  bool    [B]
+
+A stream that is absent from a run need not be in its batches. The text fields
+(`models.ltx2.TEXT_FIELDS`) without their first axis are those of one caption.
 """
 
 from collections.abc import Mapping
@@ -43,14 +56,23 @@ def abstract_batch(
     video_shape: tuple[int, int, int],  # F', H', W'
     audio_shape: tuple[int, int],  # A, M
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch of clips of one size, of the size that `config` says."""
+    """Shapes and dtypes of a batch of clips of one size, of the size that `config` says.
+
+    References are as large as the clips.
+    """
     bins = audio_shape[1]
-    shapes = {
+    clips = {
         "video": (*video_shape, config.model.in_channels),
         "audio": (*audio_shape, config.model.audio_in_channels // bins),
-        "fps": (),
     }
-    size = config.data.batch_size
+    shapes, size = {"fps": ()}, config.data.batch_size
+    for name in config.flow.streams:
+        shapes[name] = clips[name]
+        for what in config.flow.conditions(name):
+            if what.kind == "mask":
+                shapes[f"{name}_mask"] = video_shape if name == "video" else audio_shape[:1]
+            elif what.kind == "reference":
+                shapes[f"{name}_reference"] = clips[name]
     fields = {k: jax.ShapeDtypeStruct((size, *x), jnp.float32) for k, x in shapes.items()}
     return fields | abstract_text(config, size)
 

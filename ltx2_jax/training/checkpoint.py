@@ -1,111 +1,275 @@
 """Checkpoints: the only file that imports Orbax.
 
 A checkpoint is the train state, the position in the data and the config, written asynchronously and
-atomically under `<workdir>/checkpoints/<step>`. It restores onto any mesh.
+atomically under `<workdir>/checkpoints/<step>`, on a disk or in a bucket. It restores onto any mesh
+and any number of hosts.
+
+What one host meets, a full disk or an array that is cut, all hosts learn before any of them acts:
+they go on alike, and process 0 alone removes and renames.
 """
 
 import contextlib
 import json
+import logging
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ltx2_jax import hosts
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
+from ltx2_jax.files import in_bucket, location
 from ltx2_jax.models import ltx2
+from ltx2_jax.sharding import sharding_of
+from ltx2_jax.training import initial, saved
 
 # In a workdir: train states, and codec, text encoder and schema of the dataset.
-FOLDER, ASSETS = "checkpoints", "assets"
+FOLDER, ASSETS = saved.FOLDER, "assets"
 # How TensorStore begins to say that a file is not what it wrote.
 _DAMAGE = ("OUT_OF_RANGE: ", "DATA_LOSS: ", "NOT_FOUND: ", "FAILED_PRECONDITION: ")
+# Seconds in which all hosts have written or read their parts; Orbax gives up writing after 1200.
+_LONG = 1800.0
+
+# Orbax logs every failed save with a page of traces from each of its threads; here it is one line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class DamagedCheckpoint(UserError):
+    """Files of a checkpoint are missing, cut or not what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; closing the context waits for pending writes."""
+    """The checkpoints of one run; closing the context waits for pending writes.
 
-    def __init__(self, workdir: str | Path, *, keep: int | None = None):
-        """Opens `<workdir>/checkpoints`; a writer gives `keep`, how many of the newest stay.
+    All hosts call every method, in the same order.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        max_failures: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """Opens `<workdir>/checkpoints`.
+
+        Args:
+          workdir: a folder, or gs://bucket/folder.
+          keep: of a writer: how many of the newest stay. None: reads alone.
+          keep_every: checkpoints of multiples of so many steps stay as well.
+          max_failures: saves that may fail one after the other before the run ends.
+          check: raises UserError where this run may write no more.
 
         Raises:
-          UserError: a reader's folder does not exist.
+          UserError: a reader's folder does not exist, a writer's cannot be made.
         """
-        self.folder = Path(workdir).resolve() / FOLDER
-        if keep is None and not self.folder.is_dir():
-            raise UserError(f"{workdir}: no checkpoints there (train writes {FOLDER}/)")
+        place = location(workdir)
+        self.folder = (place if in_bucket(place) else epath.Path(Path(place).resolve())) / FOLDER
         try:
+            if keep is None and not self.folder.is_dir():
+                raise UserError(f"{workdir}: no checkpoints there (train writes {FOLDER}/)")
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._checkpointer = ocp.training.Checkpointer(self.folder)
+        except UserError:
+            raise
         except OSError as error:
-            raise UserError(f"{workdir}: cannot be a workdir ({error.strerror})") from None
-        self._keep = keep
-        self._checkpointer = ocp.training.Checkpointer(self.folder)
+            raise UserError(f"{workdir}: cannot be a workdir ({_reason(error)})") from None
+        self._keep, self._keep_every, self._check = keep, keep_every, check
+        self._max_failures, self._failures = max_failures, 0
         self._writes = False
-        self._pending: Any = None
+        self._last: tuple[int, Any, Config] | None = None  # what is being saved
+        self._pending, self._failed = None, ""
 
     def __enter__(self) -> "Checkpoints":
+        if self._keep is not None:
+            self._put_unreadable_aside()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        with self._writing():
-            self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # told by `wait`, or less than what is on its way
+                self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that this host sees, in ascending order."""
+        return [found.step for found in self._checkpointer.checkpoints]
 
     @property
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """The newest that process 0 sees.
+
+        Raises:
+          UserError: a host does not see it.
+        """
+        steps = self.steps
+        latest = hosts.broadcast(str(steps[-1]) if steps else "")
+
+        def check() -> None:
+            if latest and int(latest) not in steps:
+                raise UserError(f"{self.folder / latest}: seen by host 0 and not by this one")
+
+        hosts.agree(check)
+        return int(latest) if latest else None
+
+    # ------------------------------------------------------------------------------------ writing
 
     def save(self, step: int, state: Any, config: Config) -> None:
         """Starts writing; returns as soon as the arrays are copied off the devices.
 
+        One is written at a time: this waits for the save before, and says if that has failed.
+
         Raises:
-          UserError: the disk did not take this checkpoint or the one before.
+          UserError: more saves in a row have failed than may, or another run took the workdir over.
         """
+        self._settle()
+        hosts.agree(self._check)
+        self._open_for_writing()
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
-        with self._writing():
-            self._open_for_writing()
+        self._last = step, state, config
+        try:
             self._pending = self._checkpointer.save_async(
-                step, state, force=True, custom_metadata=metadata
+                step, state, force=True, custom_metadata=metadata | {"made_by": saved.made_by()}
             )
+        except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+            self._failed = _reason(error)
 
     def wait(self) -> None:
-        """Returns when the checkpoint of the last `save` is on disk; errors as `save`."""
-        if self._pending is not None:
-            with self._writing():
-                self._pending.result()
+        """Returns when the checkpoint of the last `save` is on disk; it is tried twice.
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What goes wrong while writing is the disk's; what it left unfinished is removed."""
-        try:
-            yield
-        except (ValueError, OSError) as error:  # a full disk is a ValueError of TensorStore
-            if self._writes:
-                for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(
-                f"{self.folder}: a checkpoint cannot be written ({_reason(error)})"
-            ) from error
+        Raises:
+          UserError: it cannot be written.
+        """
+        if self._settle():
+            return
+        last, self._last = self._last, None
+        self.save(*last)
+        if not self._settle():
+            self._last = None
+            raise self._unwritten(last[0], "tried twice")
+
+    def _settle(self) -> bool:
+        """Waits for the pending save and learns from all hosts how it went: whether it is there."""
+        if self._last is None:
+            return True
+        failed = self._failed
+        if self._pending is not None:
+            try:
+                self._pending.result()
+            except Exception as error:  # a full disk is a ValueError, a bucket has its own errors
+                failed = _reason(error)
+        self._pending, self._failed = None, ""
+        found = _first(hosts.gather(failed, _LONG))
+        if not found:
+            self._last, self._failures = None, 0
+            return True
+        step, *_ = self._last
+        self._reopen()
+        self._failures += 1
+        if self._failures > self._max_failures:
+            self._last = None
+            raise self._unwritten(step, found)
+        good = f"step {self.steps[-1]} is the last that is there" if self.steps else "there is none"
+        left = self._max_failures - self._failures + 1
+        end = "if the next one cannot either" if left == 1 else f"with {left} more in a row"
+        hosts.say(
+            f"{self.folder}: checkpoint {step} cannot be written ({found}): {good}; the run "
+            f"goes on, and ends {end}"
+        )
+        return False
+
+    def _unwritten(self, step: int, why: str) -> UserError:
+        return UserError(f"{self.folder}: checkpoint {step} cannot be written ({why})")
 
     def _open_for_writing(self) -> None:
-        """Before the first write only: what follows removes files, and an early exit must not.
+        """Before the first write only: what follows removes files, and an early exit must not."""
+        if not self._writes:
+            self._writes = True
+            self._reopen()
 
-        Orbax removes what a killed run left half-written in a thread of its own, for which it waits
-        when it saves, but not when it closes.
+    def _reopen(self) -> None:
+        """Forgets what failed, and removes what is half-written, now or by a run that was killed.
+
+        Orbax can remove it too; in a bucket that would take all folders without its last file.
         """
-        if self._writes:
-            return
-        self._checkpointer.close()
+        with contextlib.suppress(Exception):  # what has failed fails again
+            self._checkpointer.close()
+        if hosts.index() == 0:
+            for path in saved.half_written(self.folder):
+                with contextlib.suppress(Exception):  # no harm but its size
+                    path.rmtree()
+        hosts.gather("")  # nobody writes before that
+        policies = ocp.training.preservation_policies
+        stay = [policies.LatestN(self._keep)]
+        if self._keep_every is not None:
+            stay.append(policies.EveryNSteps(self._keep_every))
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
+            self.folder, preservation_policy=policies.AnyPreservationPolicy(stay)
         )
-        self._writes = True
+
+    # ---------------------------------------------------------------------------- damaged ones
+
+    def _put_unreadable_aside(self) -> None:
+        """Damaged ones before the newest that can be read, as far as what they hold is described.
+
+        Raises:
+          UserError: there were some, and none is left.
+        """
+        uncommitted = hosts.broadcast(json.dumps(saved.uncommitted(self.folder)))
+        for step in json.loads(uncommitted):
+            self._put_aside(step, f"{saved.COMMITTED} is missing, as if it was not copied")
+        while (step := self.latest_step) is not None:
+            try:
+                why = self._metadata(step) and self._stored(step) and ""
+            except DamagedCheckpoint as error:
+                why = error.why
+            found = _first(hosts.gather(why))
+            if not found:
+                return
+            self._put_aside(step, found)
+        aside = [path.name for path in saved.listed(self.folder) if ".damaged" in path.name]
+        if aside := hosts.broadcast(", ".join(sorted(aside))):
+            raise UserError(
+                f"{self.folder}: no whole checkpoint is left there ({aside}): repair one and give "
+                "it its number back, or choose another --config.workdir"
+            )
+
+    def _put_aside(self, step: int, why: str) -> None:
+        """Renames a checkpoint that cannot be read. It is never removed: it may be repaired."""
+
+        def rename() -> None:
+            if hosts.index() != 0:
+                return
+            aside = self.folder / f"{step}.damaged"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-again")
+            try:
+                (self.folder / str(step)).rename(aside)
+            except Exception as error:  # a bucket has its own
+                raise UserError(
+                    f"{self.folder / str(step)}: damaged checkpoint ({why}) that cannot be renamed "
+                    f"({_reason(error)})"
+                ) from None
+            hosts.say(
+                f"{self.folder / str(step)}: damaged checkpoint ({why}): kept as {aside.name}, and "
+                "the one before it is taken"
+            )
+
+        hosts.agree(rename)
+        self._checkpointer.reload()
+
+    # ------------------------------------------------------------------------------------ reading
 
     def config(self, step: int) -> Config:
         """The config stored with a checkpoint.
@@ -126,11 +290,16 @@ class Checkpoints:
         """Batches that the run had taken when the checkpoint was written; errors as `config`."""
         return self._metadata(step)["data"]["next_index"]
 
+    def made_by(self, step: int) -> dict[str, Any]:
+        """Hosts, mesh, versions and revision of the program that wrote it, as far as it said so."""
+        return self._metadata(step)["made_by"]
+
     def _metadata(self, step: int) -> dict[str, Any]:
         """What `save` noted beside the state."""
         try:
             found = self._checkpointer.metadata(step).custom_metadata or {}
-            return {name: found[name] for name in ("config", "data")}
+            parts = {name: found[name] for name in ("config", "data")}
+            return parts | {"made_by": found.get("made_by", {})}
         except (ValueError, KeyError, OSError):
             raise self._damaged(step, "its metadata is missing or cannot be read") from None
 
@@ -141,22 +310,39 @@ class Checkpoints:
                 return stored
         raise self._damaged(step, "its arrays are missing or cannot be read")
 
-    def _damaged(self, step: int, how: str) -> UserError:
-        return UserError(
-            f"{self.folder / str(step)}: damaged checkpoint ({how}): remove this folder, and the "
+    def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
+        error = DamagedCheckpoint(
+            f"{self.folder / str(step)}: damaged checkpoint ({why}): remove this folder, and the "
             "checkpoint before it is taken"
         )
+        error.why = why
+        return error
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state, with the shapes, dtypes and shardings of `abstract_state`.
 
+        Where a writer finds a checkpoint damaged, that is put aside and the one before it restored:
+        `latest_step` says which.
+
         Raises:
-          UserError: the checkpoint holds other arrays, or is damaged.
+          UserError: the checkpoint holds other arrays; it is damaged, and there is none before.
         """
-        return self._load(step, abstract_state, "the state of this config")
+        while True:
+            try:
+                state = self._load(step, abstract_state, "the state of this config")
+            except DamagedCheckpoint as error:
+                if self._keep is None:
+                    raise
+                self._put_aside(step, error.why)
+                self._put_unreadable_aside()
+                step = self.latest_step
+                continue
+            for line in saved.differences(self.made_by(step), saved.made_by()):
+                hosts.say(f"changed since the checkpoint: {line}")
+            return state
 
     def restore_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
-        """Some entries of the state, the rest left on disk; errors as `restore`."""
+        """Some entries of the state, the rest left on disk; errors as `restore` of a reader."""
         stored = self._stored(step)
         placeholders = {
             name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
@@ -167,8 +353,30 @@ class Checkpoints:
         return {name: state[name] for name in abstract_part}
 
     def _load(self, step: int, abstract: Any, what: str) -> Any:
+        """What this host holds of a checkpoint, if all hosts could read theirs."""
+        state, damaged, refused = None, "", ""
         try:
-            return self._checkpointer.load(step, abstract)
+            state = self._load_here(step, abstract, what)
+        except DamagedCheckpoint as error:
+            damaged = error.why
+        except UserError as error:
+            refused = str(error)
+        damaged, refused = (_first(hosts.gather(text, _LONG)) for text in (damaged, refused))
+        if damaged:
+            raise self._damaged(step, damaged)
+        if refused:
+            raise UserError(refused)
+        return state
+
+    def _load_here(self, step: int, abstract: Any, what: str) -> Any:
+        # Each host for itself: one that fails would leave the others waiting at Orbax's barrier.
+        context = ocp.Context()
+        context.multiprocessing_options.primary_host = hosts.index()
+        context.multiprocessing_options.active_processes = {hosts.index()}
+        try:
+            with context:
+                state = ocp.load_checkpointables(self.folder / str(step), {"state": abstract})
+            return state["state"]
         except (ValueError, KeyError, OSError) as error:
             why, _ = _reason(error), self._stored(step)
             if why.startswith(_DAMAGE):
@@ -179,14 +387,23 @@ class Checkpoints:
 def stored_config(workdir: str | Path) -> Config | None:
     """The config in the newest checkpoint of a workdir; None where there is no checkpoint yet.
 
+    One that is damaged is passed over if there is another.
+
     Raises:
-      UserError: the checkpoint is damaged, or of another version.
+      UserError: all are damaged, or it is of another version.
     """
-    if not (Path(workdir) / FOLDER).is_dir():
+    if not (location(workdir) / FOLDER).is_dir():
         return None
+    damaged = None
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest_step
-        return None if step is None else checkpoints.config(step)
+        for step in reversed(checkpoints.steps):
+            try:
+                return checkpoints.config(step)
+            except DamagedCheckpoint as error:
+                damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def weights_of_run(
@@ -196,8 +413,11 @@ def weights_of_run(
     step: int | None = None,
     average: bool = True,
     for_sampling: bool = False,
+    adapters: bool = False,
 ) -> tuple[Config, dict[str, Any], int]:
     """Config, weights on `mesh` and step of a training run: averaged weights if it averaged.
+
+    Of a run that tuned a part of its weights they are all, its adapters merged.
 
     Args:
       workdir: of the run.
@@ -205,23 +425,47 @@ def weights_of_run(
       step: of the checkpoint; the newest when None.
       average: False takes the last weights even if there are averaged ones.
       for_sampling: on the mesh and in the dtypes in which a sampler keeps them, not a train state.
+      adapters: of a run that trains adapters, only these.
 
     Raises:
-      UserError: no workdir, no checkpoint there, or none of `step`.
+      UserError: no workdir, no checkpoint there, or none of `step`; of a run that tuned, the
+        weights that it began from are not there, or are others.
     """
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step if step is None else step
-        if step is None or not (checkpoints.folder / str(step)).is_dir():
+        if step is None or step not in checkpoints.steps:
             raise UserError(f"{workdir}: no checkpoint{'' if step is None else f' {step}'} there")
         config = checkpoints.config(step)
         name = "ema" if average and config.optim.ema_decay is not None else "params"
-        abstract = ltx2.abstract_params(config.networks, mesh, for_sampling=for_sampling)
-        return config, checkpoints.restore_part(step, {name: abstract})[name], step
+        if config.tune is None:
+            abstract = ltx2.abstract_params(config.networks, mesh, for_sampling=for_sampling)
+            return config, checkpoints.restore_part(step, {name: abstract})[name], step
+        homes = initial.trained_homes(config, mesh, for_sampling=for_sampling)
+        base = jax.ShapeDtypeStruct((2,), "uint32", sharding=sharding_of(mesh))
+        found = checkpoints.restore_part(step, {name: homes, "base": base})
+    trained, base = found[name], found["base"]
+    if adapters:
+        return config, trained, step
+    whole = initial.whole(config, trained, base, mesh, for_sampling=for_sampling)
+    return config, whole, step
+
+
+def _first(found: list[str]) -> str:
+    """What the first host says that says something, with its number if there are several.
+
+    Where one fails the others may wait for it in vain: that they did comes last.
+    """
+    said = [(host, text) for host, text in enumerate(found) if text]
+    if not said:
+        return ""
+    host, text = min(said, key=lambda pair: "timed out" in pair[1].lower())
+    return text if len(found) == 1 else f"host {host}: {text}"
 
 
 def _reason(error: BaseException) -> str:
     """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    line = line or type(error).__name__
     return re.sub(r" \[\w+='.*", "", line)[:400]  # TensorStore ends with all its settings

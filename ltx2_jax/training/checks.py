@@ -3,20 +3,30 @@
 And, at the end, a run that is lost.
 """
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 import math
+import os
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from ltx2_jax import hosts
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Records, open_records, read_schema
-from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.records import INDEX_NAME, Records, open_records, read_schema
+from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
-from ltx2_jax.errors import UserError
+from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.media.media import check_even
-from ltx2_jax.training import checkpoint, initial
+from ltx2_jax.sharding import batch_shards
+from ltx2_jax.training import checkpoint, housekeeping, initial, objective
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -27,17 +37,27 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UserError: the first thing that does not fit, and what it does not fit to.
     """
-    check_batch(config, mesh)
-    check_text(config)
-    if config.data.path is None:
-        check_synthetic(config, mesh)
-    else:
-        check_records(config, open_records(config.data.path), mesh)
-    stored = checkpoint.stored_config(config.workdir)
+
+    def fits() -> None:
+        check_batch(config, mesh)
+        check_text(config)
+        if config.data.path is None:
+            check_synthetic(config, mesh)
+            return
+        if "://" in config.data.path:
+            raise UserError(f"data.path={config.data.path}: a dataset is read from a folder alone")
+        records = open_records(config.data.path)
+        check_records(config, records, mesh)
+        if len(records):
+            records[0]
+
+    # One after the other: Orbax, which reads the stored config, waits for all hosts itself.
+    hosts.agree(fits)
+    stored = hosts.agree(lambda: checkpoint.stored_config(config.workdir))
     if stored is not None:
-        check_same_run(config, stored, Path(config.workdir))
-    if stored is None or stored.init_from is None:
-        initial.check(config)
+        hosts.agree(lambda: check_same_run(config, stored, config.workdir))
+    if stored is None or stored.init_from is None or config.tune is not None:
+        hosts.agree(lambda: initial.check(config))
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -59,10 +79,12 @@ def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the mesh and the micro-batches divide the batch."""
     data, chunks = mesh.shape["data"], config.optim.accumulate_steps
-    if config.data.batch_size % (data * chunks):
+    shards = batch_shards(mesh)
+    if config.data.batch_size % (shards * chunks):
+        slices = f"{shards // data} slices x " if shards > data else ""
         raise UserError(
-            f"data.batch_size={config.data.batch_size} is not a multiple of mesh.data={data} x "
-            f"optim.accumulate_steps={chunks}"
+            f"data.batch_size={config.data.batch_size} is not a multiple of {slices}"
+            f"mesh.data={data} x optim.accumulate_steps={chunks}"
         )
 
 
@@ -116,28 +138,46 @@ def check_codec(config: Config) -> None:
 def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
     check_schema(config, records.schema, records.folder)
-    *grid, _ = records.schema.fields["video"].shape
-    check_mesh(config.model.num_heads, math.prod(grid), mesh)
+    for bucket in records.schema.buckets:
+        for name in ("video", "video_reference"):
+            if name in bucket.fields and "video" in config.flow.streams:
+                *grid, _ = bucket.fields[name].shape
+                check_mesh(config.model.num_heads, math.prod(grid), mesh)
 
 
 def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
-    model = config.model
-    schema.require(folder, video=(None,) * 4, audio=(None,) * 3)
-    check_even(schema.height, schema.width, str(folder))  # what is learned is written as mp4
+    model, streams = config.model, config.flow.streams
+    factors = set()
+    for bucket in schema.buckets:
+        shapes = {name: field.shape for name, field in bucket.fields.items()}
+        try:
+            objective.check_fields(config.flow, shapes, strides_of(bucket))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        factors.add(objective.reference_factors(config.flow, shapes))
+        if "video" in streams:  # what is learned is written as mp4
+            check_even(bucket.height, bucket.width, str(folder))
+    if len(factors) > 1:
+        raise UserError(
+            f"{folder}: references of several factors (space, time), {sorted(factors)}: a model "
+            "learns one"
+        )
+    ranks = {"video": (None,) * 4, "audio": (None,) * 3}
+    schema.require(folder, **{name: ranks[name] for name in streams})
     if schema.release != config.data.release:
         raise UserError(
             f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
             f"data.release={config.data.release!r}"
         )
-    channels = schema.fields["video"].shape[-1]
-    _, bins, audio_channels = schema.fields["audio"].shape
-    if channels != model.in_channels or bins * audio_channels != model.audio_in_channels:
-        raise UserError(
-            f"{folder}: latents have {channels} video and {bins * audio_channels} audio "
-            f"channels, but model.in_channels={model.in_channels} and "
-            f"model.audio_in_channels={model.audio_in_channels}"
-        )
+    for name, axes, wanted in (("video", 1, "in_channels"), ("audio", 2, "audio_in_channels")):
+        if name in streams:
+            shape, ours = schema.fields[name].shape, getattr(model, wanted)
+            channels = math.prod(shape[-axes:])
+            if channels != ours:
+                raise UserError(
+                    f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
+                )
     text = config.text
     schema.require(
         folder,
@@ -150,21 +190,32 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
 
 
+def strides_of(bucket: BucketFields) -> tuple[int, int, int]:
+    """Pixels behind one video latent of a clip: frames (not known here: 1), rows, columns."""
+    if "video" not in bucket.fields:
+        return 1, 1, 1
+    _, rows, columns, _ = bucket.fields["video"].shape
+    return 1, bucket.height // rows, bucket.width // columns
+
+
 def check_same_makers(records: Records, assets: Path) -> None:
     """UserError unless the records' latents and features are of the kind trained on so far."""
     schema = read_schema(assets)
     records.require(codec_hash=schema.codec_hash, text_encoder_hash=schema.text_encoder_hash)
 
 
-def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
+def check_same_run(config: Config, stored: Config, workdir: str | Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec")
-    free = ("model.remat", "model.dtype", "model.attention")
+    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec", "tune")
+    bound += ("optim.optimizer", "optim.first_moment_dtype")
+    free = ("model.remat", "model.dtype", "model.attention", "tune.rates", "tune.resident")
     refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
     if (config.optim.ema_decay is None) != (stored.optim.ema_decay is None):
         refused.append("optim.ema_decay is given in one of them only")
-    if stored.init_from is not None and config.init_from not in (None, stored.init_from):
+    # Frozen weights are told by their numbers, wherever they lie: see `initial.tied`.
+    elsewhere = config.tune is None and config.init_from not in (None, stored.init_from)
+    if stored.init_from is not None and elsewhere:
         refused.append(
             f"init_from: {stored.init_from!r} -> {config.init_from!r}; leave it out to go on"
         )
@@ -174,24 +225,149 @@ def check_same_run(config: Config, stored: Config, workdir: Path) -> None:
             "choose another --config.workdir"
         )
     for line in changed:
-        print(f"changed since the checkpoint: {line}")
+        hosts.say(f"changed since the checkpoint: {line}")
+
+
+# ------------------------------------------------------------------------------- several hosts
+
+
+def same_run_everywhere(config: Config) -> None:
+    """UserError unless all hosts run the same code on the same config and devices."""
+    if hosts.count() == 1:
+        return
+    values = _flat(dataclasses.asdict(config), "config.")
+    # First what is known without devices: another version may not find any.
+    values |= {
+        "the code of ltx2_jax": _code_hash(),
+        "the version of Python": sys.version.split()[0],
+    }
+    for package in ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            values[f"the version of {package}"] = metadata.version(package)
+    for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        values[variable] = " ".join(os.environ.get(variable, "").split()) or "not set"
+    hosts.same_everywhere(values)
+    kinds = sorted({device.device_kind for device in jax.local_devices()})
+    hosts.same_everywhere({"the devices": f"{jax.local_device_count()} of {', '.join(kinds)}"})
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = repr(value)
+    return flat
+
+
+def _code_hash() -> str:
+    """Of all Python files of the package."""
+    folder, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def same_dataset(records: Records) -> None:
+    """UserError unless all hosts read the same index and shards of the same size."""
+    if hosts.count() == 1:
+        return
+    index = (records.folder / INDEX_NAME).read_bytes()
+    values = {"the index of the dataset": hashlib.sha256(index).hexdigest()[:16]}
+    for path in sorted(records.folder.iterdir()):
+        if path.suffix == ".arrayrecord":
+            values[f"the size of {path.name}"] = str(path.stat().st_size)
+    hosts.same_everywhere(values)
+
+
+# ------------------------------------------------------------------------------- while it runs
+
+
+class Health:
+    """Watches the steps of a run: finite on all, and the same on all hosts."""
+
+    def __init__(self, config: Config, start: int, checkpoints: Path):
+        """Of a run from step `start` on, kept in `checkpoints`."""
+        self.run = {"start": start, "checkpoints": checkpoints}
+        self._config, self.bad, self._in_a_row = config, 0, 0
+
+    def note(
+        self, values: Mapping[str, float], step: int, _metrics: Any, rows: housekeeping.Rows
+    ) -> None:
+        """Takes the metrics of a step.
+
+        Raises:
+          DivergedError: as many steps in a row as the config allows were not finite.
+          LostError: hosts do not agree on what they did.
+        """
+        every = self._config.check.compare_every
+        if every and step % every == 0:
+            self._compare(values, step, rows)
+        if is_finite(values):
+            self._in_a_row = 0
+            return
+        self.bad, self._in_a_row = self.bad + 1, self._in_a_row + 1
+        clips = ", ".join(map(str, all_ids(rows).values()))
+        hosts.say(
+            f"step {step} changed nothing: loss {values['loss']:g}, grad_norm "
+            f"{values['grad_norm']:g}; {self.bad} such steps so far; its clips: {clips}"
+        )
+        if self._in_a_row >= self._config.optim.max_bad_steps:
+            check_finite(values, step, **self.run)
+
+    def _compare(self, values: Mapping[str, float], step: int, rows: housekeeping.Rows) -> None:
+        mine = {"step": step, "data position": rows.position, "loss": float(values["loss"]).hex()}
+        said = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
+        for process, theirs in enumerate(said):
+            for key, value in theirs.items():
+                if value != said[0][key]:
+                    raise hosts.LostError(
+                        f"{hosts.name(process)} has {key} {value}, {hosts.name(0)} has "
+                        f"{said[0][key]}, in step {step}; {hosts.AGAIN} from the last checkpoint"
+                    )
+        all_ids(rows)
+
+
+def all_ids(rows: housekeeping.Rows) -> dict[int, int]:
+    """Row of the global batch -> id of its example; every host gives its own.
+
+    Raises:
+      LostError: two hosts that hold the same row hold other examples.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    mine = list(zip(rows.numbers, rows.ids, strict=False))
+    for process, text in enumerate(hosts.gather(json.dumps(mine))):
+        for row, example in json.loads(text):
+            other, first = found.setdefault(row, (example, process))
+            if other != example:
+                raise hosts.LostError(
+                    f"row {row} is example {example} on {hosts.name(process)} and {other} on "
+                    f"{hosts.name(first)}; {hosts.AGAIN} from the last checkpoint"
+                )
+    return {row: example for row, (example, _) in sorted(found.items())}
+
+
+def is_finite(values: Mapping[str, float]) -> bool:
+    """Whether loss and gradients of a step are."""
+    return all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
 
 
 def check_finite(values: Mapping[str, float], step: int, start: int, checkpoints: Path) -> None:
-    """UserError if loss or gradients at `step` of a run from step `start` are not finite."""
+    """DivergedError if loss or gradients at `step` of a run from step `start` are not finite."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             raise diverged(f"{name} is {values[name]}", step, start, checkpoints)
 
 
-def diverged(what: str, step: int, start: int, checkpoints: Path) -> UserError:
+def diverged(what: str, step: int, start: int, checkpoints: Path) -> DivergedError:
     """What to do about a run from step `start`, kept in `checkpoints`, that is lost at `step`."""
     if start and step == start + 1:
-        return UserError(
+        return DivergedError(
             f"{what} at step {step}, the first from the checkpoint: remove "
             f"{checkpoints / str(start)}, and the same command goes on from the one before"
         )
-    return UserError(
+    return DivergedError(
         f"{what} at step {step}: lower optim.learning_rate or optim.clip_norm; the same command "
         "goes on from the last checkpoint"
     )

@@ -3,7 +3,12 @@
 Clips are made by whoever calls `train`, through a function: training knows no sampler.
 """
 
+import contextlib
 import shutil
+import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,8 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from ltx2_jax import chips
+from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
@@ -20,56 +26,102 @@ from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import only_run, replacing
+from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacing
 from ltx2_jax.hosts import rows_of_host
-from ltx2_jax.models import flops
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, initial
+from ltx2_jax.training import checks, goodput, initial, trainable
 from ltx2_jax.training.batch import place
+from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
+from ltx2_jax.training.housekeeping import (
+    Profile,
+    Reader,
+    Replay,
+    Rows,
+    compiled,
+    programs_kept,
+    same_collections,
+    whole,
+)
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
-from ltx2_jax.training.state import State, all_finite, init_state, state_of
+from ltx2_jax.training.state import State, finite_program, init_state, state_of
 from ltx2_jax.training.step import make_train_step
+from ltx2_jax.training.workdir import opened
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
 MakeClips = Callable[[Any, Records, int], None]
 
 
-def train(config: Config, make_clips: MakeClips) -> None:
-    """Trains, resumes, and hands the weights to `make_clips`; see `Config`.
+def train(config: Config, make_clips: MakeClips) -> int:
+    """Trains, resumes, and hands the weights to `make_clips`; see `Config`. Returns an exit code.
 
     The weights are the averaged ones if the config averages. SIGTERM and Ctrl-C finish the step,
-    save and return, without clips.
+    save and return, without clips. What fails while clips are made after the last step is told, and
+    no failure of the training.
 
     Raises:
-      UserError: parts of the config, the data or a checkpoint do not fit each other, the disk is
-        full, or a loss is not finite.
+      UserError: parts of the config, the data or a checkpoint do not fit each other, or the disk is
+        full; DivergedError if the gradients of too many steps in a row are not finite.
     """
-    workdir = Path(config.workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
+    began, long = time.time(), config.watchdog.long_seconds
+    hosts.progress("checks", seconds=long)
+    checks.same_run_everywhere(config)
+    workdir, sizes = opened(config.workdir), config.mesh
+    mesh = hosts.agree(
+        lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
+    )
     checks.before_work(config, mesh)
-    with (
-        only_run(workdir, jax.process_index()),
-        Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
-        jax.set_mesh(mesh),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.watched())
+        stack.enter_context(programs_kept(config))
+        check = hosts.agree(lambda: stack.enter_context(only_run(workdir, hosts.index())))
+        spent = stack.enter_context(goodput.Goodput(workdir, config.num_steps, began=began))
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir,
+                keep=config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+                max_failures=config.checkpoint.max_failures,
+                check=check,
+            )
+        )
+        stack.enter_context(hosts.together())
         start = checkpoints.latest_step or 0
         records = dataset(config, anew=not start)
+        checks.same_dataset(records)
         if start:
-            checks.check_same_makers(records, workdir / ASSETS)
-        keep_assets(records, workdir / ASSETS)
+            hosts.agree(lambda: checks.check_same_makers(records, local_folder(workdir / ASSETS)))
+        hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
+        stack.enter_context(jax.set_mesh(mesh))
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
-        state = first_state(config, checkpoints, start, abstract, mesh)
-        clips = partial(_clips, config, make_clips, records)
-        state, step = take_steps(config, state, start, records, checkpoints, mesh, clips)
-        checkpoints.wait()
-        if step < config.num_steps:
-            print(f"stopped and saved at step {step}; the same command resumes", flush=True)
-            return
-        clips(state, step)
+        hosts.progress("restore" if start else "begin", start, long)
+        with goodput.part("restore" if start else "init"):
+            frozen = initial.load_frozen(config, mesh)
+            state = first_state(config, checkpoints, start, abstract, mesh)
+            state = initial.tied(config, state, frozen)
+        start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
+        clips = partial(_clips, config, make_clips, records, frozen)
+        stop = StopSignals()
+        stack.callback(stop.close)
+        state, step = take_steps(
+            config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
+        )
+        with goodput.part("checkpoint"):
+            checkpoints.wait()
+            hosts.barrier("waiting for the last checkpoint", long)
+        stop.close()  # from here on a signal ends at once: all is saved
+        if step < config.num_steps or stop.number is not None:
+            hosts.say(f"stopped and saved at step {step}; {hosts.AGAIN}")
+            hosts.say(str(spent))
+            return stop_signals.exit_code()
+        weights = _weights(config, state, frozen)
+        del state, clips, frozen  # moments, whose memory the sampler can have
+        last_clips(config, make_clips, weights, records, step)
+        hosts.say(str(spent))
+    return 0
 
 
 def take_steps(
@@ -80,55 +132,110 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
+    stop: StopSignals | None = None,
+    frozen: Any = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
     codec = load_codec(records.codec_path)
-    train_step = make_train_step(config, codec.video.strides, codec.audio.clock)
-    null_text = jax.device_put(records.empty_caption(), sharding_of(mesh))
+    make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
+    numbers = rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size)
+    null_text = whole(records.empty_caption(), mesh)
     taken = checkpoints.data_position(start) if start else 0
-    examples = batches(config, records, mesh, taken)
+    reader = Reader(partial(batches, config, records, mesh), taken, config)
     timer, pending, step = step_timer(config, records), None, start
-    lost = {"start": start, "checkpoints": checkpoints.folder}
+    health = checks.Health(config, start, checkpoints.folder)
+    cadence = Cadence(config.checkpoint, start)
+    beside = (null_text, frozen) if frozen else (null_text,)
     with (
         MetricsLogger(
-            Path(config.workdir),
+            config.workdir,
             total_steps=config.num_steps,
             start_step=start,
-            process_index=jax.process_index(),
+            process_index=hosts.index(),
         ) as logger,
-        StopSignals() as stop,
+        Profile(config) as profile,
     ):
-        batch = place(next(examples), mesh)
-        while step < config.num_steps:
-            state, metrics = train_step(state, batch, null_text)
-            step += 1
-            # While the devices work: the next batch, then the log of the step before.
-            batch = place(next(examples), mesh)
-            if pending is not None:
-                checks.check_finite(log(logger, timer, *pending), pending[0], **lost)
-            pending = (step, metrics)
-            last = step == config.num_steps or stop.requested
-            if last or step % config.checkpoint.every_steps == 0:
-                # Looked at first: a state that is not finite is not worth keeping.
-                checks.check_finite(log(logger, timer, *pending), step, **lost)
-                pending = None
-                if not all_finite(state):
-                    raise checks.diverged("a weight is not finite", step, **lost)
-                checkpoints.save(step, state, config)
-                timer.restart()
-            if last:
-                break
-            if step == config.sample.preview_step:
-                clips(state, step)
-                timer.restart()
+        goodput.goes_on(start)
+        with goodput.waiting_for_data():
+            batch = reader.next(step + 1)
+        args = state, place(batch, mesh), *beside
+        with goodput.part("compile"):
+            train_step = compiled("the train step", config, make_step(), *args)
+            again = Replay(config, make_step, args)
+            finite = compiled("the check of the weights", config, finite_program(), state)
+        # From here on a signal finishes the step; who gives `stop` says until when.
+        with same_collections() as collect, _begun(stop) as stop:
+            while step < config.num_steps:
+                profile.before(step + 1)
+                again.before(step + 1, args)
+                state, metrics = train_step(*args)
+                step += 1
+                rows = Rows.of(batch, numbers, reader)
+                # While the devices work: the next batch, then the log of the step before.
+                with goodput.waiting_for_data(metrics):
+                    batch = reader.next(step + 1)
+                args = state, place(batch, mesh), *beside
+                hosts.progress("step", step, config.watchdog.seconds)
+                if pending is not None:
+                    health.note(log(logger, timer, *pending), *pending)
+                pending = (step, metrics, rows)
+                goodput.reached(step)
+                last = stop.asked() or step == config.num_steps
+                profile.after(step, metrics)
+                if cadence.due(step) or last:
+                    # Looked at first: a state that is not finite is not worth keeping.
+                    health.note(log(logger, timer, *pending), *pending)
+                    pending = None
+                    hosts.progress("save", step, config.watchdog.long_seconds)
+                    with goodput.part("checkpoint"):
+                        if not finite(state):
+                            raise checks.diverged("a weight is not finite", step, **health.run)
+                        checkpoints.save(step, state, config)
+                    timer.restart()
+                if last:
+                    break
+                collect(step)
+                if step == config.sample.preview_step:
+                    hosts.progress("sample", step, config.watchdog.long_seconds)
+                    clips(state, step)
+                    timer.restart()
     return state, step
 
 
+def _begun(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
+    return StopSignals() if stop is None else contextlib.nullcontext(stop.__enter__())
+
+
 def _clips(
-    config: Config, make_clips: MakeClips, records: Records, state: State, step: int
+    config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
 ) -> None:
+    weights = _weights(config, state, frozen)
+    with goodput.part("sampling"):
+        make_clips(weights, records, step)
+
+
+def _weights(config: Config, state: State, frozen: Any) -> Any:
+    """What clips are made with: all weights, averaged if the run averages."""
     weights = state["params"] if config.optim.ema_decay is None else state["ema"]
-    make_clips(weights, records, step)
+    return weights if config.tune is None else trainable.merged(weights, frozen, config)
+
+
+def last_clips(
+    config: Config, make_clips: MakeClips, weights: Any, records: Records, step: int
+) -> None:
+    """Clips of a finished training, which is finished whether they can be made or not."""
+    hosts.progress("sample", step, config.watchdog.long_seconds)
+    try:
+        with goodput.part("sampling"):
+            make_clips(weights, records, step)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+        text = " ".join(str(error).split())[:400]
+        line = f"warning: the training is done and saved, but its clips failed: {text}"
+        if hosts.count() > 1:
+            hosts.fail(0, line)
+        print(line, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------ data, state
@@ -140,11 +247,12 @@ def dataset(config: Config, anew: bool = False) -> Records:
     `anew` allows to replace it where other settings than those of this config made it.
     """
     if config.data.path is not None:
-        return open_records(config.data.path)
-    folder = Path(config.workdir) / "data"
-    clips = config.data.synthetic
-    table = folder / "clips" / "captions.csv"
-    if jax.process_index() == 0:
+        return hosts.agree(lambda: open_records(config.data.path))
+    folder, shared = data_folder(config.workdir)
+
+    def make() -> None:
+        clips = config.data.synthetic
+        table = folder / "clips" / "captions.csv"
         synthetic.write_dataset(table.parent, clips)
         sizes = PrepareConfig(
             num_frames=clips.num_frames,
@@ -163,13 +271,29 @@ def dataset(config: Config, anew: bool = False) -> Records:
                 ) from None
             records = prepare_dataset(table, folder / "records", sizes, **makers, overwrite=True)
         for clip in records.skipped:
-            print(f"skipped {clip['source']}: {clip['reason']}")
-    return open_records(folder / "records")
+            hosts.say(f"skipped {clip['source']}: {clip['reason']}")
+
+    hosts.progress("prepare", seconds=config.watchdog.long_seconds)
+    prepare = hosts.agree_on_first if shared else hosts.agree
+    prepare(make, config.watchdog.long_seconds, "clips are rendered and prepared")
+    return hosts.agree(lambda: open_records(folder / "records"))
 
 
-def keep_assets(records: Records, assets: Path) -> None:
+def data_folder(workdir: str) -> tuple[Path, bool]:
+    """Where synthetic clips are rendered and prepared, and whether all hosts see it.
+
+    In the workdir; if that is in a bucket, where no dataset can be made, on a disk of every host.
+    """
+    place = location(workdir)
+    if not in_bucket(place):
+        return Path(place) / "data", True
+    name = "-".join(part for part in str(place).split("/")[2:] if part)
+    return Path(tempfile.gettempdir()) / f"ltx2-jax-{name}-{hosts.index()}" / "data", False
+
+
+def keep_assets(records: Records, assets: epath.Path) -> None:
     """Copies what sampling needs of the dataset into the workdir."""
-    if jax.process_index() == 0:
+    if hosts.index() == 0:
         sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME
         for source in sources:
             with replacing(assets / source.name) as temporary:
@@ -203,14 +327,16 @@ def first_state(
     """
     given = config.init_from is not None
     if start and given and checkpoints.config(start).init_from is None:
-        print(f"weights  from {config.init_from} at step {start}, in place of the run's own")
+        hosts.say(f"weights  from {config.init_from} at step {start}, in place of the run's own")
     elif start:
         return checkpoints.restore(start, abstract)
     once = partial(jax.jit, compiler_options=chips.one_run_options())
     if not given:
-        return once(partial(init_state, config=config))(jax.random.key(config.seed))
+        key = jax.random.key(config.seed)
+        return compiled("fresh weights", config, once(partial(init_state, config=config)), key)(key)
     params = initial.load(config, mesh)
-    return once(partial(state_of, config=config, step=start), donate_argnums=0)(params)
+    begin = once(partial(state_of, config=config, step=start), donate_argnums=0)
+    return compiled("the state around them", config, begin, params)(params)
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -218,18 +344,23 @@ def first_state(
 
 def step_timer(config: Config, records: Records) -> StepTimer:
     """Tokens and FLOPs of one global batch, for throughput and MFU."""
-    fields, rows = records.schema.fields, config.data.batch_size
-    video, audio = int(np.prod(fields["video"].shape[:3])), fields["audio"].shape[0]
+    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
+    for name in config.flow.streams:
+        read = [f"{name}_reference" for x in config.flow.conditions(name) if x.kind == "reference"]
+        for field in (name, *read):
+            shape = records.schema.fields[field].shape
+            count[name] += int(np.prod(shape[:3] if name == "video" else shape[:1]))
+    video, audio = count.values()
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
         tokens_per_step=rows * (video + audio),
-        flops_per_step=rows * flops.train_flops(config.model, video, audio, config.text.length),
+        flops_per_step=rows * trainable.train_flops(config, video, audio),
         peak_flops=None if peak is None else peak * jax.device_count(),
     )
 
 
 def log(
-    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any]
+    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any], rows: Rows
 ) -> dict[str, float]:
     """Waits for a step's metrics, writes them and returns them."""
     values: dict[str, float] = {}
@@ -238,7 +369,7 @@ def log(
             values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
         else:
             values[name] = float(value)
-    logger.log(step, values | timer.tick())
+    logger.log(step, values | timer.tick() | rows.waits())
     return values
 
 
@@ -248,15 +379,16 @@ def describe(
     """What is about to run, in four lines, while the first step compiles."""
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+    trained = "" if config.tune is None else " trained"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(
+    hosts.say(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
-        f"{list(schema.fields['video'].shape)} and {list(schema.fields['audio'].shape)}\n"
-        f"model    {parameters / 1e6:,.2f} M parameters, {config.model.num_layers} blocks, "
+        f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
+        f"model    {parameters / 1e6:,.2f} M parameters{trained}, "
+        f"{config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
         f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
-        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling",
-        flush=True,
+        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling"
     )

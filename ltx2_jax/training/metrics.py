@@ -4,6 +4,7 @@ Everything here takes floats. Reading a loss off the device waits for its step t
 training loop logs each step one step late; waiting inside the logger would undo that.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,9 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import replacing
+from ltx2_jax.files import Mirror, location, reason, replacing
 
 FILE_NAME = "metrics.jsonl"
+# Bytes at the end of the file in which its last row is: it may be large, and far away.
+_TAIL = 1 << 16
 # What the progress bar has room for; the files get everything.
 SHOWN = ("loss", "video_loss", "audio_loss", "step_time", "mfu")
 
@@ -30,9 +33,10 @@ class MetricsLogger:
     `metrics.jsonl` in `folder` gets one line `{"step": n, name: value, ...}` per call, on disk when
     `log` returns. A resumed run starts at `start_step`: rows beyond it, which the killed run logged
     and this one will log again, are dropped, and so is a last line cut off half-way. A value that
-    is not finite is written as null, under its name. Raises UserError when an existing file has a
-    line in its middle that is not JSON. Use as a context manager, so that the files are closed
-    however the run ends.
+    is not finite is written as null, under its name. What belongs into a bucket is written on a
+    disk and sent as a whole, every minute and at the end. Raises UserError when an existing file
+    has a line in its middle that is not JSON. Use as a context manager, so that the files are
+    closed, and sent, however the run ends.
     """
 
     def __init__(
@@ -43,13 +47,18 @@ class MetricsLogger:
         start_step: int = 0,
         process_index: int = 0,
     ):
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = self._tensorboard = self._mirror = None
         if process_index != 0:
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._told = False
+        self._mirror = Mirror(folder, [FILE_NAME])
+        folder = self._mirror.folder
         path = folder / FILE_NAME
-        _truncate(path, start_step)
+        try:
+            _truncate(path, start_step)
+        except UserError:
+            self._mirror.close()
+            raise
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", start_step)
         self._bar = tqdm(
@@ -68,8 +77,9 @@ class MetricsLogger:
         values = {name: float(value) for name, value in metrics.items()}
         safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
         # One write of one line: a kill between two writes would leave a line without its end.
-        self._file.write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
+        if self._tensorboard is not None and not _writes(self._tensorboard):
+            self._tensorboard = None
         if self._tensorboard is not None:
             for name, value in values.items():
                 if math.isfinite(value):  # tensorboardX prints a warning for the others
@@ -78,6 +88,16 @@ class MetricsLogger:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def _write(self, line: str) -> None:
+        """A full disk is told once; a run goes on without its rows rather than end."""
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            if not self._told:
+                self.note(f"{self._file.name}: a row cannot be written ({reason(error)})")
+            self._told = True
+
     def note(self, text: str) -> None:
         """Print a line above the progress bar, on process 0."""
         if self._bar is not None:
@@ -85,10 +105,13 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the files and the bar; calling it again does nothing."""
-        for part in (self._bar, self._tensorboard, self._file):
+        if self._tensorboard is not None and not _writes(self._tensorboard):
+            self._tensorboard = None
+        for part in (self._bar, self._tensorboard, self._file, self._mirror):
             if part is not None:
-                part.close()
-        self._file = self._bar = self._tensorboard = None
+                with contextlib.suppress(OSError):  # a full disk was told
+                    part.close()
+        self._file = self._bar = self._tensorboard = self._mirror = None
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -108,10 +131,10 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
     that was cut off is left out; any other line that is not a row raises UserError.
     """
-    path = Path(folder) / FILE_NAME
+    path = location(folder) / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -129,12 +152,34 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def last_row(folder: str | os.PathLike) -> dict[str, Any]:
+    """The last whole row of `folder`'s metrics.jsonl; {} without rows.
+
+    Steps after a checkpoint have no time: that of the step before holds for them.
+    """
+    path = location(folder) / FILE_NAME
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _TAIL))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    last: dict[str, Any] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            held = {name: last[name] for name in StepTimer.NAMES if name in last}
+            last = {**held, **row, "step": int(row["step"])}
+    return last
+
+
 class StepTimer:
     """Wall time of training steps, and tokens per second and MFU from it.
 
     `tokens_per_step` and `flops_per_step` are of the global batch; `peak_flops` is FLOP/s of all
     devices together, or None where the peak is unknown, which leaves the MFU out.
     """
+
+    NAMES = ("step_time", "tokens_per_second", "mfu")
 
     def __init__(
         self,
@@ -179,6 +224,16 @@ def _truncate(path: Path, start_step: int) -> None:
     text = "".join(json.dumps(row) + "\n" for row in kept)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _writes(tensorboard: Any) -> bool:
+    """Whether the thread that writes for it is alive: one that met a full disk is not.
+
+    Its queue takes ten more values, and then waits for ever.
+    """
+    events = getattr(getattr(tensorboard, "file_writer", None), "event_writer", None)
+    thread = getattr(events, "_worker", None)
+    return thread is None or thread.is_alive()
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:

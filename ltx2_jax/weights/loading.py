@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
+from ltx2_jax.sharding import SLICE
 from ltx2_jax.weights.mapping import SAME, Parameter, in_short
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 
@@ -312,13 +313,13 @@ def by_rows(home: Any, shape: Sequence[int], nbytes: int, *, stacked: bool) -> A
     """A sharding of an official tensor of `shape` by rows, over as many devices as divide them.
 
     With a layer axis in front if it is stacked. `home` is where it lies, by an automatic mesh;
-    `nbytes` decides whether it is worth it.
+    `nbytes` decides whether it is worth it. Every slice reads the whole tensor for itself.
     """
     if not isinstance(home, NamedSharding):
         return home
     axes: tuple[str, ...] = ()
     if nbytes > WHOLE_BYTES:
-        names, sizes = home.mesh.axis_names, home.mesh.shape
+        names, sizes = tuple(n for n in home.mesh.axis_names if n != SLICE), home.mesh.shape
         choices = [names[i:j] for i in range(len(names)) for j in range(i, len(names) + 1)]
         counts = {c: math.prod(sizes[name] for name in c) for c in choices}
         axes = max((c for c in choices if shape[0] % counts[c] == 0), key=counts.get)

@@ -24,6 +24,7 @@ from ltx2_jax.weights.lora_files import Lora, Target, is_matrix, matrices
 from ltx2_jax.weights.lora_files import lora_file as lora_file
 from ltx2_jax.weights.lora_files import read_lora as read_lora
 from ltx2_jax.weights.lora_files import write_lora as write_lora
+from ltx2_jax.weights.lora_targets import Adapted
 from ltx2_jax.weights.mapping import Parameter, in_short
 
 # ------------------------------------------------------------------------------------------ fitting
@@ -136,8 +137,13 @@ def fuse_stream(
         # bfloat16 is the one that the official code rounds to.
         dtype = weight.dtype if weight.dtype == jnp.bfloat16 else np.float32
         if (pair := _stacked(parameter, loras, dtype)) is not None:
-            weight = _fuse(parameter.stacked)(weight, *pair)
+            weight = fused(weight, *pair)
         yield parameter, weight
+
+
+def fused(weight: jax.Array, a: Any, b: Any) -> jax.Array:
+    """weight [.., out, in] and b [.., out, r] times a [.., r, in], rounded as by `fuse`."""
+    return _fuse(weight.ndim == 3)(weight, a, b)
 
 
 def unfuse(params: Mapping[Any, Any], originals: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -210,7 +216,9 @@ def from_adapters(
 ) -> Lora:
     """A LoRA of what was trained as adapters: {"a": [.., r, in], "b": [.., out, r]} by path.
 
-    `scale` is alpha / r of the training. Layers of a stack that are all zero are left out.
+    `scale` is alpha / r of the training; an adapter may have its own, "scale" [..], beside a and b.
+    Rows of a whose columns of b are zero, as they are, are left out, and so are layers of nothing
+    else.
     """
     values = mapping.leaves(tree)
     targets = {}
@@ -219,12 +227,75 @@ def from_adapters(
         if (*path, "a") not in values:
             continue
         a, b = (np.asarray(values[(*path, name)]) for name in "ab")
+        scales = np.asarray(values.get((*path, "scale"), scale), np.float32)
         if not parameter.stacked:
-            a, b = a[None], b[None]
-        for name, a_layer, b_layer in zip(parameter.names, a, b, strict=True):
-            if a_layer.any() or b_layer.any():
-                targets[name.removesuffix(".weight")] = Target(a_layer, b_layer, scale)
+            a, b, scales = a[None], b[None], scales[None]
+        scales = np.broadcast_to(scales, len(a))
+        for name, a_layer, b_layer, of_layer in zip(parameter.names, a, b, scales, strict=True):
+            some = a_layer.any(axis=1) | b_layer.any(axis=0)
+            if some.any():
+                target = Target(a_layer[some], b_layer[:, some], float(of_layer))
+                targets[name.removesuffix(".weight")] = target
     return Lora(targets, metadata)
+
+
+def reference_metadata(spatial: int | None, temporal: int | None) -> dict[str, str]:
+    """What a LoRA says of the clips that it refers to: how much smaller, and how much slower.
+
+    Nothing where a factor is 1 or None. The spatial one has two names, of which the second is that
+    of older files. Source: `training_strategies/flexible.py`.
+    """
+    found = {}
+    if spatial not in (None, 1):
+        names = ("reference_spatial_scale_factor", "reference_downscale_factor")
+        found |= dict.fromkeys(names, str(spatial))
+    if temporal not in (None, 1):
+        found["reference_temporal_scale_factor"] = str(temporal)
+    return found
+
+
+def continued(
+    lora: Lora, adapted: Sequence[Adapted], scales: Mapping[tuple[str, ...], np.ndarray]
+) -> Iterator[tuple[Adapted, np.ndarray, np.ndarray, np.ndarray]]:
+    """A LoRA as the adapters of a training that goes on from it.
+
+    Args:
+      lora: fits the transformer; see `check`.
+      adapted: what the training adapts.
+      scales: alpha / r of the training by path, [L].
+
+    Yields:
+      One of `adapted`; a [L, r, in] and b [L, out, r], float32, zero where the LoRA has nothing;
+      and where it has something, bool [L, r]. Its own scales are put into b.
+
+    Raises:
+      UserError: it adapts what the training does not, or has a higher rank.
+    """
+    ranks = {m: r for one in adapted for m, r in zip(one.modules, one.ranks, strict=True)}
+    outside = [module for module in lora.targets if not ranks.get(module)]
+    if outside:
+        raise UserError(
+            f"{lora.name}: adapts what lora.targets do not mean: {', '.join(in_short(outside))}"
+        )
+    higher = [(t.rank, m) for m, t in lora.targets.items() if t.rank > ranks[m]]
+    if higher:
+        rank, module = max(higher)
+        raise UserError(
+            f"{lora.name}: {module} has rank {rank}, above that of lora.rank, {ranks[module]}"
+        )
+    for one in adapted:
+        (rows, columns), layers = one.shape, len(one.modules)
+        a = np.zeros((layers, one.rank, columns), np.float32)
+        b = np.zeros((layers, rows, one.rank), np.float32)
+        given = np.zeros((layers, one.rank), bool)
+        for layer, module in enumerate(one.modules):
+            if (target := lora.targets.get(module)) is None:
+                continue
+            a[layer, : target.rank] = target.a
+            scale = np.float32(target.scale / scales[one.path][layer])
+            b[layer, :, : target.rank] = target.b.astype(np.float32) * scale
+            given[layer, : target.rank] = True
+        yield one, a, b, given
 
 
 # --------------------------------------------------------------------------------------- extracting

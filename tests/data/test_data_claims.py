@@ -9,8 +9,9 @@ import pytest
 import safetensors.numpy
 
 from ltx2_jax.blobs import content_hash
-from ltx2_jax.data import encoding
-from ltx2_jax.data.encoding import ClipReader, OtherDataset, PrepareConfig, prepare_dataset
+from ltx2_jax.data import clips, encoding
+from ltx2_jax.data.clips import ClipReader, PrepareConfig, Rates
+from ltx2_jax.data.encoding import OtherDataset, prepare_dataset
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.records import RecordWriter, open_records, read_schema
 from ltx2_jax.data.schema import Field, Schema
@@ -196,7 +197,7 @@ def reads(monkeypatch):
         sound = np.arange(2 * 3000, dtype=np.float32).reshape(-1, 2)  # longer than the picture
         return Clip(pixels, fps or 12.0, sound, sample_rate, notes=(f"of kind {kind}",))
 
-    monkeypatch.setattr(encoding, "read_clip", read_clip)
+    monkeypatch.setattr(clips, "read_clip", read_clip)
     return names
 
 
@@ -211,7 +212,7 @@ def test_clips_are_encoded_in_batches_as_asked_and_keep_their_captions(tmp_path,
     codec = Codec()
     names = ["b1", "x2", "b3", "b4", "d13", "b5", "b6"]
     made = prepare(tmp_path, names, dataclasses.replace(CONFIG, batch_size=4), codec=codec)
-    assert codec.batches == [4, 2]  # x2 is not among them
+    assert codec.batches == [4, 4]  # x2 is not among them, and the second is filled up
     for item in made:
         number = item["video"].item()
         assert item["caption"] == "x" * int(number)
@@ -265,10 +266,10 @@ def test_large_clips_are_encoded_fewer_at_once_and_decoded_no_further_ahead(
 ):
     hour = dataclasses.replace(CONFIG, num_frames=3600 * 24, height=720, width=1280)
     half = dataclasses.replace(CONFIG, num_frames=97, height=720, width=1280)  # 268 MB
-    assert [encoding._fitting(16, config) for config in (CONFIG, half, hour)] == [16, 2, 1]
-    monkeypatch.setattr(encoding, "_fitting", lambda count, config: 2)
+    assert [clips.fitting(16, config.sizes) for config in (CONFIG, half, hour)] == [16, 2, 1]
+    monkeypatch.setattr(clips, "fitting", lambda count, sizes: 2)
     rows = [Row(f"b{i}.mp4", tmp_path / f"b{i}.mp4", "") for i in range(60)]
-    clips = iter(ClipReader(rows, CONFIG, sample_rate=1600, latents_per_second=25))
-    assert next(clips)[0] == 0
+    samples = iter(ClipReader(rows, CONFIG, Rates(1600, 25)))
+    assert next(samples).item.row == 0
     assert settled(reads) <= 3
-    clips.close()
+    samples.close()

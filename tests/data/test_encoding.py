@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ltx2_jax.data import encoding as encode
-from ltx2_jax.data.encoding import ClipReader, PrepareConfig, prepare_dataset
+from ltx2_jax.data import clips
+from ltx2_jax.data.clips import ClipReader, PrepareConfig, Rates
+from ltx2_jax.data.encoding import prepare_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
@@ -113,6 +114,49 @@ BAD_JSONL = {
 }
 
 
+FULL = {
+    "t.csv": "video,caption,caption_b,weight_b,weight,start,end,ref_media_path,audio,video_mask\n"
+    "a.mp4,one,two,0.5,2,1,2.5,r/b.mp4,,m.png\n,three,,,,,,,s.wav,\n",
+    "t.json": json.dumps(
+        [
+            {"media_path": "a.mp4", "caption": "one", "caption_b": "two", "weight_b": 0.5,
+             "weight": 2, "start": 1, "end": 2.5, "reference_video": "r/b.mp4",
+             "video_mask": "m.png"},
+            {"caption": "three", "audio": "s.wav", "start": None},
+        ]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_row_may_say_more_than_a_film_and_a_caption(tmp_path, name):
+    film, sound = read_table(table(tmp_path, name, FULL[name]))
+    assert film.captions == (("one", 2.0), ("two", 0.5))
+    assert (film.start, film.end) == (1.0, 2.5)
+    assert film.others == {
+        "reference_video": tmp_path / "r/b.mp4",
+        "video_mask": tmp_path / "m.png",
+    }
+    assert (sound.path, sound.sound_alone) == (tmp_path / "s.wav", True)
+    assert (sound.captions, sound.start, sound.others) == ((("three", 1.0),), None, {})
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "message"),
+    [
+        ("video,caption,start", "a.mp4,x,soon", "column 'start' is 'soon', not a number from 0 on"),
+        ("video,caption,start", "a.mp4,x,-1", "column 'start' is '-1'"),
+        ("video,caption,end", "a.mp4,x,nan", "column 'end' is 'nan'"),
+        ("video,caption,start,end", "a.mp4,x,2,2", "end=2 is not after start=2"),
+        ("video,caption,weight", "a.mp4,x,0", "the weights of its captions are all 0"),
+        ("video,audio,caption", ",,x", "column 'audio' is empty"),
+    ],
+)
+def test_what_a_row_says_wrong_is_named(tmp_path, header, line, message):
+    with pytest.raises(UserError, match=re.escape(f"t.csv:2: {message}")):
+        read_table(table(tmp_path, "t.csv", f"{header}\n{line}\n"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -171,7 +215,7 @@ class Files:
 def files(monkeypatch):
     """No test below reads a real file."""
     files = Files()
-    monkeypatch.setattr(encode, "read_clip", files)
+    monkeypatch.setattr(clips, "read_clip", files)
     return files
 
 
@@ -349,7 +393,9 @@ def test_a_crash_while_encoding_leaves_no_dataset(tmp_path, monkeypatch):
     codec.audio = type("Broken", (Codec.audio,), {"encode": staticmethod(fail)})
     with pytest.raises(RuntimeError, match="out of memory"):
         prepare(tmp_path, ["b0.mp4"], codec=codec)
-    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert not (tmp_path / "set").exists()
+    prepare(tmp_path, ["b0.mp4"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "t.csv"]
 
 
 def test_the_same_settings_reuse_the_dataset(tmp_path, capsys, files):
@@ -406,20 +452,20 @@ def test_impossible_settings_are_refused_by_name(tmp_path, change, message, file
 
 def reader(folder, names, **options):
     rows = [Row(name, folder / name, "") for name in names]
-    return ClipReader(rows, CONFIG, sample_rate=1600, latents_per_second=25, **options)
+    return ClipReader(rows, CONFIG, Rates(1600, 25, (4, 8, 8)), **options)
 
 
 def test_a_second_pass_gives_the_same_clips_without_reading_again(tmp_path, files):
     names = [f"{'bx'[i % 3 == 2]}{i}.mp4" for i in range(60)]
     clips = reader(tmp_path, names)
     first = list(clips)
-    assert [index for index, _ in first] == [i for i in range(60) if i % 3 != 2]
-    assert sorted(clips.bad) == [i for i in range(60) if i % 3 == 2]
+    assert [sample.item.row for sample in first] == [i for i in range(60) if i % 3 != 2]
+    assert sorted(row for row, _ in clips.failures) == [i for i in range(60) if i % 3 == 2]
     assert sorted(files.reads) == sorted(names)
     second = list(clips)
     assert sorted(files.reads) == sorted(names)
-    for (i, a), (j, b) in zip(first, second, strict=True):
-        assert i == j
+    for a, b in zip(first, second, strict=True):
+        assert a.item == b.item
         np.testing.assert_array_equal(a.video, b.video)
         np.testing.assert_array_equal(a.audio, b.audio)
 
@@ -432,5 +478,5 @@ def test_clips_beyond_the_memory_limit_are_read_again(tmp_path, files):
     files.reads.clear()
     second = list(clips)
     assert sorted(files.reads) == names[2:]
-    for (_, a), (_, b) in zip(first, second, strict=True):
+    for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.video, b.video)

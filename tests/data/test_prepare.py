@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import film
+import matplotlib.image
 import numpy as np
 import pytest
 
 from ltx2_jax import prepare
+from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.media.media import Clip, read_clip
@@ -85,7 +87,7 @@ def test_a_second_run_reports_the_dataset_and_what_was_skipped(clips, dataset, c
 
 
 def test_clips_that_changed_since_are_not_passed_over(clips, tmp_path, capsys):
-    """Whether they were missing, unreadable or other films; those that are gone do not matter."""
+    """Those that were missing are added, other films refused; those that are gone do not matter."""
     (tmp_path / "c.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\n")
     command = [str(tmp_path / "c.csv"), str(tmp_path / "set"), *SIZE, *CHANNELS]
     shutil.copy(clips / "0.mp4", tmp_path / "a.mp4")
@@ -93,9 +95,7 @@ def test_clips_that_changed_since_are_not_passed_over(clips, tmp_path, capsys):
     assert "skipped b.mp4: no such file" in capsys.readouterr().out
     assert prepare.cli(command) == 0
     shutil.copy(clips / "1.mp4", tmp_path / "b.mp4")
-    assert prepare.cli(command) == 2
-    assert "b.mp4 was not there when this dataset was made" in capsys.readouterr().err
-    assert prepare.cli([*command, "--overwrite"]) == 0
+    assert prepare.cli(command) == 0  # it is there by now
     assert "2 records" in capsys.readouterr().out
     os.utime(tmp_path / "b.mp4", (0, 0))
     assert prepare.cli(command) == 0
@@ -159,14 +159,61 @@ def test_a_released_text_encoder_makes_its_features(clips, tmp_path):
     assert "audio_text" not in records.schema.fields
     # On the same devices, in the same batches: the order of bfloat16 sums depends on both.
     encoder = load_caption_encoder(records.text_encoder_path, make_mesh())
-    found = caption_features(encoder, [record["caption"] for record in records])["video_text"]
-    np.testing.assert_array_equal([record["video_text"] for record in records], found)
+    captions = [*(f"noise number {i}" for i in range(4)), *["nothing"] * 12]
+    found = caption_features(encoder, captions)["video_text"]
+    np.testing.assert_array_equal([record["video_text"] for record in records], found[:3])
+
+
+def test_films_of_all_sorts_become_one_dataset(tmp_path, capsys):
+    """Two sizes, windows of a long film, a silent one, an image and sound alone; then a look."""
+    film.write_film(tmp_path / "wide.mp4", film.numbered(25, 32, 64), tones=[440])
+    film.write_film(tmp_path / "tall.mp4", film.numbered(10, 64, 32), tones=[440])
+    film.write_film(tmp_path / "silent.mp4", film.numbered(9, 64, 32))
+    matplotlib.image.imsave(tmp_path / "still.png", film.plain((9, 200, 30), 1)[0])
+    read_clip(tmp_path / "wide.mp4").save(tmp_path / "hum.wav")
+    (tmp_path / "t.csv").write_text(
+        "video,audio,caption\nwide.mp4,,a\ntall.mp4,,b\nsilent.mp4,,b\nstill.png,,c\n,hum.wav,d\n"
+    )
+    out = tmp_path / "set"
+    sizes = ["--buckets", "32x16x9;16x32x9;16x16x1", "--stride", "8", "--incomplete"]
+    command = [str(tmp_path / "t.csv"), str(out), *sizes, *CHANNELS, "--text-length", "8"]
+    assert prepare.cli([*command, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "3 clips of 32x16x9" in told
+    assert "7 clips of 5 rows" in told
+    assert not out.exists()
+    assert prepare.cli(command) == 0
+    capsys.readouterr()
+    records = open_records(out)
+    assert [(r["source"], r.get("video", np.zeros(())).shape[:3]) for r in records] == [
+        *[("wide.mp4", (3, 2, 4))] * 3,
+        *[(name, (3, 4, 2)) for name in ("tall.mp4", "silent.mp4")],
+        ("still.png", (1, 2, 2)),
+        ("hum.wav", ()),
+    ]
+    assert ["audio" in record for record in records] == [*[True] * 4, False, False, True]
+    # The windows of a film are its parts: frame 8 k is where window k begins.
+    codec = LinearCodec.load(records.codec_path)
+    for window in range(3):
+        image = np.asarray(codec.video.decode(records[window]["video"][None]))[0, 0]
+        assert round(((image.mean() + 1) * 127.5 - 40) / 8) == 8 * window
+    batches = list(make_dataset(out, batch_size=2, seed=0, num_steps=20, threads=0))
+    assert {b["video"].shape[1:4] for b in batches if "video" in b} == {
+        (3, 2, 4), (3, 4, 2), (1, 2, 2),
+    }  # fmt: skip
+    assert prepare.cli(["--verify", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    told = capsys.readouterr().out
+    assert "7 records read, 0 faults" in told
+    assert "2 records without audio" in told
+    assert "1 records without video" in told
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--num-frames", "10"], "num_frames"),
+        (["--buckets", "16x16x9"], "--num-frames, --height, --width: --buckets says the sizes"),
         (["--height", "20"], "height"),
         (["--height", "9", "--video-strides", "4,9,8"], "needs even sizes; height 9 x width 16"),
         (["--num-frames", "81"], "none of the 5 clips can be used; the first: 0.mp4: 81 frames"),
@@ -195,6 +242,19 @@ def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
         prepare.cli(command)
     assert stop.value.code == 2
     assert change[0] in capsys.readouterr().err
+
+
+def test_what_is_to_be_made_must_be_said(clips, tmp_path, capsys):
+    table = str(clips / "captions.csv")
+    for flags, message in (
+        ([table, "out"], "--num-frames: give the size of the clips, or --buckets"),
+        ([table, "out", *SIZE[:4]], "--width: give the size"),
+        ([table, *SIZE], "OUT: give the folder to make"),
+        ([table, "out", *SIZE, "--sheet", "a.png"], "--sheet: only with --inspect or --verify"),
+        ([table, "out", "--buckets", "16x16"], "bucket '16x16': not width x height x frames"),
+    ):
+        assert prepare.cli(flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

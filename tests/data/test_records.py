@@ -345,9 +345,12 @@ def test_content_hash_ignores_the_order_of_metadata_and_sees_every_value(tmp_pat
 
 
 def test_a_dataset_of_the_version_before_is_read(tmp_path):
-    """Its words for the release of latents and of text features were others."""
+    """Its clips had one size, and its words for the release of latents and text were others."""
     index = write(tmp_path / "set") / "dataset.json"
     contents = json.loads(index.read_text())
+    contents["version"] = 2
+    (bucket,) = contents["schema"].pop("buckets")
+    contents["schema"] |= bucket
     for part in (contents["schema"], contents["settings"]):
         part |= {"generation": "linear", "text_generation": "random"}
         part.pop("release", None), part.pop("text_release", None)
@@ -355,3 +358,28 @@ def test_a_dataset_of_the_version_before_is_read(tmp_path):
     opened = open_records(tmp_path / "set")
     assert (opened.schema.release, opened.schema.text_release) == ("linear", "random")
     assert opened.settings["release"] == "linear"
+    assert opened.schema == make_schema(make_record(0))
+    for index, record in enumerate(opened):
+        assert_same(record, make_record(index))
+
+
+def test_records_of_several_sizes_say_which_they_have(tmp_path):
+    large, small = make_record(0), make_record(1)
+    small["video"] = small["video"][:2]
+    sizes = [make_schema(record).buckets[0] for record in (large, small)]
+    known = {name: getattr(make_schema(large), name) for name in (
+        "release", "text", "text_release", "codec", "codec_hash", "text_encoder",
+        "text_encoder_hash")}  # fmt: skip
+    with RecordWriter(tmp_path / "set") as writer:
+        writer.start(Schema.of_buckets(sizes, **known))
+        for record, size in ((small, 1), (large, 0), (small, 1)):
+            writer.write(record, size)
+        with pytest.raises(UserError, match=r"field 'video' is float32\[2, 2, 2, 4\]"):
+            writer.write(small, 0)
+    opened = open_records(tmp_path / "set")
+    assert opened.buckets.tolist() == [1, 0, 1]
+    assert opened.schema.buckets == tuple(sizes)
+    assert_same(opened[2], small)
+    (tmp_path / "set" / "table.safetensors").write_bytes(blobs.serialize({"bucket": np.array([0])}))
+    with pytest.raises(UserError, match=r"table\.safetensors: damaged: not a size for each of 3"):
+        open_records(tmp_path / "set")

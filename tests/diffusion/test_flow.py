@@ -56,7 +56,8 @@ def test_conversions_keep_the_dtype_but_compute_in_float32():
     x, v = pair(jnp.bfloat16)
     got = flow.to_x0(x, v, 0.7)
     assert got.dtype == flow.noised(x, v, 0.7).dtype == jnp.bfloat16
-    assert flow.velocity_target(x, v).dtype == jnp.float32
+    assert flow.velocity_target(x, v).dtype == jnp.bfloat16
+    assert flow.velocity_target(x, v.astype(jnp.float32)).dtype == jnp.float32
     exact = np.asarray(x, np.float32) - np.asarray(v, np.float32) * np.float32(0.7)
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 

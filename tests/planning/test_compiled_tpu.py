@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ltx2_jax.planning.compiled.facts import program_facts
+from ltx2_jax.planning.compiled.facts import describe, program_facts
 from ltx2_jax.planning.compiled.memory import compile_or_overflow
 from ltx2_jax.planning.topology import tpu_devices
 from ltx2_jax.sharding import make_mesh
@@ -207,6 +207,34 @@ def test_weights_are_gathered_by_gathers_however_the_mesh_lies_on_the_torus(size
     (row,) = facts["collectives"]
     assert row["axes"] == ["data", "sequence"]
     assert row["group"] == sizes[0] * sizes[2]
+
+
+def test_between_slices_gradients_cross_in_the_backward_pass_alone():
+    """Whole weights on every slice: a device sends its shard's gradient, and nothing in between."""
+    mesh = make_mesh(devices=tpu_devices("2xv5p:2x2x1"))
+    layers, width, hidden, both = 3, 256, 512, ("slice", "data")
+
+    def layer(x, w):
+        gather = lambda name: jax.sharding.reshard(w[name].astype(jnp.bfloat16), P())  # noqa: E731
+        first, second = gather("in"), gather("out")
+        h = jax.nn.gelu(jnp.einsum("bd,df->bf", x, first))
+        return x + jnp.einsum("bf,fd->bd", h, second, out_sharding=P(both, None)), None
+
+    def loss(params, x):
+        with jax.named_scope("layers"):
+            return jnp.mean(jax.lax.scan(layer, x, params)[0].astype(jnp.float32) ** 2)
+
+    shapes = {"in": (layers, width, hidden), "out": (layers, hidden, width)}
+    params = {n: array(mesh, s, None, "data", None, dtype=jnp.float32) for n, s in shapes.items()}
+    compiled = compile_for(mesh, jax.grad(loss), params, array(mesh, (256, width), both, None))
+    facts = program_facts(compiled, mesh)
+    sent = facts["between_slices"]
+    assert sent["bytes"] == 2 * layers * width * hidden * 2 / 4  # bfloat16, a fourth each
+    assert sent["forward"] == 0 < sent["backward"] <= sent["bytes"]
+    assert sent["seconds"] == pytest.approx(sent["bytes"] / (0.9 * 50e9 / 8))  # 50 Gbit/s a chip
+    gathered = [row for row in facts["collectives"] if row["kind"] == "all-gather"]
+    assert {tuple(row["axes"]) for row in gathered} == {("data",)}
+    assert "GiB sent per device" in describe(facts, "a step")
 
 
 def test_a_product_that_is_scattered_as_it_is_made_counts_every_round():

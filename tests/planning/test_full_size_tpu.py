@@ -79,6 +79,25 @@ def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
     assert calls["fwd"] == calls["dkv"] > 0
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradients_alone_cross_between_slices_and_once_a_step(chunks):
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=4),
+        data=dataclasses.replace(CONFIG.data, batch_size=8 * chunks),
+        optim=dataclasses.replace(CONFIG.optim, accumulate_steps=chunks),
+    )
+    mesh = sharding.make_mesh(devices=tpu_devices("2xv5p:2x2x1"))
+    lowered, state = programs.train_program(config, REQUEST, mesh)
+    sent = program_facts(lowered.compile(), mesh)["between_slices"]
+    # In float32, each shard of a slice; of two slices, either sends as much as it holds.
+    shard = sharding.bytes_per_chip(state["params"])
+    assert shard <= sent["bytes"] <= 1.1 * shard
+    assert sent["forward"] == 0
+    assert (sent["backward"] > 0) == (chunks == 1)
+    assert sharding.replicated(state, 2**20) == []
+
+
 def test_the_sampler_keeps_its_weights_and_sends_little():
     """On a v7x, which would like some weights in another layout."""
     mesh = sharding.make_mesh(2, 2, 2, devices=tpu_devices("tpu7x:2x2x1"))

@@ -1,5 +1,7 @@
 """Times of collectives against sums done by hand: links, rings, lines, switches."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,24 @@ def test_on_a_switch_every_device_has_all_its_links():
     assert ideal("all-gather", GB, range(8), net) == pytest.approx(GB * 7 / 8 / (450 * GB))
     assert ideal("all-to-all", GB, range(8), net) == pytest.approx(GB * 7 / 8 / (450 * GB))
     assert ideal("collective-permute", GB, (0, 5), net) == pytest.approx(GB / (450 * GB))
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "sent"),
+    [
+        ("all-reduce", 2, 1),
+        ("all-reduce", 4, 1.5),
+        ("all-gather", 4, 3),
+        ("reduce-scatter", 4, 0.75),
+        ("collective-permute", 2, 1),
+    ],
+)
+def test_slices_talk_at_the_rate_of_a_chip_of_their_hosts(kind, slices, sent):
+    net = network("v7x", (4, 4, 4))
+    crossing = dataclasses.replace(collective(kind, GB, range(slices)), axes=("slice",))
+    rate = 100e9 / 8 / 2  # 100 Gbit/s a chip, for its two devices
+    assert seconds(crossing, net, ideal=True) == pytest.approx(sent * GB / rate)
+    assert seconds(crossing, net, ideal=False) == pytest.approx(sent * GB / rate / EFFICIENCY)
 
 
 def test_practical_links_are_slower_and_take_a_while_to_start():

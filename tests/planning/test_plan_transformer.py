@@ -169,6 +169,7 @@ def test_stricter_policies_need_less_memory():
     [
         ("", "v5p:4x4x4", 121),
         (":v5p256", "v5p:4x4x8", 121),
+        (":v5p512", "v5p:4x8x8", 121),
         (":v6e256", "v6e:16x16", 121),
         (":v7x128", "tpu7x:4x4x4", 121),
         (":20s", "v5p:8x8x8", 481),
@@ -215,6 +216,28 @@ def test_a_search_in_too_little_memory_says_the_least(monkeypatch):
         search.search_plans(CONFIG, REQUEST, "v5e:2x2", compiled=1)
 
 
+def test_two_slices_take_a_batch_each_and_send_each_other_gradients():
+    where, two = topology.slice_of("v5p:4x4x4"), topology.slice_of("2xv5p:4x4x4")
+    preset = config.load(f"{Path(__file__).parents[2]}/configs/ltx2_19b.py")
+    double = changes.changed(preset, {"data.batch_size": 128})
+    request = programs.request_of(preset)
+    one, both = (
+        estimate.estimate(c, request, changes.mesh_of(c, w), w.chip)
+        for c, w in ((preset, where), (double, two))
+    )
+    assert dict(changes.mesh_of(double, two).shape) == {
+        "slice": 2, "data": 64, "model": 1, "sequence": 1
+    }  # fmt: skip
+    assert (both.state, both.saved, both.compute) == (one.state, one.saved, one.compute)
+    parameters = flops.total_parameters(preset.model)
+    # In float32; of two slices, either sends what it holds. The connectors' are the rest.
+    sent = 4 * parameters / 64
+    assert both.between_slices == pytest.approx(sent / (0.9 * 50e9 / 8), rel=0.05)
+    assert one.between_slices == 0
+    with pytest.raises(UserError, match="64 is not a multiple of 2 slices x mesh"):
+        checks.check_batch(preset, changes.mesh_of(preset, two))
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -240,6 +263,10 @@ def test_without_the_compiler_arithmetic_is_printed(command):
     assert code == 0
     assert "estimate       peak" in out
     assert "the TPU compiler is not installed" in out
+    assert "between slices" not in out
+    code, out, _ = command("--topology=2xv5p:2x2x2")
+    assert code == 0
+    assert "between slices" in out
     code, out, _ = command("--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--json")
     assert code == 0
     facts = json.loads(out)
@@ -276,6 +303,13 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--config.model.context_dim=7"],
          "but model.context_dim=7"),
         (["--topology=v5p:2x2x2", "--nonsense"], "unknown flag --nonsense"),
+        (["--topology=0xv5p:2x2x2"], "0 slices; a name asks for 1 to 256, as 2xv5p:4x4x4; slices "),
+        (["--topology=2xv5p:3x3x3"], "sizes are 1, 2 or a multiple of 4; slices are v5p:2x2x1, "),
+        (["--topology=2xv5p:2x2x1", "--config.mesh.slices=3"], "slices=3, but 2xv5p:2x2x1 is 2: "),
+        (["--topology=2xv5p:2x2x2", "--mesh=2,2,4"], "the 8 devices of each of the 2 slices"),
+        (["--topology=8xv5p:2x2x2"], "batch_size=8 is not a multiple of 8 slices x mesh.data=2"),
+        (["--topology=v5p:2x2x2", "--hosts", "--search"], "--search tries all meshes: leave --ho"),
+        (["--topology=v5p:2x2x2", "--hosts", "--what=sample"], "--hosts is not of --what=sam"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(command, flags, message):

@@ -48,6 +48,35 @@ def test_an_asynchronous_collective_hides_behind_what_runs_before_it_is_awaited(
     assert exposed["step"] == pytest.approx(COMPUTE + GATHER)
 
 
+def test_what_crosses_between_slices_hides_behind_what_runs_before_the_answer():
+    """A send to the host's runtime and a receive from it are one collective, here of 4 MiB."""
+    part, end = "f32[1024,1024]{1,0}", "token[]"
+    runtime = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale'
+        '_runtime",_xla_host_transfer_rendezvous="sum_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    start = (
+        f"%t = {end} after-all()",
+        f"%send = ({part}, u32[], {end}) send(%s, %t), channel_id=1, {runtime}",
+        f"%recv = ({part}, u32[], {end}) recv(%t), channel_id=2, {runtime}",
+        f"%sent = {end} send-done(%send), channel_id=1, {runtime}",
+    )
+    answer = f"%got = ({part}, {end}) recv-done(%recv), channel_id=2, {runtime}"
+    work = f"%d = {WIDE} {DOT}"
+    chip = CHIPS["v5p"]
+    crossing, busy = 2**22 / (50e9 / 8), 2 * 4096**3 / chip.flops
+
+    def times(*lines):
+        arguments = (f"%a = {WIDE} parameter(0)", f"%s = {part} parameter(1)")
+        module = program(*arguments, *lines, f"ROOT %r = {WIDE} copy-done(%a)")
+        return roofline(module, {"slice": 2, "data": 2}, Network(chip, None))["ideal"]
+
+    hidden, exposed = times(*start, work, answer), times(*start, answer, work)
+    assert hidden["interconnect"] == exposed["interconnect"] == pytest.approx(crossing)
+    assert hidden["waited"] == pytest.approx(crossing - busy, rel=0.1)
+    assert exposed["waited"] == pytest.approx(crossing, rel=0.01)
+
+
 def test_a_copy_to_the_host_is_as_slow_as_its_bus():
     there = f"{WIDE[:-1]}:S(5)}}"
     start = f"%h = ({there}, {WIDE}, u32[]) copy-start(%a)"

@@ -38,6 +38,8 @@ def requests(monkeypatch):
             "v4:2x2x1",
             {"wrap": (False, False, False), "chip_config_name": "megacore"},
         ),
+        ("2xv5p:2x2x2", "v5p:2x2x2", {"wrap": (False, False, False), "num_slices": 2}),
+        ("1xv6e:2x4", "v6e:2x4", {"wrap": (False, False, False)}),
         (
             "v6e:1x1",
             "v6e:1x1",
@@ -50,7 +52,7 @@ def test_a_slice_is_asked_for_as_it_is_wired(requests, name, asked, options):
     assert requests == [{"platform": "tpu", "topology_name": asked, **options}]
 
 
-@pytest.mark.parametrize("name", ["v9:1x1", "", "tpu", "6e:2x4"])
+@pytest.mark.parametrize("name", ["v9:1x1", "", "tpu", "6e:2x4", "2xv9:1x1", "2x", "2v5p:2x2x1"])
 def test_an_unknown_generation_shows_slices_of_every_one(requests, name):
     with pytest.raises(UserError, match=r"no such slice; .*v5p:2x2x2.*v6e:4x8.*tpu7x:") as raised:
         topology.tpu_devices(name)
@@ -58,7 +60,7 @@ def test_an_unknown_generation_shows_slices_of_every_one(requests, name):
     assert not requests
 
 
-@pytest.mark.parametrize("name", ["v5p-8", "v5p", "v5p:4", "v5p:2x2x1\n", "v5p:axbxc"])
+@pytest.mark.parametrize("name", ["v5p-8", "v5p", "v5p:4", "v5p:2x2x1\n", "v5p:axbxc", "2xv5p-8"])
 def test_a_wrong_shape_lists_the_slices_of_its_generation(requests, name):
     with pytest.raises(UserError, match=r"no such slice; slices are v5p:2x2x1, .*v5p:16x16x24$"):
         topology.tpu_devices(name)
@@ -70,6 +72,22 @@ def test_chips_come_in_powers_of_two_and_cubes(requests, name):
     with pytest.raises(UserError, match=r"sizes are 1, 2 or a multiple of 4; slices are v"):
         topology.tpu_devices(name)
     assert not requests
+
+
+@pytest.mark.parametrize("name", ["0xv5p:2x2x1", "257xv5p:2x2x1", "9999999xv5p:2x2x1"])
+def test_so_many_slices_are_not_to_be_had(requests, name):
+    count = name.partition("x")[0]
+    with pytest.raises(UserError, match=f"{count} slices; a name asks for 1 to 256.*; slices are"):
+        topology.tpu_devices(name)
+    assert not requests
+
+
+def test_several_slices_are_one_name():
+    two = topology.slice_of("2xv7x:2x2x1")
+    assert (two.name, two.count, two.shape, two.devices) == ("2xtpu7x:2x2x1", 2, (2, 2, 1), 16)
+    assert topology.slice_of("1xv5p:2x2x1") == topology.slice_of("v5p:2x2x1")
+    with pytest.raises(UserError, match="--topology=2xv5p:2x2x1: --what=vae runs on one slice"):
+        topology.one_slice("2xv5p:2x2x1", "vae")
 
 
 def test_a_slice_has_as_many_sizes_as_its_network_dimensions(requests):

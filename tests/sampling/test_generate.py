@@ -127,8 +127,8 @@ def test_what_is_computed_before_the_loop_changes_no_velocity(change):
     drawn = draw(jax.random.key(1), tiny.batch(2), config, tiny.STRIDES)
     text = tiny.batch(2)
     streams = [
-        as_modality(drawn["video"], text["video_text"], None, None),
-        as_modality(drawn["audio"], text["audio_text"], None, None),
+        as_modality(drawn["video"], text["video_text"], None),
+        as_modality(drawn["audio"], text["audio_text"], None),
     ]
 
     @jax.jit

@@ -126,7 +126,7 @@ def test_sampling_and_training_put_tokens_in_the_same_places():
     for modality, name in zip(
         programs.modalities(Model(), REQUEST, text(1)), ("video", "audio"), strict=True
     ):
-        np.testing.assert_array_equal(modality.positions, drawn[name].positions)
+        np.testing.assert_array_equal(modality.positions, drawn[name].conditions.positions)
 
 
 def test_models_without_the_embedding_get_no_keyframes():

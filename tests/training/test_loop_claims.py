@@ -18,7 +18,7 @@ from resume_config import get_config
 from ltx2_jax.config import CheckpointConfig, OptimConfig, SampleConfig
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.schema import Field, Schema
-from ltx2_jax.errors import UserError
+from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, checks, loop
@@ -176,19 +176,40 @@ def test_clips_are_made_once_on_the_way_and_are_no_step_time(run):
 # ------------------------------------------------------------------------------ a run that is lost
 
 
+STRICT = OptimConfig(max_bad_steps=1)
+
+
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_loss_that_is_not_finite_ends_the_run_one_step_later(run, name):
     run.bad = {3: {name: float("nan")}}
-    with pytest.raises(UserError, match=f"{name} is nan at step 3: lower"):
-        run(num_steps=100, checkpoint=NEVER)
+    with pytest.raises(DivergedError, match=f"{name} is nan at step 3: lower"):
+        run(num_steps=100, checkpoint=NEVER, optim=STRICT)
     assert len(run.taken) <= 4
     assert not run.disk.saved
+
+
+def test_a_few_bad_steps_are_named_with_their_clips_and_too_many_in_a_row_end_the_run(run, capsys):
+    bad = {"grad_norm": float("nan")}
+    run.bad = {2: bad, 4: bad, 5: bad}
+    optim = OptimConfig(max_bad_steps=3)
+    _, step = run(num_steps=6, checkpoint=NEVER, optim=optim)
+    assert step == 6
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed nothing" in line]
+    assert said[1] == (
+        "step 4 changed nothing: loss 2, grad_norm nan; 2 such steps so far; its clips: "
+        "0, 1, 2, 3, 4, 5, 6, 7"
+    )
+    assert [row["step"] for row in run.rows if row["grad_norm"] is None] == [2, 4, 5]
+    run.bad[6] = bad
+    with pytest.raises(DivergedError, match="grad_norm is nan at step 6: lower") as caught:
+        run(num_steps=9, checkpoint=NEVER, optim=optim)
+    assert caught.value.exit_code == 3
 
 
 def test_what_is_not_finite_is_never_saved(run):
     run.bad = {4: {"loss": float("inf")}}
     with pytest.raises(UserError, match="loss is inf at step 4: lower"):
-        run(num_steps=9, checkpoint=EVERY_2)
+        run(num_steps=9, checkpoint=EVERY_2, optim=STRICT)
     assert list(run.disk.saved) == [2]
     run.bad, run.broken = {}, {4: np.inf}
     with pytest.raises(UserError, match="a weight is not finite at step 4: lower"):
@@ -199,7 +220,7 @@ def test_what_is_not_finite_is_never_saved(run):
 def test_a_checkpoint_that_fails_at_once_is_named(run):
     run.bad = {4: {"loss": float("nan")}}
     with pytest.raises(UserError, match=r"at step 4, the first from .* remove run/checkpoints/3, "):
-        run(3, num_steps=9, checkpoint=NEVER)
+        run(3, num_steps=9, checkpoint=NEVER, optim=STRICT)
     run.bad, run.broken = {}, {4: np.nan}
     with pytest.raises(UserError, match=r"at step 4, the first from .* remove run/checkpoints/3, "):
         run(3, num_steps=9, checkpoint=EVERY_2)
@@ -231,7 +252,7 @@ class Training:
         self.wait = note("wait")
         loop.train(self.config, self.make_clips)
 
-    def opened(self, workdir, keep):
+    def opened(self, workdir, keep, **_):
         self.events.append(("open", (str(workdir), keep), {}))
         return self
 
@@ -270,7 +291,8 @@ def test_a_run_that_was_stopped_makes_no_clips_and_says_how_it_goes_on(
     training = Training(monkeypatch, tmp_path, latest=None, reached=4)
     assert not training.of("clips")
     assert training.of("wait")
-    assert capsys.readouterr().out == "stopped and saved at step 4; the same command resumes\n"
+    output = capsys.readouterr().out
+    assert output.startswith("stopped and saved at step 4; the same command resumes\ngoodput ")
 
 
 @pytest.mark.parametrize(("latest", "start"), [(None, 0), (6, 6)])
@@ -402,7 +424,7 @@ def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(loop.hosts, "index", lambda: 1)
     run(num_steps=3, checkpoint=EVERY_2)
     assert list(run.disk.saved) == [2, 3]  # of which every process writes its shards
     loop.keep_assets(MagicMock(), tmp_path / "assets")
@@ -455,8 +477,8 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fields": {"video": np.zeros((5, 3, 2, 9))}}, "9 video and 8 audio channels"),
-        ({"fields": {"audio": np.zeros((11, 2, 8))}}, "8 video and 16 audio channels"),
+        ({"fields": {"video": np.zeros((5, 3, 2, 9))}}, "9 video channels"),
+        ({"fields": {"audio": np.zeros((11, 2, 8))}}, "16 audio channels"),
         ({"fields": {"video_text": np.zeros((16, 25))}}, "video_text is"),
         ({"fields": {"audio_text": np.zeros((16, 24))}}, "audio_text is"),
         ({"fields": {"audio_text": None}}, r"video_text is \(16, 24\), \(16, 16\)"),

@@ -1,14 +1,18 @@
 """The metrics files of a run, whole and interrupted."""
 
+import errno
 import json
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import fake_bucket
 import pytest
 
+from ltx2_jax import files
 from ltx2_jax.errors import UserError
 from ltx2_jax.training import metrics
+from ltx2_jax.training.goodput import Goodput
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer, read_metrics
 
 
@@ -168,3 +172,79 @@ def test_other_work_between_steps_is_not_step_time():
     step.restart()
     assert step.tick() == {}
     assert step.tick()["step_time"] == 1.0
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield from fake_bucket.serve(monkeypatch)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_in_a_bucket_rows_are_there_at_the_end_and_a_resumed_run_goes_on(bucket, tmp_path):
+    run("gs://bucket/killed", 1, 6)
+    run("gs://bucket/killed", 5, 8)
+    run(tmp_path / "unbroken", 1, 8)
+    rows = bucket.objects["bucket/killed/metrics.jsonl"][0]
+    assert rows == (tmp_path / "unbroken" / "metrics.jsonl").read_bytes()
+    assert read_metrics("gs://bucket/killed") == read_metrics(tmp_path / "unbroken")
+    assert read_metrics("gs://bucket/none") == []
+
+
+def test_in_a_bucket_rows_of_a_run_that_failed_are_there_too(bucket):
+    def fail():
+        with MetricsLogger("gs://bucket/run", total_steps=2) as logger:
+            logger.log(1, {"loss": 1.0})
+            assert not bucket.objects
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        fail()
+    assert read_metrics("gs://bucket/run") == [{"step": 1, "loss": 1.0}]
+
+
+class FullDisk:
+    name = "metrics.jsonl"
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        self.write("what is in its buffer")
+
+
+def test_a_full_disk_is_told_once_and_ends_no_run(tmp_path, capsys):
+    with MetricsLogger(tmp_path, total_steps=9) as logger:
+        logger.log(1, {"loss": 1.0})
+        logger._file.close()
+        logger._file = FullDisk()
+        for step in (2, 3):
+            logger.log(step, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    error = capsys.readouterr().err
+    assert error.count("metrics.jsonl: a row cannot be written (No space left on device)") == 1
+
+
+def test_a_full_disk_keeps_no_account_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files.os, "replace", lambda *_: FullDisk().write(""))
+    with Goodput(tmp_path, 9) as spent:
+        for _ in range(3):
+            spent.write()
+    assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 1
+    with pytest.raises(RuntimeError, match="diverged"), Goodput(tmp_path, 9):
+        raise RuntimeError("diverged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_of_tensorboard_that_has_died_is_left_alone(tmp_path, monkeypatch):
+    """Its queue would take ten values and then stop the training."""
+    module = ModuleType("tensorboardX")
+    writer = FakeWriter("", 0)
+    worker = SimpleNamespace(is_alive=lambda: not writer.scalars)
+    writer.file_writer = SimpleNamespace(event_writer=SimpleNamespace(_worker=worker))
+    module.SummaryWriter = lambda *_, **__: writer
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    run(tmp_path, 1, 9)
+    assert writer.scalars == [("loss", 1.0, 1)]
+    assert not writer.closed  # which would wait for it

@@ -72,7 +72,7 @@ def test_killed_stopped_and_on_another_mesh_the_run_goes_on(uninterrupted, tmp_p
     workdir = seeded(uninterrupted, tmp_path)
     # Step 9 is logged while the checkpoint of step 8 is written.
     command(workdir, "9,SIGKILL", code=-signal.SIGKILL)
-    output = command(workdir, "10,SIGTERM")
+    output = command(workdir, "10,SIGTERM", code=143)
     assert re.search(r"steps [48] to 16 ", output)
     stopped = int(re.search(r"stopped and saved at step (\d+);", output)[1])
     assert 10 <= stopped <= 12

@@ -102,12 +102,12 @@ def test_given_first_frames_are_clean_and_not_learned():
     drawn = draw(jax.random.key(0), on_mesh(tiny.batch()), config, tiny.STRIDES)
     video = drawn["video"]
     first = np.arange(16) < 8  # two latent frames of 2 x 4 tokens
-    np.testing.assert_array_equal(video.clean, np.tile(first, (8, 1)))
-    modality = as_modality(video, None, None, None)
+    np.testing.assert_array_equal(video.given, np.tile(first, (8, 1)))
+    modality = as_modality(video, None, None)
     np.testing.assert_array_equal(modality.latent[:, :8], video.x0[:, :8])
     assert not np.array_equal(modality.latent[:, 8:], video.x0[:, 8:])
     # The network is told which they are, and one noise level of all others.
-    np.testing.assert_array_equal(modality.clean, video.clean)
+    np.testing.assert_array_equal(modality.clean, video.given)
     np.testing.assert_array_equal(modality.timesteps[:, 0], video.sigma)
     np.testing.assert_array_equal(modality.sigma, video.sigma)
     np.testing.assert_array_equal(learned_mask(video), np.tile(~first, (8, 1)))

@@ -20,7 +20,7 @@ from ltx2_jax.models.layers import FeedForward, parameter, rms_norm
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.rope import Rope, rope_tables
 from ltx2_jax.models.transformer.attention import Attention
-from ltx2_jax.sharding import axis_size, pin, spec
+from ltx2_jax.sharding import axis_size, on_shards, pin
 
 TOKENS = "text_tokens"
 LEAD = ("batch", TOKENS)
@@ -170,6 +170,10 @@ def valid_first(mask: Array) -> tuple[Array, Array]:
 
 
 def _reorder(x: Array, order: Array) -> Array:  # [B, S, D], [B, S] -> [B, S, D]
-    x = pin(x, *LEAD, None)
-    rows = jnp.arange(x.shape[0])[:, None]
-    return x.at[rows, order].get(out_sharding=spec(*LEAD, None))
+    return on_shards(_reorder_rows, [(*LEAD, None), LEAD], (*LEAD, None))(
+        pin(x, *LEAD, None), pin(order, *LEAD)
+    )
+
+
+def _reorder_rows(x: Array, order: Array) -> Array:  # as `_reorder`, of the rows of one device
+    return x[jnp.arange(x.shape[0])[:, None], order]

@@ -3,6 +3,10 @@
 Bytes are those of the result on one device. A reduce-scatter can stand in the program as what it
 is, or, on TPU, as a fusion of an all-reduce of which each device keeps its share; both count as a
 reduce-scatter. An asynchronous collective runs beside the instructions up to where it is awaited.
+
+Between slices a TPU program has no collective, but hands what it sends to a runtime on its host,
+and receives from it what all slices together have made of that. This counts as the collective that
+the runtime is asked for, over the axis of the slices; its bytes are what the device hands over.
 """
 
 import dataclasses
@@ -16,8 +20,11 @@ import numpy as np
 from ltx2_jax.planning.compiled.execution import Step, in_layer_loop, steps
 from ltx2_jax.planning.compiled.hlo import Computation, Instruction, Module
 from ltx2_jax.planning.compiled.traffic import COLLECTIVES, counted_collectives, finished, share_of
+from ltx2_jax.sharding import SLICE
 
 OP_NAMES = 4  # that a row of the table keeps
+BETWEEN = (SLICE,)  # the axes of what crosses the data-center network
+_RUNTIME = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 Groups = list[list[int]]
 # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 _NAMED_GROUPS = r", replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{(.*?)\}"
@@ -52,6 +59,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
 def collectives_of(module: Module, step: Step, mesh: Mapping[str, int]) -> list[Collective]:
     """Those that one instruction starts: itself, or those fused into it."""
     instruction, found = step.instruction, []
+    if instruction.opcode == "send" and _RUNTIME in instruction.attributes:
+        return [_between_slices(step, mesh)]
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
         found.append((step.computation, instruction, instruction.opcode.endswith("-start")))
     for computation, inner in counted_collectives(module, instruction):
@@ -83,6 +92,26 @@ def _collective(
         members=members,
         asynchronous=step.asynchronous or hidden,
         op_name=instruction.op_name or step.instruction.op_name,
+    )
+
+
+def _between_slices(step: Step, mesh: Mapping[str, int]) -> Collective:
+    """Of a `send` to the runtime of the data-center network."""
+    instruction = step.instruction
+    (sent,) = (operand.shapes[0] for operand in step.computation.operands(instruction)[:1])
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    slices = mesh.get(SLICE, 1)
+    return Collective(
+        kind=kind[1].lower().replace("_", "-") if kind else "collective-permute",
+        dtype=sent.dtype,
+        bytes=sent.bytes,
+        times=step.times,
+        loops=step.loops,
+        axes=BETWEEN,
+        group=slices,
+        members=tuple(range(0, math.prod(mesh.values()), math.prod(mesh.values()) // slices)),
+        asynchronous=True,
+        op_name=instruction.op_name,
     )
 
 

@@ -9,6 +9,7 @@ every loop counted as often as it runs. `execution.py`, `traffic.py`, `collectiv
 import collections
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax
 from ltx2_jax import chips, units
 from ltx2_jax.chips import Chip
 from ltx2_jax.planning.compiled import roofline
-from ltx2_jax.planning.compiled.collectives import collectives, table
+from ltx2_jax.planning.compiled.collectives import BETWEEN, Collective, collectives, table
 from ltx2_jax.planning.compiled.execution import (
     flops,
     head_width,
@@ -26,8 +27,9 @@ from ltx2_jax.planning.compiled.execution import (
     steps,
 )
 from ltx2_jax.planning.compiled.hlo import HBM, Computation, Instruction, Module, parse
-from ltx2_jax.planning.compiled.interconnect import Network
+from ltx2_jax.planning.compiled.interconnect import EFFICIENCY, Network, network_bytes, seconds
 from ltx2_jax.planning.compiled.traffic import finished, hbm_bytes, host_bytes
+from ltx2_jax.sharding import SLICE
 
 GIB = 2**30
 LARGE = 2**24  # bytes of a copied weight that is worth a line
@@ -48,7 +50,8 @@ def program_facts(
     module, axes = parse(compiled.as_text()), dict(mesh.shape)
     devices = list(mesh.devices.flat)
     chip = chip or chips.of_kind(devices[0].device_kind)
-    rows, counts = table(collectives(module, axes)), collections.Counter()
+    moved = collectives(module, axes)
+    rows, counts = table(moved), collections.Counter()
     for row in rows:
         counts[row["kind"]] += row["times"]
     facts = {
@@ -62,8 +65,31 @@ def program_facts(
     if chip is not None:
         network = Network.of(devices, chip)
         facts["chip"] = chip.name
+        if SLICE in axes:
+            facts["between_slices"] = between_slices(moved, network)
         facts["roofline"] = roofline.roofline(module, axes, network, model_flops=model_flops)
     return facts
+
+
+def between_slices(moved: Sequence[Collective], network: Network) -> dict[str, Any]:
+    """What a device sends over the data-center network in one execution, by the table of chips.
+
+    "forward" and "backward" are the bytes in the loops over the layers, by the pass that a loop is
+    of: in the forward pass, what crosses would hold up every layer.
+    """
+    crossing = [c for c in moved if c.axes == BETWEEN]
+    sent = {"bytes": 0.0, "forward": 0.0, "backward": 0.0}
+    for c in crossing:
+        backward = any("transpose(" in loop for loop in c.loops)
+        sent["bytes"] += c.times * network_bytes(c)
+        if in_layer_loop(c.loops):
+            sent["backward" if backward else "forward"] += c.times * network_bytes(c)
+    return {
+        "times": sum(c.times for c in crossing),
+        **sent,
+        "seconds": sum(c.times * seconds(c, network, ideal=False) for c in crossing),
+        "assumed_bytes_per_second": network.chip.device_network * EFFICIENCY,
+    }
 
 
 def module_facts(module: Module) -> dict[str, Any]:
@@ -162,6 +188,7 @@ def describe(facts: dict[str, Any], execution: str) -> str:
         *([f"  host traffic   {host:,.1f} GiB per device"] if host else []),
         *_kernel_lines(facts["kernels"]),
         *_collective_lines(facts["collectives"]),
+        *_between_lines(facts),
         *_copy_lines(facts["weight_copies"]),
         *(
             f"  unknown loop   {loop['name']}: its rounds are not in the program, counted once"
@@ -203,6 +230,20 @@ def _collective_lines(rows: list[dict[str, Any]], most: int = 8) -> list[str]:
         times, size = (sum(row[name] for row in rest) for name in ("times", "bytes"))
         lines.append(f"  {times:20,} {size / GIB:11.3f}  of {len(rest)} more kinds")
     return lines
+
+
+def _between_lines(facts: dict[str, Any]) -> list[str]:
+    if "between_slices" not in facts:
+        return []
+    sent = facts["between_slices"]
+    forward, backward = (sent[name] / GIB for name in ("forward", "backward"))
+    return [
+        f"  between slices {sent['bytes'] / GIB:.3f} GiB sent per device in {sent['times']:,} "
+        f"parts, {_seconds(sent['seconds'])} at an assumed "
+        f"{sent['assumed_bytes_per_second'] / 1e9:.3g} GB/s",
+        f"                 {forward:.3f} GiB of it in the layers' forward pass, {backward:.3f} in "
+        "their backward pass",
+    ]
 
 
 def _copy_lines(copies: list[dict[str, Any]], most: int = 3) -> list[str]:

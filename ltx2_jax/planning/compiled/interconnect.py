@@ -11,8 +11,9 @@ share its links. Then
     collective-permute            the array over one link
 
 on v7x n counts chips, the two cores of a chip share its links, and between the two alone runs a
-link as fast as six. On a switch every device has all its links at once. Not modelled: other
-traffic on the same links, and the data-center network between slices.
+link as fast as six. On a switch every device has all its links at once. Between n slices the same
+parts of an array cross the data-center network, at a device's share of its host's rate. Not
+modelled: other traffic on the same links or network, and the copies to the host and back.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import numpy as np
 
 from ltx2_jax import chips
 from ltx2_jax.chips import Chip
-from ltx2_jax.planning.compiled.collectives import Collective
+from ltx2_jax.planning.compiled.collectives import BETWEEN, Collective
 
 CORE_LINKS = 6  # of a v7x chip's two cores, in links between chips (docs.cloud.google.com, tpu7x)
 EFFICIENCY = 0.9  # of a link's nominal rate that collectives reach (jax-ml.github.io/scaling-book)
@@ -67,11 +68,23 @@ def seconds(collective: Collective, network: Network, *, ideal: bool) -> float:
     """Time of one execution; `ideal` at the links' nominal rate and without latency."""
     if collective.group < 2:
         return 0.0
-    chip = network.chip
-    rate = chip.link * (1.0 if ideal else EFFICIENCY)
+    chip, share = network.chip, 1.0 if ideal else EFFICIENCY
+    if collective.axes == BETWEEN and chip.network:
+        return network_bytes(collective) / chip.device_network / share
+    rate = chip.link * share
     box = _box(collective, network)
     moved = _bytes_per_link(collective, box)
     return float(moved / rate + (0.0 if ideal else HOP_SECONDS * box.hops))
+
+
+def network_bytes(collective: Collective) -> float:
+    """Bytes that a device sends to other slices in one execution."""
+    size, others = collective.bytes, 1 - 1 / collective.group
+    if collective.kind == "all-reduce":
+        return 2 * size * others
+    if collective.kind == "all-gather":  # what the device hands over is its part alone
+        return size * (collective.group - 1)
+    return size * others if collective.kind in ("reduce-scatter", "all-to-all") else float(size)
 
 
 def _bytes_per_link(collective: Collective, box: _Box) -> float:

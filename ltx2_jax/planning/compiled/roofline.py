@@ -190,19 +190,36 @@ def _axes(moved: Iterable[Collective]) -> tuple[str, ...]:
 
 def _started(module: Module, instruction: Instruction) -> str | None:
     """A name for what an instruction leaves running, or None."""
-    if instruction.opcode.endswith("-start"):
+    if instruction.opcode.endswith("-start") or instruction.opcode == "send":
         return instruction.name
     return _chain(module, instruction, "AsyncCollectiveStart")
 
 
 def _awaited(module: Module, computation: Computation, instruction: Instruction) -> str | None:
     """The name of what an instruction waits for, or None."""
+    if instruction.opcode in ("send-done", "recv-done"):
+        return _sent(computation, instruction)
     if instruction.opcode.endswith("-done"):
         start = computation.operands(instruction)[0]
         while start.opcode.endswith("-update"):
             start = computation.operands(start)[0]
         return start.name
     return _chain(module, instruction, "AsyncCollectiveDone")
+
+
+def _sent(computation: Computation, done: Instruction) -> str | None:
+    """The `send` between slices whose answer a `recv-done` waits for; a `send-done` waits not."""
+    for start in computation.operands(done) if done.opcode == "recv-done" else ():
+        rendezvous = _rendezvous(start)
+        for other in computation.instructions if rendezvous else ():
+            if other.opcode == "send" and _rendezvous(other) == rendezvous:
+                return other.name
+    return None
+
+
+def _rendezvous(instruction: Instruction) -> str | None:
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
+    return found and found[1]
 
 
 def _chain(module: Module, fusion: Instruction, target: str) -> str | None:

@@ -54,6 +54,8 @@ def hbm_bytes(
     if opcode == "fusion":
         return _fusion(module, instruction, operands, space)
     results = finished(computation, instruction).shapes
+    if opcode == "send":  # its result is its operand
+        results = ()
     if opcode == "custom-call":
         return _custom_call(instruction, operands, space)
     if opcode in _SLICES:

@@ -1,0 +1,232 @@
+"""What the loop does beside its steps: reads, compiles ahead, traces, collects garbage, replays."""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.compilation_cache import compilation_cache
+
+from ltx2_jax import hosts
+from ltx2_jax.config import Config
+from ltx2_jax.errors import UserError
+from ltx2_jax.files import location
+from ltx2_jax.sharding import sharding_of
+
+# Seconds before a read is tried again.
+RETRIES = (0.5, 1.0, 2.0, 4.0)
+# Steps after which Python looks for garbage.
+COLLECT_EVERY = 100
+
+
+def whole(values: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
+    """Arrays that all hosts have, as global ones that every device has a copy of."""
+    sharding = sharding_of(mesh)
+    return {
+        name: jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+        for name, x in values.items()
+    }
+
+
+# ------------------------------------------------------------------------------------ data
+
+
+class Reader:
+    """Batches of this host, one by one; what cannot be read is tried again."""
+
+    def __init__(
+        self,
+        batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+        position: int,
+        config: Config,
+    ):
+        """`batches` gives an iterator from a position in the sequence of batches on."""
+        self._batches, self.position = batches, position
+        self._iterator, self._seconds = batches(position), config.watchdog.seconds
+        self.waited = self._usual = 0.0
+
+    def next(self, step: int) -> dict[str, np.ndarray]:
+        """The next batch, for `step`.
+
+        Raises:
+          UserError: it cannot be read, nor later.
+        """
+        hosts.progress("data", step, self._seconds)
+        began = time.monotonic()
+        for pause in (*RETRIES, None):
+            try:
+                batch = next(self._iterator)
+                break
+            except StopIteration:
+                raise
+            except Exception as error:
+                # What names a file was looked at: it is damaged, and seldom mends itself.
+                if pause is None or (isinstance(error, UserError) and pause > RETRIES[0]):
+                    text = " ".join(str(error).split())[:300]
+                    raise UserError(f"the data of step {step} cannot be read: {text}") from error
+                time.sleep(pause)
+                self._iterator = self._batches(self.position)
+        self.position += 1
+        self.waited = time.monotonic() - began
+        self._usual = 0.9 * self._usual + 0.1 * self.waited
+        hosts.progress("data", step, self._seconds, data_wait=self._usual)
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What this host put into the batch of a step."""
+
+    ids: tuple[int, ...]  # of its examples, in order of their rows in the global batch
+    numbers: tuple[int, ...]  # these rows
+    position: int  # batches taken so far, with this one
+    waited: float  # seconds
+
+    @classmethod
+    def of(cls, batch: dict[str, np.ndarray], numbers: tuple[int, ...], reader: Reader) -> "Rows":
+        """Of what `reader` has just read."""
+        ids = tuple(int(i) for i in batch.get("id", ()))
+        return cls(ids, numbers, reader.position, reader.waited)
+
+    def waits(self) -> dict[str, float]:
+        """For the log: how long this host waited, and which of all waits longest these days."""
+        found = {"data_wait": self.waited}
+        if hosts.count() > 1 and (slowest := hosts.slowest("data_wait")):
+            found |= {"slowest_host": slowest[0], "slowest_data_wait": slowest[1]}
+        return found
+
+
+# ------------------------------------------------------------------------------------ programs
+
+
+@contextlib.contextmanager
+def programs_kept(config: Config) -> Iterator[None]:
+    """While in context, compiled programs are kept in the workdir, or where the user says."""
+    if not config.compile_cache or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(location(config.workdir) / "compile_cache"))
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def compiled(what: str, config: Config, program: Any, *args: Any) -> Callable[..., Any]:
+    """`program`, jitted, compiled for arguments on every host before any host runs it.
+
+    Hosts that would run other programs are refused: their devices would wait for each other.
+    """
+    if not hasattr(program, "lower"):
+        return program
+    hosts.progress("compile", seconds=config.watchdog.long_seconds)
+    lowered = program.lower(*args)
+    if hosts.count() > 1:
+        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        hosts.same_everywhere({f"the program of {what}": text[:16]})
+    ready = lowered.compile()
+    hosts.barrier(f"compiling {what}", config.watchdog.long_seconds)
+    return ready
+
+
+class Replay:
+    """Runs a step twice, now and then, and compares the results bit by bit."""
+
+    def __init__(self, config: Config, make_step: Callable[..., Any], args: tuple[Any, ...]):
+        """`make_step` makes the jitted step, with `donate=False` one that keeps its state."""
+        self._every = config.check.replay_every
+        if self._every:
+            self._step = compiled("the replayed step", config, make_step(donate=False), *args)
+            # A state twice: the shapes of what is compared.
+            self._same = compiled("the comparison", config, jax.jit(_same_bits), args[0], args[0])
+
+    def before(self, step: int, args: tuple[Any, ...]) -> None:
+        """Replays `step` if it is its turn.
+
+        Raises:
+          LostError: a device computed something else the second time.
+        """
+        if not self._every or step % self._every:
+            return
+        hosts.progress("replay", step)
+        (first, _), (second, _) = self._step(*args), self._step(*args)
+        if self._same(first, second):
+            return
+        parts = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+        mine = any(_differs(a, b) for a, b in parts)
+        found = [p for p, said in enumerate(hosts.gather(str(mine))) if said == "True"]
+        names = ", ".join(map(hosts.name, found)) if hosts.count() > 1 else "this machine"
+        raise hosts.LostError(
+            f"step {step} gave other bits when it was run again, on {names}: a device miscounts; "
+            f"{hosts.AGAIN} from the last checkpoint"
+        )
+
+
+def _same_bits(a: Any, b: Any) -> Array:
+    """Whether all arrays of two trees hold the same: bool []."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.stack([((x == y) | ((x != x) & (y != y))).all() for x, y in pairs]).all()
+
+
+def _differs(a: Array, b: Array) -> bool:
+    """Whether the parts of two arrays that this host holds are not the same."""
+    shards = zip(a.addressable_shards, b.addressable_shards, strict=True)
+    return any(np.asarray(x.data).tobytes() != np.asarray(y.data).tobytes() for x, y in shards)
+
+
+class Profile:
+    """An XProf trace of the steps of `profile.steps`, on process 0; use as a context manager."""
+
+    def __init__(self, config: Config):
+        self._span, self._folder = config.profile.span, location(config.workdir) / "profile"
+        self._on = False
+
+    def before(self, step: int) -> None:
+        if self._span and step in self._span and not self._on and hosts.index() == 0:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        if self._on and step + 1 not in self._span:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._on, self._span = False, None
+        hosts.say(f"wrote a trace in {self._folder}")
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._on:
+            self._stop()
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+@contextlib.contextmanager
+def same_collections() -> Iterator[Callable[[int], None]]:
+    """While in context, Python looks for garbage only where it is told the number of a step.
+
+    All hosts do so at the same steps: one that stops for a second stops all others too.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield lambda step: step % COLLECT_EVERY == 0 and gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,489 @@
+"""prepare in several runs and processes: what is done is done once, and nothing is lost."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ltx2_jax.data import clips, encoding, merging, shards, staging, work
+from ltx2_jax.data.buckets import Bucket
+from ltx2_jax.data.clips import PrepareConfig
+from ltx2_jax.data.encoding import prepare_dataset
+from ltx2_jax.data.inspection import describe, verify
+from ltx2_jax.data.records import open_records
+from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import Clip, FileSize, TooShort
+
+CONFIG = PrepareConfig(num_frames=9, height=16, width=16, batch_size=3)
+BUCKETS = (Bucket(17, 16, 32), Bucket(9, 32, 16), Bucket(9, 16, 16), Bucket(1, 16, 16))
+
+
+class Codec:
+    release = "2.3"
+
+    class video:
+        strides = (8, 8, 8)
+        channels = 1
+
+        @staticmethod
+        def encode(video):
+            return video[:, ::8, ::8, ::8, :1].astype(np.float32)
+
+    class audio:
+        sample_rate = 1600
+        latents_per_second = 25
+
+        @staticmethod
+        def encode(audio):
+            return audio.reshape(len(audio), -1, 64, 2)[:, :, :1]
+
+    def save(self, path):
+        safetensors.numpy.save_file({"codec": np.zeros(1)}, path)
+
+
+class Encoder:
+    release, length, shared = "2.3", 16, True
+
+    def features(self, captions):
+        codes = np.zeros((len(captions), 16, 1), np.float32)
+        for row, caption in enumerate(captions):
+            codes[row, 16 - len(caption) :, 0] = [*caption.encode()]
+        return codes, codes, codes[..., 0] > 0
+
+    def save(self, path):
+        safetensors.numpy.save_file({"encoder": np.zeros(1)}, path)
+
+
+class Disk:
+    """Films by name: their number of frames, height, width and sound; what is not there fails."""
+
+    def __init__(self):
+        self.films, self.reads, self.missing = {}, [], set()
+
+    def add(self, name, frames=9, height=16, width=16, sound=True):
+        self.films[name] = frames, height, width, sound
+
+    def film(self, path):
+        if path.name not in self.films or path.name in self.missing:
+            raise UserError(f"{path}: no such file")
+        return self.films[path.name]
+
+    def size(self, path):
+        frames, height, width, sound = self.film(path)
+        rate = 12.0 if frames else 0.0
+        seconds = frames / rate if frames else float(sound)
+        return FileSize(frames, height, width, rate, seconds, bool(sound))
+
+    def read(self, path, *, num_frames, height, width, fps, sample_rate, start=0.0):
+        self.reads.append((path.name, start))
+        frames, _, _, sound = self.film(path)
+        first = round(start * 12)
+        if first + num_frames > frames:
+            raise TooShort(f"{path}: too short", frames - first)
+        number = int("".join(filter(str.isdigit, path.stem)) or 0)
+        times = np.arange(first, first + num_frames)
+        video = np.broadcast_to(
+            (number + times)[:, None, None, None].astype(np.uint8), (num_frames, height, width, 3)
+        )
+        audio = np.full((round(num_frames / 12 * sample_rate), 2), number, np.float32)
+        return Clip(video, 12.0, audio if sound else None, sample_rate)
+
+    def sound(self, path, *, seconds, sample_rate, start=0.0):
+        *_, sound = self.film(path)
+        return np.full((round(seconds * sample_rate), 2), sound, np.float32), ()
+
+
+@pytest.fixture(autouse=True)
+def disk(monkeypatch):
+    disk = Disk()
+    monkeypatch.setattr(clips, "read_clip", disk.read)
+    monkeypatch.setattr(clips, "file_size", disk.size)
+    monkeypatch.setattr(clips, "read_sound", disk.sound)
+    monkeypatch.setattr(work, "SHARD_ROWS", 4)
+    monkeypatch.setattr(work, "SHARD_CAPTIONS", 3)
+    there = lambda paths: [None if p.name in disk.missing else p.name for p in paths]  # noqa: E731
+    for module in (encoding, work):
+        monkeypatch.setattr(module, "fingerprints", there)
+    return disk
+
+
+def prepare(folder, rows, config=CONFIG, name="set", header="video,caption", **options):
+    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    makers = {"codec": Codec(), "text_encoder": Encoder()}
+    return prepare_dataset(folder / "t.csv", folder / name, config, **makers, **options)
+
+
+def films(disk, count):
+    rows = []
+    for i in range(count):
+        disk.add(f"f{i}.mp4")
+        rows.append(f"f{i}.mp4,caption {i % 7}")
+    return rows
+
+
+def contents(records):
+    """All that a dataset says of its clips, to be compared."""
+    found = []
+    for i, record in enumerate(records):
+        arrays = {
+            k: v if isinstance(v, str) else (v.dtype.name, v.tolist()) for k, v in record.items()
+        }
+        found.append((arrays, int(records.buckets[i]), records.captions(i)))
+    return found, records.schema, records.skipped
+
+
+def test_captions_are_stored_once_and_join_their_clips(tmp_path, disk):
+    made = prepare(tmp_path, films(disk, 10))
+    assert [record["caption"] for record in made] == [f"caption {i % 7}" for i in range(10)]
+    for record in made:
+        text = bytes(record["video_text"][record["text_mask"], 0].astype(np.uint8)).decode()
+        assert text == record["caption"]
+        assert record["video"][0, 0, 0, 0] == record["id"]
+    stored = sum(part["records"] for part in index_of(tmp_path / "set")["captions"])
+    assert stored == 7
+    assert list(verify(made)) == []
+
+
+def index_of(folder):
+    return json.loads((folder / "dataset.json").read_text())
+
+
+class Killed(BaseException):
+    """Not an error that anything handles."""
+
+
+PLACES = [
+    (clips, "read_clip"), (work, "serialize"), (work, "encode_captions"),
+    (merging, "content_hash"), (work, "bucket_of"), (work, "write_empty_caption"),
+    (encoding.Staging, "write_json"), (encoding.Staging, "finish"), (encoding.Staging, "publish"),
+]  # fmt: skip
+
+
+def test_a_dataset_made_with_crashes_equals_one_made_without(tmp_path, disk, monkeypatch):
+    """A crash anywhere: while decoding, encoding, writing, or giving the folder its name."""
+    rows = films(disk, 23)
+    del disk.films["f5.mp4"], disk.films["f20.mp4"]
+    whole = contents(prepare(tmp_path, rows, name="whole"))
+    rng, left, crashed = random.Random(1), [0], []
+    for module, name in PLACES:
+        original = getattr(module, name)
+
+        def breaks(*args, original=original, name=name, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                crashed.append(name)
+                raise Killed
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, breaks)
+    # Threads read ahead, so how far a run comes is not the same each time.
+    while len(crashed) < 20 and not (tmp_path / "broken").exists():
+        left[0] = rng.randrange(1, 16)
+        with contextlib.suppress(Killed):
+            prepare(tmp_path, rows, name="broken")
+    left[0] = -1
+    disk.reads.clear()
+    made = prepare(tmp_path, rows, name="broken")
+    assert len(disk.reads) < 23  # a part was done in between
+    assert len(crashed) >= 8
+    assert contents(made) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "t.csv", "whole"]
+
+
+def test_a_full_disk_costs_the_shard_in_hand(tmp_path, disk, monkeypatch):
+    rows, writes = films(disk, 6), []
+
+    def full(path, blobs):
+        writes.append(path.name)
+        if path.name.startswith("clips"):
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+        return shards.write_shard(path, blobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "write_shard", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(tmp_path, rows)
+        assert writes == [f"captions-0000{i}.arrayrecord" for i in (0, 1)] + [
+            "clips-00000.arrayrecord"
+        ]
+        writes.clear()
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(tmp_path, rows)
+        assert writes == ["clips-00000.arrayrecord"]  # the captions are kept
+    assert len(prepare(tmp_path, rows)) == 6
+
+
+def test_what_is_done_is_not_done_again(tmp_path, disk, monkeypatch):
+    rows = films(disk, 12)
+    finish, calls = encoding.Staging.finish, []
+
+    def third(self, kind, shard, *rest):
+        calls.append(kind)
+        if kind == "clips" and calls.count("clips") == 3:
+            raise Killed
+        finish(self, kind, shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Staging, "finish", third)
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 12
+    assert {name for name, _ in disk.reads} <= {"f0.mp4", *(f"f{i}.mp4" for i in range(8, 12))}
+
+
+def test_two_processes_share_the_work_and_give_the_same_dataset(tmp_path, disk):
+    rows = films(disk, 23)
+    whole = contents(prepare(tmp_path, rows, name="whole"))
+    disk.reads.clear()
+    second = threading.Thread(
+        target=prepare, args=(tmp_path, rows), kwargs={"process": 1, "processes": 2}
+    )
+    second.start()
+    made = prepare(tmp_path, rows, process=0, processes=2)
+    second.join()
+    assert contents(made) == whole
+    names = sorted(name for name, _ in disk.reads)
+    assert sum(names.count(f"f{i}.mp4") > 1 for i in range(23)) <= 1  # the first gives the length
+
+
+def test_a_process_that_comes_when_all_is_done_has_nothing_to_do(tmp_path, disk, monkeypatch):
+    """Whether the dataset appears before it looks, while it waits, or before it looks for work."""
+    rows, options = films(disk, 4), {"process": 1, "processes": 2}
+    waits, there = encoding.Staging.wait, []
+
+    def finished_meanwhile(self, *given):
+        there.append(self)
+        if len(there) == 1:
+            prepare(tmp_path, rows)
+        waits(self, *given)
+
+    monkeypatch.setattr(encoding.Staging, "wait", finished_meanwhile)
+    assert prepare(tmp_path, rows, **options) is None
+    assert len(prepare(tmp_path, rows, **options)) == 4
+
+
+def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, monkeypatch):
+    rows = films(disk, 6)
+
+    def named(folder, target):
+        folder.rename(target)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "put_in_place", named)
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 6
+    assert not disk.reads
+
+
+def test_a_second_run_into_one_folder_is_refused(tmp_path, disk, monkeypatch):
+    rows, seen = films(disk, 4), []
+
+    def read(path, **wanted):
+        if not seen:
+            seen.append(path)
+            with pytest.raises(UserError, match="set: another prepare is at work on it"):
+                prepare(tmp_path, rows)
+        return disk.read(path, **wanted)
+
+    monkeypatch.setattr(clips, "read_clip", read)
+    assert len(prepare(tmp_path, rows)) == 4
+    assert seen
+
+
+def test_a_half_made_dataset_with_other_settings_is_refused_until_overwrite(
+    tmp_path, disk, monkeypatch
+):
+    rows = films(disk, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "finish", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    other = dataclasses.replace(CONFIG, fps=12.0)
+    with pytest.raises(UserError, match=r"half made there with other settings; .*--overwrite"):
+        prepare(tmp_path, rows, other)
+    assert len(prepare(tmp_path, rows, other, overwrite=True)) == 6
+
+
+def test_clips_that_came_since_are_added_and_the_rest_is_kept(tmp_path, disk):
+    rows = films(disk, 12)
+    disk.missing |= {"f1.mp4", "f10.mp4"}
+    made = prepare(tmp_path, rows)
+    assert [clip["source"] for clip in made.skipped] == ["f1.mp4", "f10.mp4"]
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 10
+    assert not disk.reads  # they are still missing
+    disk.missing.remove("f10.mp4")
+    added = prepare(tmp_path, rows)
+    assert sorted(int(record["id"]) for record in added) == [0, *range(2, 12)]
+    assert {name for name, _ in disk.reads} == {f"f{i}.mp4" for i in range(8, 12)}
+    disk.missing.clear()
+    whole = contents(prepare(tmp_path, rows, name="whole"))
+    assert contents(prepare(tmp_path, rows)) == whole
+
+
+def test_clips_that_are_added_have_the_length_of_the_first(tmp_path, disk, monkeypatch):
+    """Of the first of all, not the first of their shard."""
+    rows = films(disk, 6)
+    disk.missing.add("f4.mp4")
+    prepare(tmp_path, rows)
+    disk.missing.clear()
+
+    def faster(path, **wanted):
+        clip = disk.read(path, **wanted)
+        return dataclasses.replace(clip, fps=24.0) if path.name == "f4.mp4" else clip
+
+    monkeypatch.setattr(clips, "read_clip", faster)
+    made = prepare(tmp_path, rows)
+    assert len(made) == 5
+    assert "at 24 frames per second its sound lasts 0.36 s" in made.skipped[0]["reason"]
+
+
+def test_a_failure_of_the_disk_is_tried_again_and_one_of_the_film_is_not(
+    tmp_path, disk, monkeypatch
+):
+    rows = films(disk, 3)
+    faults = {"f0.mp4": OSError(5, "Input/output error"), "f1.mp4": ValueError("not a film")}
+
+    def read(path, **wanted):
+        if error := faults.get(path.name):
+            disk.reads.append((path.name, 0))
+            raise UserError(f"{path}: {error}") from error
+        return disk.read(path, **wanted)
+
+    monkeypatch.setattr(clips, "read_clip", read)
+    assert len(prepare(tmp_path, rows)) == 1
+    faults.pop("f0.mp4")
+    assert len(prepare(tmp_path, rows)) == 2
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 2
+    assert not disk.reads
+
+
+# ---- sizes, windows, streams ---------------------------------------------------------------------
+
+MIXED = dataclasses.replace(CONFIG, buckets=BUCKETS, incomplete=True)
+
+
+def test_every_clip_goes_to_its_bucket_and_films_give_many(tmp_path, disk):
+    disk.add("wide.mp4", 40, 100, 200)
+    disk.add("tall.mp4", 20, 200, 100)
+    disk.add("square.mp4", 9, 50, 50)
+    disk.add("short.mp4", 5, 100, 200)
+    rows = [f"{name}.mp4,{name}" for name in ("wide", "tall", "square", "short")]
+    made = prepare(tmp_path, rows, dataclasses.replace(MIXED, stride=8))
+    sizes = [str(made.schema.buckets[i]) for i in made.buckets]
+    assert sizes == ["32x16x17"] * 3 + ["16x32x9"] * 2 + ["16x16x9"] + ["16x16x1"]
+    starts = [int(record["video"][0, 0, 0, 0]) for record in made]
+    assert starts == [0, 8, 16, 0, 8, 0, 0]
+    assert list(verify(made)) == []
+
+
+def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
+    disk.add("film1.mp4", 9)
+    disk.add("silent2.mp4", 9, sound=False)
+    disk.add("image3.png", 1)
+    disk.add("noise4.wav", 0, 0, 0, sound=5)
+    rows = ["film1.mp4,,a", "silent2.mp4,,b", "image3.png,,c", ",noise4.wav,d"]
+    config = dataclasses.replace(MIXED, buckets=(Bucket(9, 16, 16), Bucket(1, 16, 16)))
+    made = prepare(tmp_path, rows, config, header="video,audio,caption")
+    assert [("video" in r, "audio" in r) for r in made] == [
+        (True, True), (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+    assert len(made.schema.buckets) == 4
+    assert made[2]["fps"] == 1
+    assert made[3]["audio"].shape == (9, 1, 2)  # as long as 9 frames at 25 a second
+    assert (made[3]["audio"] == 5).all()
+    lines = "\n".join(describe(made))
+    assert "2 records without audio" in lines
+    assert "1 x sound alone" in lines
+    strict = prepare(
+        tmp_path, rows, dataclasses.replace(config, incomplete=False), "strict",
+        header="video,audio,caption",
+    )  # fmt: skip
+    assert [clip["reason"] for clip in strict.skipped] == [
+        "no sound",
+        "an image; --incomplete takes it",
+        "sound without picture; --incomplete takes it",
+    ]
+
+
+def test_a_part_of_a_film_is_taken_by_its_start_and_end(tmp_path, disk):
+    disk.add("film0.mp4", 48)
+    rows = ["film0.mp4,a,1,", "film0.mp4,b,0.5,1.5", "film0.mp4,c,3.5,", "film0.mp4,d,9,"]
+    made = prepare(tmp_path, rows, header="video,caption,start,end")
+    assert [int(record["video"][0, 0, 0, 0]) for record in made] == [12, 6]
+    assert [clip["reason"] for clip in made.skipped] == [
+        "has only 6 frames; the shortest bucket has 9",
+        "it ends at 4.00 s, before start=9",
+    ]
+
+
+def test_the_last_clips_of_a_film_that_says_too_much_are_told(tmp_path, disk, monkeypatch):
+    disk.add("film0.mp4", 30)
+    monkeypatch.setattr(clips, "file_size", lambda path: FileSize(40, 16, 16, 12.0, 40 / 12, True))
+    made = prepare(tmp_path, ["film0.mp4,a"], dataclasses.replace(CONFIG, stride=10))
+    assert len(made) == 3
+    assert made.skipped == [{"source": "film0.mp4", "reason": "from 2.5 s: too short"}]
+
+
+def test_captions_have_weights_and_one_is_drawn(tmp_path, disk):
+    disk.add("film0.mp4")
+    rows = ["film0.mp4,one,two,3,", "film0.mp4,one,,,0"]
+    made = prepare(tmp_path, rows[:1], header="video,caption,caption_b,weight_b,weight")
+    assert made.captions(0) == [("one", 0.25), ("two", 0.75)]
+    draws = [made.with_caption(0, draw)["caption"] for draw in (0.0, 0.2, 0.3, 0.99)]
+    assert draws == ["one", "one", "two", "two"]
+    with pytest.raises(UserError, match=r"t\.csv:2: the weights of its captions are all 0"):
+        prepare(tmp_path, rows[1:], header="video,caption,caption_b,weight_b,weight")
+
+
+def test_references_and_masks_stand_beside_their_clip(tmp_path, disk):
+    disk.add("film1.mp4", 17)
+    disk.add("other2.mp4", 17)
+    disk.add("mask255.png", 1)
+    disk.add("sound.wav", 0, 0, 0, sound=1)
+    config = dataclasses.replace(CONFIG, num_frames=17, reference_downscale=2, reference_slowdown=2)
+    made = prepare(
+        tmp_path,
+        ["film1.mp4,a,other2.mp4,mask255.png,sound.wav,sound.wav"],
+        config,
+        header="video,caption,reference_video,video_mask,reference_audio,audio_mask",
+    )
+    (record,) = made
+    assert record["video_reference"].shape == (2, 1, 1, 1)
+    assert record["video_reference_fps"] == 6
+    assert record["video_reference"][1, 0, 0, 0] == 2 + 15  # frame 8 of those kept is frame 15
+    assert record["video_mask"].shape == (3, 2, 2)
+    assert record["video_mask"].all()
+    assert record["audio_reference"].shape == record["audio"].shape
+    assert record["audio_mask"].tolist() == [True] * len(record["audio"])
+
+
+def test_a_mask_counts_frames_as_the_codec_does():
+    pixels = np.zeros((17, 16, 16))
+    pixels[8, :8, :8] = 1  # the last frame of the second latent
+    pixels[9, 8:, 8:] = 1  # the first of the third
+    pixels[0, :8, 8:12] = 1  # half of the pixels: not more
+    mask = clips.latent_mask(pixels, (8, 8, 8))
+    assert np.argwhere(mask).tolist() == [[1, 0, 0], [2, 1, 1]]
+
+
+def test_verify_names_a_damaged_record(tmp_path, disk):
+    made = prepare(tmp_path, films(disk, 6))
+    shard = next((tmp_path / "set").glob("data-*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255
+    shard.write_bytes(data)
+    faults = list(verify(open_records(tmp_path / "set")))
+    assert faults
+    assert all("damaged" in line for line in faults)
+    assert len(made) == 6

@@ -1,0 +1,151 @@
+"""Kills a run of several processes at random, and shows that it comes to the same end.
+
+    python tests/soak.py --kills=50 --seed=0
+
+The step is a stand-in that compiles at once (`hosts_config.py`); reading, checkpoints, signals and
+ends are the real ones. After each kill the next processes go on, in the same layout or, with
+`--layouts`, in a random one: 1 x 4, 2 x 2 or 4 x 1 processes x devices. At the end:
+
+- the last weights are those of a run that nobody disturbed: bit for bit on one layout, within 1e-5
+  on several;
+- nothing that was committed was trained again: a run goes on from its newest checkpoint;
+- no half-written checkpoint is left.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from pod import TESTS, environment, free_port
+
+LAYOUTS = ((2, 2), (1, 4), (4, 1))
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP")
+EVERY = 5
+
+
+def start(
+    folder: Path, data: Path, layout: tuple[int, int], log: Path, steps: int
+) -> list[subprocess.Popen]:
+    """The processes of one attempt."""
+    processes, devices = layout
+    running, port = [], free_port()
+    for index in range(processes):
+        flags = [
+            f"--config={TESTS / 'hosts_config.py'}:drill;slow", f"--config.workdir={folder}",
+            f"--config.data.path={data}", f"--config.num_steps={steps}", "--heartbeat=6",
+            f"--config.checkpoint.every_steps={EVERY}", "--config.compile_cache=False",
+        ]  # fmt: skip
+        if processes > 1:
+            flags += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}"]
+            flags += [f"--process-id={index}"]
+        with open(f"{log}-{index}", "w") as output:
+            command = [sys.executable, "-m", "ltx2_jax.train", *flags]
+            running.append(
+                subprocess.Popen(command, env=environment(devices), stdout=output, stderr=output)
+            )
+    return running
+
+
+def committed(folder: Path) -> int:
+    """The newest step on disk."""
+    names = os.listdir(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def first_step(log: Path) -> int | None:
+    """Where an attempt went on, as its first process says."""
+    found = re.search(r"run +steps (\d+) to", Path(f"{log}-0").read_text())
+    return int(found[1]) if found else None
+
+
+def attempt(
+    folder: Path, data: Path, layout: tuple[int, int], log: Path, steps: int, kill: tuple | None
+) -> list[int]:
+    """To the end, or until `kill`: signal, process, seconds after its start or first commit."""
+    before, running = committed(folder), start(folder, data, layout, log, steps)
+    if kill is not None:
+        name, victim, after, progress = kill
+        while running[0].poll() is None and (
+            committed(folder) <= before if progress else first_step(log) is None
+        ):
+            time.sleep(0.02)
+        time.sleep(after)
+        running[victim].send_signal(signal.Signals[name])
+    deadline = time.monotonic() + (60 if kill else 600)
+    others = [p for i, p in enumerate(running) if not (kill and name == "SIGSTOP" and i == victim)]
+    while any(p.poll() is None for p in others) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    hung = [i for i, p in enumerate(running) if p in others and p.poll() is None]
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+    codes = [process.wait() for process in running]
+    began = first_step(log)
+    told = f"from {began}, codes {codes}, now {committed(folder)}"
+    print(f"{layout[0]}x{layout[1]} {kill or ''}: {told}", flush=True)
+    assert not hung, f"{hung} did not end: {log}"
+    assert began is None or began >= before, f"went back from {before} to {began}: {log}"
+    return codes
+
+
+def weights(folder: Path, step: int) -> np.ndarray:
+    """Those of the checkpoint of a step."""
+    import jax
+
+    from ltx2_jax.sharding import replicated_on
+    from ltx2_jax.training.checkpoint import Checkpoints
+
+    home = replicated_on(jax.devices()[:1])
+    abstract = jax.ShapeDtypeStruct((16, 8), np.float32, sharding=home)
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore_part(step, {"params": {"a": {"weight": abstract}}})
+    return np.asarray(found["params"]["a"]["weight"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layouts", action="store_true", help="another layout after each kill")
+    args = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    import resume_config
+
+    from ltx2_jax.training import loop
+
+    chance, steps = random.Random(args.seed), 40 + 12 * args.kills
+    root = Path(tempfile.mkdtemp(prefix="soak-"))
+    config = dataclasses.replace(resume_config.get_config(), workdir=str(root / "data"))
+    data, run = loop.dataset(config).folder, root / "run"
+    assert set(attempt(root / "calm", data, LAYOUTS[0], root / "calm-log", steps, None)) == {0}
+    for kill in range(args.kills):
+        layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]
+        early = chance.random() < 0.3
+        after = round(chance.uniform(0, 4 if early else 1), 2)
+        what = chance.choice(SIGNALS), chance.randrange(layout[0]), after, not early
+        attempt(run, data, layout, root / f"log-{kill:02d}", steps, what)
+        if committed(run) == steps:
+            shutil.rmtree(run / "checkpoints" / str(steps))  # there are kills left
+    layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]
+    assert set(attempt(run, data, layout, root / "log-last", steps, None)) == {0}
+    left = [name for name in os.listdir(run / "checkpoints") if not name.isdecimal()]
+    assert not left, left
+    ours, calm = weights(run, steps), weights(root / "calm", steps)
+    difference = np.abs(ours - calm).max() / np.abs(calm).max()
+    print(f"{args.kills} kills: weights differ by {difference:g} of the largest")
+    assert np.array_equal(ours, calm) if not args.layouts else difference < 1e-5
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What the loop does beside its steps."""
+
+import dataclasses
+import gc
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ltx2_jax import hosts
+from ltx2_jax.config import CheckConfig, ProfileConfig
+from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training import checks, housekeeping
+from ltx2_jax.training.housekeeping import Profile, Reader, Replay, Rows
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that would have been slept."""
+    slept = []
+    monkeypatch.setattr(housekeeping.time, "sleep", slept.append)
+    return slept
+
+
+class Disk:
+    """Batches that are their position; the next reads raise `errors`."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def __call__(self, position):
+        for number in itertools.count(position):
+            if self.errors:
+                raise self.errors.pop(0)
+            yield {"id": np.array([number])}
+
+
+def read(disk, start=3, count=2):
+    reader = Reader(disk, start, tiny.config())
+    return [int(reader.next(step)["id"][0]) for step in range(1, count + 1)], reader.position
+
+
+def test_what_cannot_be_read_is_tried_again_and_no_batch_is_left_out(pauses):
+    assert read(Disk()) == ([3, 4], 5)
+    assert not pauses
+    assert read(Disk(OSError("503"), OSError("503"))) == ([3, 4], 5)
+    assert pauses == [0.5, 1.0]
+
+
+def test_what_stays_unreadable_is_named_with_its_step(pauses):
+    with pytest.raises(UserError, match=r"the data of step 1 cannot be read: a disk is gone"):
+        read(Disk(*[OSError("a disk is gone")] * 9))
+    assert pauses == [0.5, 1, 2, 4]
+    pauses.clear()
+    # A record that was looked at and is damaged stays so: the file is named sooner.
+    with pytest.raises(UserError, match=r"step 1 cannot be read: data/00000: damaged"):
+        read(Disk(*[UserError("data/00000: damaged")] * 9))
+    assert pauses == [0.5]
+
+
+def test_a_replayed_step_that_gives_other_bits_ends_the_run():
+    config = tiny.config(check=CheckConfig(replay_every=4))
+    noise = iter([0.0, 0.0, 0.0, 1e-7])
+
+    def make_step(donate):
+        assert not donate
+        return lambda state: ({"a": state["a"] + next(noise), "nan": state["nan"]}, {})
+
+    state = {"a": jnp.arange(3.0), "nan": jnp.full(2, jnp.nan)}
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        replay = Replay(config, make_step, (state,))
+        replay.before(3, (state,))
+        replay.before(4, (state,))
+        with pytest.raises(hosts.LostError, match=r"step 8 gave other bits .*, on this machine"):
+            replay.before(8, (state,))
+
+
+def test_hosts_that_hold_the_same_row_show_the_same_example(monkeypatch):
+    said = ["[[0, 7], [2, 9]]", "[[1, 5], [2, 9]]"]
+    monkeypatch.setattr(hosts, "gather", lambda *_: said)
+    rows = Rows((7, 9), (0, 2), position=1, waited=0.0)
+    assert checks.all_ids(rows) == {0: 7, 1: 5, 2: 9}
+    said[1] = "[[1, 5], [2, 8]]"
+    with pytest.raises(hosts.LostError, match="row 2 is example 8 on host-1 and 9 on host-0"):
+        checks.all_ids(rows)
+
+
+def test_hosts_that_drifted_apart_are_named(monkeypatch):
+    config = tiny.config(check=CheckConfig(compare_every=2))
+    health = checks.Health(config, 0, "checkpoints")
+    rows = Rows((7,), (0,), position=5, waited=0.0)
+    values = {"loss": 1.0, "grad_norm": 1.0}
+    asked = []
+
+    def gather(value):
+        asked.append(value)
+        return [value, value.replace('"data position": 5', '"data position": 6')]
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    health.note(values, 1, None, rows)
+    assert not asked
+    with pytest.raises(hosts.LostError, match="host-1 has data position 6, host-0 has 5, in step"):
+        health.note(values, 2, None, rows)
+
+
+def test_a_trace_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    config = tiny.config(workdir=str(tmp_path), profile=ProfileConfig(steps="3:5"))
+    with Profile(config) as profile:
+        for step in range(1, 8):
+            profile.before(step)
+            events.append(step)
+            profile.after(step, {})
+    assert events == [1, 2, str(tmp_path / "profile"), 3, 4, "stop", 5, 6, 7]
+    for wrong in ("3", "5:3", "0:2", "a:b", "3:5:7"):
+        with pytest.raises(UserError, match=f"profile.steps='{wrong}': expected FIRST:END"):
+            ProfileConfig(steps=wrong)
+
+
+def test_garbage_is_looked_for_at_the_same_steps_on_all_hosts(monkeypatch):
+    collected = []
+    with housekeeping.same_collections() as collect:
+        assert not gc.isenabled()
+        monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+        for step in range(1, 401):
+            collect(step)
+    assert gc.isenabled()
+    assert len(collected) == 4
+
+
+def test_programs_are_kept_in_the_workdir_unless_the_user_says_where(monkeypatch, tmp_path):
+    cache = SimpleNamespace(reset_cache=lambda: None)
+    monkeypatch.setattr(housekeeping, "compilation_cache", cache)
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *change: asked.append(change))
+    config = tiny.config(workdir=str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    for given, wanted, want in (
+        (None, True, [(name, str(tmp_path / "compile_cache")), (name, None)]),
+        ("/elsewhere", True, []),
+        (None, False, []),
+    ):
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(jax.config), name, given, raising=False)
+            with housekeeping.programs_kept(dataclasses.replace(config, compile_cache=wanted)):
+                pass
+        assert asked == want
