@@ -235,7 +235,8 @@ class Maker:
         if self.frames is not None and all(x is None for x in lengths):
             asked.num_frames = self.frames
         scales = next((a.scales for a in self.adapters if a.scales is not None), (1, 1))
-        finest = smallest / (scales[0] if asked.references or asked.dub is not None else 1)
+        reads = tasks.several(asked.references) or asked.dub is not None
+        finest = smallest / (scales[0] if reads else 1)
         task = tasks.make_task(
             asked,
             strides=strides,

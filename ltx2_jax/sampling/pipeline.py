@@ -44,6 +44,7 @@ from ltx2_jax.sampling.making import Maker, adapter
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sampling.recipes import Recipe, Scales, Stage, one_stage
+from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
@@ -108,7 +109,7 @@ class Pipeline:
         *files: str | Path,
         text_encoder: str | Path | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        loras: Sequence[Any] = (),
+        loras: Any = (),
         distilled_lora: Any = None,
         upsampler: str | Path | None = None,
         kind: str | None = None,
@@ -123,8 +124,9 @@ class Pipeline:
             Hugging Face Hub; LoRAs, upsampler and text encoder likewise.
           text_encoder: a Gemma folder or a packed text encoder; None if `files` have one.
           mesh: None takes all devices, and as many for the `model` axis as the weights need.
-          loras: files, or (file, strength): a number, `Strength`s of the streams, or a list of
-            those, one a stage; or as text "VIDEO,AUDIO,CROSS" and "STAGE1/STAGE2".
+          loras: one or a list of files, or of (file, strength): a number, a `Strength` of the
+            streams, or a list of those, one a stage; or as text "VIDEO,AUDIO,CROSS" and
+            "STAGE1/STAGE2".
           distilled_lora: a file or (file, strength), which the recipes of two stages need.
           upsampler: a latent upsampler x2, for a second stage.
           kind: "dev" or "distilled"; None goes by the name of the file.
@@ -140,13 +142,13 @@ class Pipeline:
         networks = found.networks(dtype)
         mesh = mesh or fitting_mesh(found.release, networks.transformer.num_heads)
         adapters = []
-        for given in loras:
-            source, *strength = given if isinstance(given, tuple | list) else (given,)
+        for given in several(loras):
+            source, *strength = given if isinstance(given, tuple) else (given,)
             adapters.append(adapter(found.lora(source, networks), *strength))
         distilled = None
         if distilled_lora is not None:
-            several = isinstance(distilled_lora, tuple | list)
-            source, *share = distilled_lora if several else (distilled_lora,)
+            pair = isinstance(distilled_lora, tuple | list)
+            source, *share = distilled_lora if pair else (distilled_lora,)
             distilled = found.lora(source, networks), *(share or [1.0])
         maker = Maker(
             Weights(found.release, networks, mesh),
@@ -226,7 +228,8 @@ class Pipeline:
           video: alone, a picture for which sound is made; with start and end, a clip of which that
             span is made anew (retake="both", "video" or "audio"); with extend or extend_before, a
             clip that becomes so much longer
-          references: what an IC-LoRA reads, each a clip or (clip, strength, attention)
+          references: what an IC-LoRA reads, one or a list, each a clip or (clip, strength,
+            attention)
           dub: a clip whose speaker says other words; voice: a sound whose voice is heard
           batch_size: clips at a time
 

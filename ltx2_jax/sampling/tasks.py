@@ -9,7 +9,6 @@ keyframe_interpolation}.py`, `ltx_pipelines/utils/helpers.py`.
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +134,7 @@ class Asked:
     width: int | None = None
     fps: float | None = None
     image: Any = None
-    keyframes: Sequence[Any] = ()
+    keyframes: Any = None
     num_generated_keyframes: int = 0
     audio: Any = None
     audio_start: float = 0.0
@@ -146,7 +145,7 @@ class Asked:
     retake: str = "both"
     extend: float | None = None
     extend_before: float | None = None
-    references: Sequence[Any] = ()
+    references: Any = None
     voice: Any = None
     dub: Any = None
     picture: bool = True
@@ -189,7 +188,7 @@ def make_task(
     sound = None
     if asked.audio is not None:
         sound = _sound(asked.audio, asked.audio_start, asked.audio_max_duration)
-    references = [*asked.references, *([(dub, *share)] if dub else [])]
+    references = [*several(asked.references), *([(dub, *share)] if dub else [])]
     before, after = (_eights(s, fps, strides[0]) for s in (asked.extend_before, asked.extend))
     frames = _frames(asked, guide, sound, fps, strides[0], before + after, notes)
     fresh = not (known or sound or references) and asked.picture
@@ -213,7 +212,7 @@ def make_task(
         picture=asked.picture,
         sound=asked.sound and not (silent and asked.retake == "video"),
         images=_pictures(asked.image, "image", frames, (height, width), notes),
-        keyframes=_pictures(list(asked.keyframes), "keyframe", frames, (height, width), notes),
+        keyframes=_pictures(asked.keyframes, "keyframe", frames, (height, width), notes),
         slots=asked.num_generated_keyframes,
         video=video,
         audio=audio,
@@ -233,6 +232,13 @@ def _voice(given: Any, dub: Clip | None) -> KnownAudio | None:
     if dub is None or dub.audio is None:
         return None
     return KnownAudio(dub.audio, dub.sample_rate)
+
+
+def several(given: Any) -> list[Any]:
+    """A list as it is; what else is given is one; None and an empty tuple are none."""
+    if given is None or (isinstance(given, tuple) and not given):
+        return []
+    return given if isinstance(given, list) else [given]
 
 
 def _check_together(asked: Asked) -> None:
@@ -255,11 +261,12 @@ def _check_together(asked: Asked) -> None:
         value = getattr(asked, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{name}={value:g} must be above 0 seconds")
-    if asked.video is not None and (asked.image is not None or asked.keyframes):
+    pictures = [*several(asked.image), *several(asked.keyframes)]
+    if asked.video is not None and pictures:
         raise UserError("video with image or keyframes: a clip that is given needs no others")
     if asked.video is not None and asked.audio is not None and (span or grows):
         raise UserError("audio with video and a span: the video's own sound is used")
-    if not asked.picture and (asked.image is not None or asked.keyframes or asked.references):
+    if not asked.picture and (pictures or several(asked.references)):
         raise UserError("image, keyframes and references need a picture, but sound alone is asked")
     if not asked.sound and (asked.audio is not None or asked.voice is not None):
         raise UserError("audio and voice need sound, but picture alone is asked")
@@ -404,10 +411,8 @@ def _pictures(
     given: Any, what: str, frames: int, size: tuple[int, int], notes: list[str]
 ) -> tuple[Picture, ...]:
     """One or a list of images, or (image, frame, strength, crf); an image is pixels or a path."""
-    if given is None:
-        return ()
     found = []
-    for one in given if isinstance(given, list) else [given]:
+    for one in several(given):
         image, *rest = one if isinstance(one, tuple) else (one,)
         named = isinstance(image, str | os.PathLike)
         name = str(image) if named else what

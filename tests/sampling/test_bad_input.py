@@ -97,6 +97,15 @@ def test_what_is_changed_is_said(asked, note):
     assert any(note in said for said in task(**asked).notes)
 
 
+def test_one_thing_is_a_list_of_one():
+    one = task(keyframes=(pixels(), 8), image=pixels(), references=clip(121))
+    assert [len(x) for x in (one.keyframes, one.images, one.references)] == [1, 1, 1]
+    assert one.keyframes[0].frame == 8
+    many = task(keyframes=[(pixels(), 8), pixels()], references=[(clip(121), 0.5), clip(121)])
+    assert [len(x) for x in (many.keyframes, many.images, many.references)] == [2, 0, 2]
+    assert [r.strength for r in many.references] == [0.5, 1.0]
+
+
 @pytest.mark.parametrize(
     ("asked", "frames"),
     [
