@@ -35,6 +35,8 @@ import numpy as np
 from jax import Array
 
 from ltx2_jax.config import Config
+from ltx2_jax.data.records import Records
+from ltx2_jax.data.schema import Field
 from ltx2_jax.sharding import sharding_of
 
 Batch = dict[str, Array]
@@ -49,6 +51,26 @@ def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
         for name, value in batch.items()
         if name != "id"
     }
+
+
+def batches_of(
+    records: Records, batch_size: int, mesh: jax.sharding.Mesh
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """What `place` gives of every size of clips in a dataset: shapes, dtypes and shardings."""
+
+    def shape(field: Field) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(field.dtype)
+        sharding = sharding_of(mesh, "batch", *[None] * len(field.shape))
+        return jax.ShapeDtypeStruct((batch_size, *field.shape), dtype, sharding=sharding)
+
+    return [
+        {
+            name: shape(field)
+            for name, field in bucket.fields.items()
+            if field.dtype != "str" and name != "id"
+        }
+        for bucket in records.schema.buckets
+    ]
 
 
 def abstract_batch(

@@ -147,37 +147,33 @@ def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> 
 
 def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     """UserError unless the records of a dataset fit the model's channels and text."""
-    model, streams = config.model, config.flow.streams
     factors = set()
     for bucket in schema.buckets:
         shapes = {name: field.shape for name, field in bucket.fields.items()}
+        flow = objective.flow_of(config.flow, shapes)
         try:
-            objective.check_fields(config.flow, shapes, strides_of(bucket))
+            objective.check_fields(flow, shapes, strides_of(bucket))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        factors.add(objective.reference_factors(config.flow, shapes))
-        if "video" in streams:  # what is learned is written as mp4
-            check_even(bucket.height, bucket.width, str(folder))
+        if "video" in flow.streams:
+            factors.add(objective.reference_factors(flow, shapes))
+            check_even(bucket.height, bucket.width, str(folder))  # what is learned becomes mp4
+        check_channels(config, {name: shapes[name] for name in flow.streams}, folder)
     if len(factors) > 1:
         raise UserError(
             f"{folder}: references of several factors (space, time), {sorted(factors)}: a model "
             "learns one"
         )
-    ranks = {"video": (None,) * 4, "audio": (None,) * 3}
-    schema.require(folder, **{name: ranks[name] for name in streams})
+    held = {name for bucket in schema.buckets for name in bucket.fields}
+    if missing := [name for name in config.flow.generated if name not in held]:
+        raise UserError(
+            f"{folder}: flow.{missing[0]}.role=generated: there is no {missing[0]} in its records"
+        )
     if schema.release != config.data.release:
         raise UserError(
             f"{folder}: its latents are those of {schema.release!r}, this model is for those of "
             f"data.release={config.data.release!r}"
         )
-    for name, axes, wanted in (("video", 1, "in_channels"), ("audio", 2, "audio_in_channels")):
-        if name in streams:
-            shape, ours = schema.fields[name].shape, getattr(model, wanted)
-            channels = math.prod(shape[-axes:])
-            if channels != ours:
-                raise UserError(
-                    f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
-                )
     text = config.text
     schema.require(
         folder,
@@ -188,6 +184,20 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     )
     audio = "audio_text" if "audio_text" in schema.fields else "video_text"
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
+
+
+def check_channels(config: Config, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """UserError unless latents of these shapes, by stream, have the model's channels."""
+    kinds = {"video": (4, 1, "in_channels"), "audio": (3, 2, "audio_in_channels")}
+    for name, shape in shapes.items():
+        rank, axes, wanted = kinds[name]
+        ours = getattr(config.model, wanted)
+        if len(shape) != rank:
+            raise UserError(f"{folder}: {name} is {shape!r}, {rank} axes are needed")
+        if (channels := math.prod(shape[-axes:])) != ours:
+            raise UserError(
+                f"{folder}: latents have {channels} {name} channels, but model.{wanted}={ours}"
+            )
 
 
 def strides_of(bucket: BucketFields) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -88,12 +88,15 @@ class Rows:
     numbers: tuple[int, ...]  # these rows
     position: int  # batches taken so far, with this one
     waited: float  # seconds
+    # Of a clip, by field.
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: dict[str, np.ndarray], numbers: tuple[int, ...], reader: Reader) -> "Rows":
         """Of what `reader` has just read."""
         ids = tuple(int(i) for i in batch.get("id", ()))
-        return cls(ids, numbers, reader.position, reader.waited)
+        shapes = {name: np.shape(x)[1:] for name, x in batch.items()}
+        return cls(ids, numbers, reader.position, reader.waited, shapes)
 
     def waits(self) -> dict[str, float]:
         """For the log: how long this host waited, and which of all waits longest these days."""
@@ -138,14 +141,47 @@ def compiled(what: str, config: Config, program: Any, *args: Any) -> Callable[..
     return ready
 
 
+class ForSizes:
+    """A train step compiled for every size of clips of a dataset, before the first step."""
+
+    def __init__(
+        self, what: str, config: Config, step: Any, args: tuple[Any, ...], batches: Sequence[Any]
+    ):
+        """`args` are those of the first step, `batches` the batch of every size: shapes will do."""
+        state, first, *beside = args
+        kinds = {_size(batch): batch for batch in (*batches, first)}
+        if len(kinds) > 1:
+            hosts.say(f"compiling {what} for {len(kinds)} sizes of clips")
+        self._programs = {
+            size: compiled(what, config, step, state, batch, *beside)
+            for size, batch in kinds.items()
+        }
+
+    def __call__(self, *args: Any) -> Any:
+        """The step for the size of its batch, `args[1]`."""
+        return self._programs[_size(args[1])](*args)
+
+
+def _size(batch: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells batches apart that one program cannot take."""
+    return tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+
+
 class Replay:
     """Runs a step twice, now and then, and compares the results bit by bit."""
 
-    def __init__(self, config: Config, make_step: Callable[..., Any], args: tuple[Any, ...]):
+    def __init__(
+        self,
+        config: Config,
+        make_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        batches: Sequence[Any] = (),
+    ):
         """`make_step` makes the jitted step, with `donate=False` one that keeps its state."""
         self._every = config.check.replay_every
         if self._every:
-            self._step = compiled("the replayed step", config, make_step(donate=False), *args)
+            step = make_step(donate=False)
+            self._step = ForSizes("the replayed step", config, step, args, batches)
             # A state twice: the shapes of what is compared.
             self._same = compiled("the comparison", config, jax.jit(_same_bits), args[0], args[0])
 

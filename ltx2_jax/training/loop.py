@@ -4,12 +4,13 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import contextlib
+import math
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacin
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, goodput, initial, trainable, validation
-from ltx2_jax.training.batch import place
+from ltx2_jax.training import checks, goodput, initial, objective, trainable, validation
+from ltx2_jax.training.batch import batches_of, place
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.housekeeping import (
+    ForSizes,
     Profile,
     Reader,
     Replay,
@@ -158,13 +160,15 @@ def take_steps(
         ) as logger,
         Profile(config) as profile,
     ):
+        tell = partial(log, logger, timer, partial(work, config))
         goodput.goes_on(start)
         with goodput.waiting_for_data():
             batch = reader.next(step + 1)
         args = state, place(batch, mesh), *beside
         with goodput.part("compile"):
-            train_step = compiled("the train step", config, make_step(), *args)
-            again = Replay(config, make_step, args)
+            sizes = batches_of(records, config.data.batch_size, mesh)
+            train_step = ForSizes("the train step", config, make_step(), args, sizes)
+            again = Replay(config, make_step, args, sizes)
             finite = compiled("the check of the weights", config, finite_program(), state)
             checked = validation.Validation(config, records, codec, mesh, state, *beside)
         # From here on a signal finishes the step; who gives `stop` says until when.
@@ -181,7 +185,7 @@ def take_steps(
                 args = state, place(batch, mesh), *beside
                 hosts.progress("step", step, config.watchdog.seconds)
                 if pending is not None:
-                    health.note(log(logger, timer, *pending), *pending)
+                    health.note(tell(*pending), *pending)
                 goodput.reached(step)
                 stops = stop.asked()
                 last = stops or step == config.num_steps
@@ -192,7 +196,7 @@ def take_steps(
                 pending = (step, metrics | found, rows)
                 if saves:
                     # Looked at first: a state that is not finite is not worth keeping.
-                    values = log(logger, timer, *pending)
+                    values = tell(*pending)
                     health.note(values, *pending)
                     pending = None
                     hosts.progress("save", step, config.watchdog.long_seconds)
@@ -352,24 +356,35 @@ def first_state(
 
 
 def step_timer(config: Config, records: Records) -> StepTimer:
-    """Tokens and FLOPs of one global batch, for throughput and MFU."""
-    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
-    for name in config.flow.streams:
-        read = [f"{name}_reference" for x in config.flow.conditions(name) if x.kind == "reference"]
-        for field in (name, *read):
-            shape = records.schema.fields[field].shape
-            count[name] += int(np.prod(shape[:3] if name == "video" else shape[:1]))
-    video, audio = count.values()
+    """Tokens and FLOPs of a global batch, for throughput and MFU; of the largest clips at first."""
+    shapes = {name: field.shape for name, field in records.schema.fields.items()}
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
-        tokens_per_step=rows * (video + audio),
-        flops_per_step=rows * trainable.train_flops(config, video, audio),
-        peak_flops=None if peak is None else peak * jax.device_count(),
+        **work(config, shapes), peak_flops=None if peak is None else peak * jax.device_count()
     )
 
 
+def work(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """Tokens and FLOPs of a step on clips with fields of these shapes."""
+    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
+    flow = objective.flow_of(config.flow, shapes)
+    for name in flow.streams:
+        read = [f"{name}_reference" for x in flow.conditions(name) if x.kind == "reference"]
+        for field in (name, *read):
+            count[name] += math.prod(shapes[field][: 3 if name == "video" else 1])
+    return {
+        "tokens_per_step": rows * sum(count.values()),
+        "flops_per_step": rows * trainable.train_flops(config, *count.values()),
+    }
+
+
 def log(
-    logger: MetricsLogger, timer: StepTimer, step: int, metrics: dict[str, Any], rows: Rows
+    logger: MetricsLogger,
+    timer: StepTimer,
+    work: Callable[[Mapping[str, tuple[int, ...]]], dict[str, float]],
+    step: int,
+    metrics: dict[str, Any],
+    rows: Rows,
 ) -> dict[str, float]:
     """Waits for a step's metrics, writes them and returns them."""
     values: dict[str, float] = {}
@@ -378,6 +393,7 @@ def log(
             values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
         else:
             values[name] = float(value)
+    timer.of(**work(rows.shapes))
     logger.log(step, values | timer.tick() | rows.waits())
     return values
 
@@ -390,10 +406,13 @@ def describe(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     trained = "" if config.tune is None else " trained"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    held = [name for name in config.flow.streams if name in schema.fields]
+    more = len(schema.buckets) - 1
     hosts.say(
         f"data     {len(records)} clips of {schema.num_frames} frames, "
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
-        f"{' and '.join(str(list(schema.fields[name].shape)) for name in config.flow.streams)}\n"
+        f"{' and '.join(str(list(schema.fields[name].shape)) for name in held)}"
+        f"{f'; and of {more} more sizes' if more else ''}\n"
         f"model    {parameters / 1e6:,.2f} M parameters{trained}, "
         f"{config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"

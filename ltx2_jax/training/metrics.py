@@ -211,6 +211,10 @@ class StepTimer:
             metrics["mfu"] = self.flops_per_step / seconds / self.peak_flops
         return metrics
 
+    def of(self, *, tokens_per_step: float, flops_per_step: float) -> None:
+        """What the steps since the last tick were on: clips of another size than those before."""
+        self.tokens_per_step, self.flops_per_step = tokens_per_step, flops_per_step
+
     def restart(self) -> None:
         """Leave what happened since the last tick out: sampling, evaluation, a checkpoint."""
         self._last = None

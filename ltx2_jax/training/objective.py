@@ -9,7 +9,7 @@ Source: `ltx_trainer/training_strategies/flexible.py`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ltx2_jax.config import Condition, Config, FlowConfig
+from ltx2_jax.config import Condition, Config, FlowConfig, StreamConfig
 from ltx2_jax.diffusion import conditioning, flow, geometry
 from ltx2_jax.diffusion.conditioning import Conditions, of_clip
 from ltx2_jax.errors import UserError
@@ -291,6 +291,17 @@ def _field(batch: Batch, name: str, why: str) -> Array:
     if name not in batch:
         raise UserError(f"{why} needs the field {name!r}; a batch has {', '.join(batch)}")
     return jnp.asarray(batch[name])
+
+
+def flow_of(run: FlowConfig, fields: Collection[str]) -> FlowConfig:
+    """`run` for samples with these fields: a generated stream that they lack is absent.
+
+    So its loss is absent, and not zero. Where none is left to generate, nothing changes.
+    """
+    missing = [name for name in run.generated if name not in fields]
+    if not missing or len(missing) == len(run.generated):
+        return run
+    return replace(run, **{name: StreamConfig(role="absent") for name in missing})
 
 
 def check_fields(

@@ -1,5 +1,6 @@
 """The train step, jitted: gradients of the objective, AdamW, the average of the weights."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import axis_size, gradients_reduced_in, summed_over_slices
 from ltx2_jax.training import trainable
 from ltx2_jax.training.batch import Batch
-from ltx2_jax.training.objective import averages, draw, loss
+from ltx2_jax.training.objective import averages, draw, flow_of, loss
 from ltx2_jax.training.state import State, learning_rate, optimizer
 
 
@@ -30,6 +31,7 @@ def make_train_step(
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted step: (state, batch, null_text, frozen) -> (state, metrics).
 
+    A stream that a batch lacks is absent from the step, its loss too.
     The state is donated, or not. `frozen` are the weights that are not trained; left out, there are
     none.
 
@@ -47,15 +49,17 @@ def make_train_step(
     def train_step(
         state: State, batch: Batch, null_text: Batch, frozen: Any = None
     ) -> tuple[State, dict[str, Array]]:
+        run = dataclasses.replace(config, flow=flow_of(config.flow, batch))
+
         def loss_of(trained, batch, drawn, null_text, frozen, key):
             # Every micro-batch leaves out other features: its first row says which one it is.
             dropout = jax.random.fold_in(jax.random.fold_in(key, 1), drawn["row"][0])
             params = trainable.join(trained, frozen, trainable.constants(config, dropout))
             with gradients_reduced_in(config.optim.reduce_dtype):
-                return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+                return loss(nnx.merge(graphdef, params), batch, drawn, null_text, run)
 
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        drawn = draw(key, batch, config, strides, clock)
+        drawn = draw(key, batch, run, strides, clock)
         drawn["row"] = jnp.arange(drawn["drop_caption"].shape[0])
         (value, sums), grads = gradients(
             loss_of, state["params"], batch, drawn, chunks, null_text, frozen, key

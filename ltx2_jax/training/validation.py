@@ -30,7 +30,7 @@ from ltx2_jax.training import checks, goodput, trainable
 from ltx2_jax.training.batch import Batch, place
 from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.housekeeping import compiled
-from ltx2_jax.training.objective import averages, draw, loss
+from ltx2_jax.training.objective import averages, draw, flow_of, loss
 from ltx2_jax.training.state import State
 from ltx2_jax.training.step import summed
 
@@ -114,18 +114,20 @@ def make_validation(
     are no larger than those of a step.
     """
     chunks = micro_batches(config, mesh)
-    config = _without_dropout(config)
-    graphdef = ltx2.graph(config.networks) if config.tune is None else trainable.graph(config)
-
-    def loss_of(
-        weights: Any, batch: Batch, drawn: Any, null_text: Batch, frozen: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        params = trainable.join(weights, frozen, trainable.constants(config))
-        return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+    whole = _without_dropout(config)
+    graphdef = ltx2.graph(whole.networks) if whole.tune is None else trainable.graph(whole)
 
     def validate(
         weights: Any, batch: Batch, null_text: Batch, frozen: Any = None
     ) -> dict[str, Array]:
+        config = replace(whole, flow=flow_of(whole.flow, batch))
+
+        def loss_of(
+            weights: Any, batch: Batch, drawn: Any, null_text: Batch, frozen: Any
+        ) -> tuple[Array, dict[str, Array]]:
+            params = trainable.join(weights, frozen, trainable.constants(config))
+            return loss(nnx.merge(graphdef, params), batch, drawn, null_text, config)
+
         drawn = draw(fixed_key(config), batch, config, strides, clock)
         total, sums = summed(loss_of, weights, batch, drawn, chunks, null_text, frozen)
         means = {"loss": total / (chunks * axis_size("slices"))}

@@ -69,15 +69,15 @@ def test_a_replayed_step_that_gives_other_bits_ends_the_run():
 
     def make_step(donate):
         assert not donate
-        return lambda state: ({"a": state["a"] + next(noise), "nan": state["nan"]}, {})
+        return lambda state, batch: ({"a": state["a"] + next(noise), "nan": state["nan"]}, {})
 
     state = {"a": jnp.arange(3.0), "nan": jnp.full(2, jnp.nan)}
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        replay = Replay(config, make_step, (state,))
-        replay.before(3, (state,))
-        replay.before(4, (state,))
+        replay = Replay(config, make_step, (state, {}))
+        replay.before(3, (state, {}))
+        replay.before(4, (state, {}))
         with pytest.raises(hosts.LostError, match=r"step 8 gave other bits .*, on this machine"):
-            replay.before(8, (state,))
+            replay.before(8, (state, {}))
 
 
 def test_hosts_that_hold_the_same_row_show_the_same_example(monkeypatch):
