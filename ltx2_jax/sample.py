@@ -109,6 +109,8 @@ def _released(args: argparse.Namespace) -> None:
     pipe = _pipeline(args)
     if not args.from_latents:
         made = pipe.make(prompts, **_wishes(args))
+    if hosts.index() != 0:
+        return
     for path, clip in zip(paths, made, strict=True):
         clip.about["command"] = _remembered(args, clip)
         if args.save_latents:

@@ -264,10 +264,11 @@ class Files:
         """A codec whose weights are read when they are first used, and go when it goes."""
         held = self.release.networks
         paths = dict.fromkeys(held[name].file.path for name in CODEC if name in held)
-        return load_codec(*paths, devices=list(mesh.devices.flat), dtype=dtype)
+        return load_codec(*paths, devices=_here(mesh), dtype=dtype)
 
     def texts(self, mesh: jax.sharding.Mesh, dtype: str, cache: Any) -> Texts:
-        checkpoint = self.release.networks["connectors"].file.path
+        checkpoint, here = self.release.networks["connectors"].file.path, _here(mesh)
+        mesh = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
         return Texts(
             lambda: released_encoder(
                 checkpoint, self.text_encoder, cache=cache, mesh=mesh, dtype=dtype
@@ -308,6 +309,11 @@ class Files:
 @partial(jax.jit, static_argnames="graph")
 def _upsample(params: Any, latents: jax.Array, mean: Any, std: Any, *, graph: Any) -> jax.Array:
     return upsample_latents(nnx.merge(graph, params), latents, mean, std)
+
+
+def _here(mesh: jax.sharding.Mesh) -> list[jax.Device]:
+    """The devices of this process: text and pictures are worked on by every host for itself."""
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
 def kind_of(release: Release) -> str:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ltx2_jax import __version__
+from ltx2_jax import __version__, hosts
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
@@ -277,22 +277,24 @@ class Maker:
     def _tell(self, plan: Recipe, task: Task, seeds: Sequence[int]) -> None:
         """What is going to be made, before the work begins."""
         for note in task.notes:
-            print(f"note: {note}")
+            hosts.say(f"note: {note}")
         distilled = plan.distilled or (self.files is not None and self.files.kind == "distilled")
         if distilled and any(s.video.on or s.audio.on for s in plan.stages):
-            print("note: guidance on a distilled model, which was made to need none: colours and "
-                  "contrast become too strong; scales of 1 and stg 0 turn it off")  # fmt: skip
+            hosts.say(
+                "note: guidance on a distilled model, which was made to need none: colours and "
+                "contrast become too strong; scales of 1 and stg 0 turn it off"
+            )
         for adapter in self.adapters:
             if adapter.scales == (1, 1) and not task.references:
-                print(f"note: {adapter.lora.name} says that it reads a reference clip, and none is "
-                      "given")  # fmt: skip
+                hosts.say(
+                    f"note: {adapter.lora.name} says that it reads a reference clip; none is given"
+                )
         whole = f"{task.width}x{task.height}, " if task.picture else "sound alone, "
-        print(plan.described())
-        print(
+        hosts.say(plan.described())
+        hosts.say(
             f"{len(seeds)} clip{'s' if len(seeds) > 1 else ''}: {whole}{task.num_frames} frames at "
             f"{task.fps:g} fps ({task.seconds:.2f} s), seed{'s' if len(seeds) > 1 else ''} "
-            f"{', '.join(map(str, seeds))}",
-            flush=True,
+            f"{', '.join(map(str, seeds))}"
         )
 
     # ---- longer than the model knows -------------------------------------------------------------
@@ -313,7 +315,7 @@ class Maker:
         shared = geometry.snap_frames(round(OVERLAP * task.fps), stride)
         shared = min(max(shared, stride + 1), geometry.snap_frames(most - stride, stride))
         parts = 1 + -(-(total - most) // (most - shared))
-        print(
+        hosts.say(
             f"note: {task.seconds:.1f} s are more than the {most / task.fps:.1f} s that the model "
             f"was trained on: made in {parts} parts, each from the last {shared / task.fps:.1f} s "
             "of the one before; what a part does not see, it does not keep to"
@@ -353,7 +355,7 @@ class Maker:
             settings = {"mode": mode, "seed": seed, "mesh": self.mesh, "dtype": self.dtype}
             written = enhance(prompts, gemma, **settings)
         for prompt in written:
-            print(f"prompt: {prompt}")
+            hosts.say(f"prompt: {prompt}")
         return written
 
     def _text(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -382,12 +384,12 @@ class Maker:
         with jax.set_mesh(self.mesh):
             model = nnx.merge(graph, params)
             contexts = model(first["video_text"], audio, first["text_mask"])[:2]
-            seconds = float(np.asarray(head(*contexts))[0])
+            seconds = float(hosts.whole(head(*contexts))[0])
         stride = self.codec.video.strides[0]
         seconds = min(max(seconds, low), high)
         lowest, highest = math.ceil(low * fps - 1e-6), math.floor(high * fps + 1e-6)
         frames = geometry.seconds_to_frames(seconds, fps, max(1, lowest), max(1, highest), stride)
-        print(f"duration: {seconds:.2f} s by the model, {frames} frames")
+        hosts.say(f"duration: {seconds:.2f} s by the model, {frames} frames")
         return frames
 
     # ---- stages ----------------------------------------------------------------------------------

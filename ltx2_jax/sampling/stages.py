@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ltx2_jax import hosts
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import conditioning, geometry
 from ltx2_jax.diffusion.conditioning import Conditions
@@ -18,7 +19,7 @@ from ltx2_jax.diffusion.sampler import Given, rows_axis
 from ltx2_jax.sampling.programs import Pass, Request
 from ltx2_jax.sampling.recipes import Stage
 from ltx2_jax.sampling.tasks import Encoded, Placed, Task
-from ltx2_jax.sharding import sharding_of
+from ltx2_jax.sharding import batch_shards, sharding_of
 
 VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip
 
@@ -239,12 +240,13 @@ def run(
     """
     given = partial(conditions, task, encoded, shapes, marked=program.marked)
     others, strengths, rescales, how = passes(stage, given(rows=1))
-    data = program.mesh.shape["data"]
-    shards = data // math.gcd(data, len(others) + 1)
+    shards = batch_shards(program.mesh)
+    shards //= math.gcd(shards, len(others) + 1)
     size = -(-min(batch, len(seeds)) // shards) * shards
     sigmas = stage.sigma_values(math.prod(shapes.video))
     made: list[Found] = []
-    for first in tqdm(range(0, len(seeds), size), desc=f"stage {number + 1}", disable=None):
+    silent = True if hosts.index() else None  # or where nobody looks
+    for first in tqdm(range(0, len(seeds), size), desc=f"stage {number + 1}", disable=silent):
         rows = np.minimum(np.arange(first, first + size), len(seeds) - 1)
         start = None if before is None else [before[row] for row in rows]
         with jax.set_mesh(program.mesh), jax.enable_x64(False):
@@ -268,7 +270,7 @@ def run(
                 stepper=stage.step,
                 guidance=how,
             )
-        streams = [None if x is None else np.asarray(x) for x in latents]
+        streams = [None if x is None else hosts.whole(x) for x in latents]
         clips = range(min(size, len(seeds) - first))
         made += [Found(*(None if x is None else x[i] for x in streams)) for i in clips]
     return made
