@@ -14,7 +14,7 @@ from ltx2_jax.data.records import Records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.evaluation.sync import sync_report
-from ltx2_jax.files import local_folder, location
+from ltx2_jax.files import in_bucket, local_folder, location
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
@@ -54,8 +54,13 @@ def main(config: Config) -> int:
     given = validation.prompts_of(config)
 
     def make_clips(weights: Any, records: Records, step: int) -> None:
-        assets, mesh = local_folder(location(config.workdir) / ASSETS), jax.sharding.get_mesh()
-        pipeline = Pipeline.from_assets(config, weights, assets, mesh)
+        workdir, mesh = location(config.workdir), jax.sharding.get_mesh()
+        # A released text encoder is loaded for the first clips, and for those after them no more.
+        cached = config.text.release != "random" and not in_bucket(workdir)
+        text_cache = workdir / "text_cache" if cached else None
+        pipeline = Pipeline.from_assets(
+            config, weights, local_folder(workdir / ASSETS), mesh, text_cache
+        )
         if step < config.num_steps:
             preview(pipeline, given or fresh_prompts(config, records)[:PREVIEW_CLIPS], step)
         else:
