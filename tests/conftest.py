@@ -46,6 +46,7 @@ LONG = (
     "test_resume.py", "test_training.py", "test_sharding.py", "test_cli.py", "test_generate.py",
     "test_golden.py", "test_release.py", "test_convert.py", "test_transformer.py",
     "test_plan_transformer.py", "test_loading.py", "test_bench.py", "test_initial.py",
+    "test_notebook.py",
 )  # fmt: skip
 
 
