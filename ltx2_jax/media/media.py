@@ -41,6 +41,7 @@ AAC_SAMPLE_RATES = (
 _ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 BT709 = 1  # the code of H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
+SHOWN_BYTES = 2**25  # of a clip that is put into the page of a notebook
 _ABOUT = "comment"  # the tag of containers for what made a clip
 DEINTERLACED = "interlaced, with its fields made whole pictures (bwdif)"
 
@@ -88,17 +89,27 @@ class Clip:
             raise UserError(f"{path}: cannot save as {name!r}; use .mp4 or .wav, or .png")
 
     def _repr_html_(self) -> str:
-        buffer = io.BytesIO()
-        if not len(self.video) and self.audio is not None:
+        """A player for notebooks, with the whole clip in it."""
+        buffer, no_picture = io.BytesIO(), not len(self.video)
+        if no_picture and self.audio is None:
+            return "<p>an empty clip</p>"
+        if no_picture:
             soundfile.write(buffer, np.clip(self.audio, -1, 1), self.sample_rate, format="WAV")
-            data = base64.b64encode(buffer.getvalue()).decode("ascii")
-            return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
-        _mux(buffer, self, [], crf=18, name="clip")
+        else:
+            _mux(buffer, self, [], crf=18, name="clip")
+        if len(buffer.getvalue()) > SHOWN_BYTES:
+            size = len(buffer.getvalue()) / 2**20
+            return (
+                f"<p>a clip of {self.duration:.1f} s: its {size:.0f} MiB are too many to show in a "
+                "notebook; <code>clip.save</code> writes it to a file</p>"
+            )
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        if no_picture:
+            return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
         width = max(256, self.video.shape[2])
-        title = html.escape(f"{len(self.video)} frames at {self.fps:g} fps")
+        about = html.escape(f"{len(self.video)} frames at {self.fps:g} fps")
         return (
-            f'<video controls loop width="{width}" title="{title}" '
+            f'<video controls loop width="{width}" title="{about}" '
             f'style="image-rendering: pixelated" src="data:video/mp4;base64,{data}"></video>'
         )
 

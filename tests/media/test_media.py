@@ -1,8 +1,11 @@
 """What goes into a file comes out at the same place and time; what is wrong is said in one line."""
 
+import base64
 import contextlib
 import fractions
+import io
 import os
+import re
 import unicodedata
 import weakref
 
@@ -399,10 +402,30 @@ def test_wav_round_trip_and_resampling(tmp_path):
     assert soundfile.info(tmp_path / "b.wav").frames == len(audio)
 
 
-def test_a_clip_shows_itself_in_a_notebook():
-    page = make_clip()._repr_html_()
+def test_a_clip_shows_itself_in_a_notebook(tmp_path, monkeypatch):
+    clip = make_clip()
+    page = clip._repr_html_()
     assert page.startswith("<video controls")
-    assert "data:video/mp4;base64,AAAA" in page
+    (data,) = re.findall(r'src="data:video/mp4;base64,([^"]*)"', page)
+    (tmp_path / "shown.mp4").write_bytes(base64.b64decode(data, validate=True))
+    clip.save(tmp_path / "saved.mp4")
+    shown, saved = (media.read_clip(tmp_path / f"{name}.mp4") for name in ("shown", "saved"))
+    np.testing.assert_array_equal(shown.video, saved.video)
+    np.testing.assert_array_equal(shown.audio, saved.audio)
+    assert abs(shown.video.astype(int) - clip.video).mean() < 12
+    monkeypatch.setattr(media, "SHOWN_BYTES", 100)
+    assert "too many to show" in clip._repr_html_()
+    assert len(clip._repr_html_()) < 300
+
+
+def test_a_sound_alone_shows_itself_in_a_notebook():
+    sound = media.Clip(np.zeros((0, 0, 0, 3), np.uint8), 12.0, make_clip().audio, 16000)
+    (data,) = re.findall(r'<audio .*src="data:audio/wav;base64,([^"]*)"', sound._repr_html_())
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="float32")
+    assert rate == 16000
+    np.testing.assert_allclose(samples, sound.audio, atol=1 / 32768)
+    nothing = media.Clip(np.zeros((0, 0, 0, 3), np.uint8), 12.0)
+    assert nothing._repr_html_() == "<p>an empty clip</p>"
 
 
 def test_unreadable_files_are_named(tmp_path):
