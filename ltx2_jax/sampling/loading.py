@@ -129,14 +129,14 @@ class Weights:
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
         homes = mapping.leaves(self._homes[name])
-        form = self.config.quantized
-        wanted = [
-            dataclasses.replace(
-                p, leaf=homes[p.path], form=form if (*p.path[:-1], "scale") in homes else None
-            )
-            for p in self._release.parameters(name, config)
-        ]
-        if form and self._used and name == "transformer":
+
+        def placed(p: mapping.Parameter) -> mapping.Parameter:
+            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
+            form = self.config.quantized if rounded else None
+            return dataclasses.replace(p, leaf=homes[p.path], form=form)
+
+        wanted = list(map(placed, self._release.parameters(name, config)))
+        if self.config.quantized and self._used and name == "transformer":
             return self._fused_and_quantized(wanted, config)
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)

@@ -19,6 +19,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import dequantized, quantized
+from ltx2_jax.sampling import pipeline
 from ltx2_jax.sampling.loading import Files, Strength, Weights
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
@@ -67,27 +68,28 @@ def test_velocities_stay_near_the_reference(form, least, most, case):
         assert least < error < most
 
 
+def connectors(form):
+    return mapping.leaves(weights(form).connectors()[1])
+
+
 def test_a_matrix_is_what_the_files_say_rounded_once(monkeypatch):
-    """Read whole, or layer by layer as for a chip; norms, tables, gates and stems are as before."""
-    plain = mapping.leaves(weights(None).params())
-    whole = mapping.leaves(weights("int4").params())
+    """Read whole, or layer by layer as for a chip; norms, registers and gates are as before."""
+    plain, whole = connectors(None), connectors("int4")
     monkeypatch.setattr(loading, "_platform", lambda sharding: "tpu")
     monkeypatch.setattr(loading, "PIECE_BYTES", 1)
-    pieces = mapping.leaves(weights("int4").params())
-    made = 0
-    for path, value in whole.items():
-        np.testing.assert_array_equal(value, pieces[path])
-        if (scale := (*path[:-1], "scale")) == path:
-            continue
-        if scale not in whole:
-            np.testing.assert_array_equal(value, plain[path])
-            assert value.ndim < 3 or path[-2] == "to_gate"
-            continue
-        made += 1
-        assert value.dtype == jnp.int4
-        for got, want in zip((value, whole[scale]), quantized(plain[path], "int4"), strict=True):
-            np.testing.assert_array_equal(got, want)
-    assert made == 6 * 4 + 2 * 2 + 2 * 6  # attentions and feed-forwards of a block; the connectors
+    pieces = connectors("int4")
+    matrices = {path for path in whole if (*path[:-1], "scale") in whole and path[-1] == "weight"}
+    assert len(matrices) == 2 * 6  # attention and feed-forward of both streams
+    assert set(whole) == {*plain, *((*path[:-1], "scale") for path in matrices)}
+    for path, value in plain.items():
+        want = {path: value}
+        if path in matrices:
+            scale = (*path[:-1], "scale")
+            want = dict(zip((path, scale), quantized(value, "int4"), strict=True))
+        for name, expected in want.items():
+            assert whole[name].dtype == pieces[name].dtype == expected.dtype
+            np.testing.assert_array_equal(whole[name], expected)
+            np.testing.assert_array_equal(pieces[name], expected)
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +109,28 @@ def float8(tmp_path_factory):
     return path, tensors
 
 
+def queries(form, path):
+    """Of the video's self-attention, from a file: the parameters that a linear map has of it."""
+    with open_release(path) as release:
+        wanted = release.parameters("transformer", release.config("transformer"))
+        wanted = [p for p in wanted if p.path[1:] == ("video_self", "to_q", "weight")]
+        wanted = [dataclasses.replace(p, form=form) for p in wanted]
+        return {p.path[-1]: value for p, value in release.stream("transformer", wanted)}
+
+
 def test_scaled_float8_stays_as_stored(float8):
+    """And becomes another form from what it means."""
     path, tensors = float8
-    found = Files.open([path], V23 / "gemma", None, None)
-    query = weights("fp8", found).params()["transformer"]["blocks"]["video_self"]["to_q"]
+    query = queries("fp8", path)
     for i in range(3):
         name = f"model.diffusion_model.transformer_blocks.{i}.attn1.to_q.weight"
         np.testing.assert_array_equal(query["weight"][i].view(jnp.uint8), tensors[name].view("u1"))
-        scale = tensors[name.replace(".weight", ".weight_scale")]
-        np.testing.assert_array_equal(
-            query["scale"][i], np.broadcast_to(scale, len(query["scale"][i]))
-        )
-    other = weights("int8", found).params()["transformer"]["blocks"]["video_self"]["to_q"]
-    meant = dequantized(query["weight"], query["scale"])
-    np.testing.assert_array_equal(other["weight"], quantized(meant, "int8")[0])
+        scale = np.broadcast_to(tensors[f"{name}_scale"], len(tensors[name]))
+        np.testing.assert_array_equal(query["scale"][i], scale)
+    meant = quantized(dequantized(query["weight"], query["scale"]), "int8")
+    other = queries("int8", path)
+    np.testing.assert_array_equal(other["weight"], meant[0])
+    np.testing.assert_array_equal(other["scale"], meant[1])
 
 
 def test_a_lora_is_added_before_the_rounding():
@@ -134,17 +144,20 @@ def test_a_lora_is_added_before_the_rounding():
     assert changed
     for path, weight in mapping.leaves(fused).items():
         scale = got.get((*path[:-1], "scale"))
-        want = weight if scale is None or path[-1] != "weight" else quantized(weight, "int8")[0]
+        rounded = scale is not None and path[-1] == "weight"
+        want = quantized(weight, "int8")[0] if rounded else weight
         np.testing.assert_array_equal(got[path], want)
     jax.tree.map(np.testing.assert_array_equal, held.params(), before)
 
 
-def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys):
+def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys, monkeypatch):
     """Of transformer and text encoder, by the command; what made it is remembered."""
+    one = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(pipeline, "fitting_mesh", lambda *_, **__: one)
     out = tmp_path / "clip.mp4"
     argv = [str(V23 / "checkpoint.safetensors"), "a dog barks", f"--gemma-root={V23 / 'gemma'}"]
     argv += ["--quantize=int8", "--num-frames=9", "--height=64", "--width=64", "--stage1.steps=2"]
-    argv += ["--recipe=one_stage", "--dtype=float32", f"--output-path={out}", "--mesh=1,1,1"]
+    argv += ["--recipe=one_stage", "--dtype=float32", f"--output-path={out}"]
     assert sample.cli(argv) == 0, capsys.readouterr().err
     assert media.read_clip(out).video.shape == (9, 64, 64, 3)
     assert json.loads(media.read_about(out))["command"]["quantize"] == "int8"
