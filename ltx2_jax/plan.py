@@ -14,6 +14,7 @@ from ltx2_jax import config as config_lib
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.quantized import FORMS
 from ltx2_jax.training import trainer_yaml
 
 DESCRIPTION = """\
@@ -60,6 +61,7 @@ FLAGS = {
     "batch": (("sample", "text"), 1),
     "passes": (("sample",), 1),
     "steps": (("sample",), None),
+    "quantize": (("sample", "text"), None),
     "release": (("vae", "text"), "2.3"),
     "half": (("vae",), "decode"),
 }
@@ -97,6 +99,8 @@ def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _released(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "text":
         encoder = planning.TEXT_ENCODERS[args.release]
+        gemma = dataclasses.replace(encoder.gemma, quantized=args.quantize)
+        encoder = dataclasses.replace(encoder, gemma=gemma)
         return planning.plan_text(encoder, args.batch, args.topology)
     default = planning.DEFAULT_SIZE
     size = (
@@ -128,6 +132,7 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
         "batch": args.batch,
         "passes": args.passes,
         "steps": args.steps or config.sample.steps,
+        "quantize": args.quantize,
     }
     return planning.plan_sample(config, request, args.topology, **counts)
 
@@ -165,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
+    add("--quantize", choices=tuple(FORMS), help="the large matrices, of sample and text")
     add("--release", choices=RELEASES, help="of vae and text (2.3)")
     add("--half", choices=("decode", "encode"), help="of vae (decode)")
     add("--json", action="store_true", help="print all facts as JSON")

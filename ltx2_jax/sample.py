@@ -22,6 +22,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import sync_report
 from ltx2_jax.files import location
 from ltx2_jax.media.media import read_about
+from ltx2_jax.models.quantized import FORMS
 from ltx2_jax.sampling.output import SUFFIXES, Made, read_latents, save_latents, write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.recipes import RECIPES
@@ -90,6 +91,8 @@ def main(args: argparse.Namespace, argv: Sequence[str] = ()) -> None:
     """Load, sample, write, report. `argv` is what `args` were read from."""
     if args.again:
         args = _again(args, argv)
+    if args.workdir and args.quantize:
+        raise UserError("--quantize: for released models, not for what train left in a workdir")
     if args.workdir and not _asks_for_a_task(args):
         return _from_workdir(args)
     return _released(args)
@@ -147,6 +150,7 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
         text_cache=args.text_cache,
         keep=args.keep,
         dtype=args.dtype,
+        quantize=args.quantize,
     )
 
 
@@ -454,6 +458,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=RECIPES, help="default: by the model and what is given with it")
     add("--skip-stage-2", action="store_true", help="the first stage alone, at its size")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
+    add("--quantize", choices=tuple(FORMS), help="keep the large matrices in eight or four bits")
 
 
 def _task(parser: argparse.ArgumentParser) -> None:

@@ -407,7 +407,12 @@ def spec_of(a: Any) -> PartitionSpec:
 
 def bytes_per_chip(tree: Any) -> int:
     """Bytes of one shard of every array of `tree` (arrays or abstract values with shardings)."""
-    return sum(math.prod(_shard_shape(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(math.prod(_shard_shape(a)) * _bits(a.dtype) // 8 for a in jax.tree.leaves(tree))
+
+
+def _bits(dtype: Any) -> int:
+    """Of a number on a device: two int4 share a byte there, not in numpy."""
+    return 4 if dtype == jax.numpy.int4 else 8 * dtype.itemsize
 
 
 def replicated(tree: Any, limit_bytes: int = 1_000_000) -> list[str]:

@@ -59,11 +59,15 @@ class Linear(nnx.Module):
         split = axis_size(axes[1]) > 1
         self.bias = parameter(rngs, (n_out,), (axes[1] if split else "fsdp",)) if bias else None
         self.adapter = nnx.data(None)  # or an adapter of `models.lora`
+        self.scale = nnx.data(None)  # or that of a weight of `models.quantized`
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
-        y = product(x, self.weight[...], (n_out, n_in), lead)
+        of_weight = product
+        if self.scale is not None:
+            of_weight = partial(_product_of_quantized, scale=self.scale[...])
+        y = of_weight(x, self.weight[...], (n_out, n_in), lead)
         if self.adapter is not None:
             y = y + self.adapter(x, lead)
         if self.bias is not None:
@@ -108,6 +112,21 @@ def _backward(axes: Axes, lead: Axes, saved: tuple[Array, Array], dy: Array) -> 
 
 
 _product_reduced_in_float32.defvjp(_forward, _backward)
+
+
+def _product_of_quantized(x: Array, values: Array, axes: Axes, lead: Axes, scale: Array) -> Array:
+    """`_product` of values [out, in] and their scale, [out] or [out, groups].
+
+    Only values cross the wire and come from memory, and they are exact in bfloat16. Scales of rows
+    are left to the product; those of groups of a row cannot be.
+    """
+    values = pin(values, *axes)
+    if scale.ndim == 1:
+        y = _product(x, values, axes, lead)
+        return (y.astype(jnp.float32) * pin(scale, axes[0])).astype(x.dtype)
+    step = pin(scale, axes[0], None).astype(x.dtype)
+    steps = pin(jnp.repeat(step, values.shape[1] // step.shape[1], axis=1), *axes)
+    return _product(x, values.astype(x.dtype) * steps, axes, lead)
 
 
 def rms_norm(x: Array, eps: float, scale: Array | None = None) -> Array:

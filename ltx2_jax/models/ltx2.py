@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ltx2_jax.models.quantized import check_form, quantize
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
@@ -29,6 +31,10 @@ class LTX2Config:
     transformer: TransformerConfig
     video_connector: ConnectorConfig
     audio_connector: ConnectorConfig
+    quantized: str | None = None  # a form of `models.quantized`: for sampling, weights from files
+
+    def __post_init__(self):
+        check_form(self.quantized)
 
 
 class LTX2(nnx.Module):
@@ -37,6 +43,7 @@ class LTX2(nnx.Module):
     def __init__(self, config: LTX2Config, *, rngs: nnx.Rngs):
         self.connectors = Connectors(config.video_connector, config.audio_connector, rngs=rngs)
         self.transformer = LTX2Transformer(config.transformer, rngs=rngs)
+        quantize(self, config.quantized)
 
     def context(self, text: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
         """`TEXT_FIELDS` -> context of video [B, S, Dv], of audio [B, S, Da], and its mask.
@@ -87,7 +94,8 @@ def as_used(config: LTX2Config, params: dict[str, Any]) -> dict[str, Any]:
     def cast(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(entry.key for entry in path)
         dtype = dtypes.get(names[:1]) or dtypes[names[:2]]
-        dtype = dtype if names[-1] in ("weight", "bias") else leaf.dtype
+        used = names[-1] in ("weight", "bias") and leaf.dtype == jnp.float32  # not quantised
+        dtype = dtype if used else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(cast, params)

@@ -146,8 +146,9 @@ def sample_program(
     batch: int,
     passes: int,
     steps: int,
+    quantize: str | None = None,
 ) -> tuple[jax.stages.Lowered, Any]:
-    """Text features to clean latents of `batch` clips, and the weights.
+    """Text features to clean latents of `batch` clips, and the weights, quantised or not.
 
     One pass is that under the prompt, two are with that without a prompt, four those of the
     released pipelines.
@@ -157,7 +158,8 @@ def sample_program(
     """
     check(config, request, mesh)
     check_passes(batch, passes, mesh)
-    params = ltx2.abstract_params(config.networks, mesh, for_sampling=True)
+    networks = dataclasses.replace(config.networks, quantized=quantize)
+    params = ltx2.abstract_params(networks, mesh, for_sampling=True)
 
     others = released_passes(config.model.num_layers)[: passes - 1]
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -170,7 +172,7 @@ def sample_program(
     )
     given = jax.tree.map(partial(_on, mesh), given)
     with jax.set_mesh(mesh):
-        static = {"graphdef": ltx2.graph(config.networks), "request": request, "passes": others}
+        static = {"graphdef": ltx2.graph(networks), "request": request, "passes": others}
         return make_sampler().lower(params, *given, **static), params
 
 

@@ -132,9 +132,11 @@ def _abstract(config: TextConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
         return nnx.to_pure_dict(nnx.state(_create(config), nnx.Param))
 
     def stored(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Gemma's norms and scalars stay float32; released checkpoints hold the rest in bfloat16.
-        kept = path[0].key == "gemma" and path[-1].key in ("weight", "scalar")
-        dtype = leaf.dtype if kept else jnp.bfloat16
+        # Gemma's norms and scalars stay float32, and what is quantised as it is; released
+        # checkpoints hold the rest in bfloat16.
+        vector = leaf.ndim < 3 and path[-1].key in ("weight", "scalar")
+        kept = path[0].key == "gemma" and (vector or path[-1].key == "scale")
+        dtype = leaf.dtype if kept or leaf.dtype != jnp.float32 else jnp.bfloat16
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     params = abstract_state(weights, mesh=mesh)

@@ -1,5 +1,6 @@
 """What training and sampling need on a TPU slice."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,11 +52,18 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
 
 
 def plan_sample(
-    config: Config, request: Request, topology: str, *, batch: int, passes: int, steps: int
+    config: Config,
+    request: Request,
+    topology: str,
+    *,
+    batch: int,
+    passes: int,
+    steps: int,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """What sampling a batch of clips needs on a slice: from text features to latents.
 
-    `passes` are 1, 2 or 4, of guidance.
+    `passes` are 1, 2 or 4, of guidance; `quantize` is a form of `models.quantized`.
 
     Raises:
       UserError: as `plan_train`.
@@ -65,13 +73,16 @@ def plan_sample(
     facts, tokens = _facts(config, request, where, "sample", batch)
     work = batch * passes * steps * sum(flops.forward_flops(config.model, *tokens).values())
     facts["program"] += f", {counted(steps, 'step')} of {counted(passes, 'pass')}"
+    facts["program"] += f", {quantize} weights" if quantize else ""
     facts |= {"passes": passes, "steps": steps, "model_flops": work}
     if has_compiler():
         mesh = make_mesh(*sizes_of(config), slices=where.count, devices=tpu_devices(topology))
-        lowered, _ = sample_program(config, request, mesh, batch=batch, passes=passes, steps=steps)
+        counts = {"batch": batch, "passes": passes, "steps": steps}
+        lowered, _ = sample_program(config, request, mesh, **counts, quantize=quantize)
         facts |= compile_facts(lowered, mesh, work)
     else:
-        params = ltx2.abstract_params(config.networks, mesh_of(config, where), for_sampling=True)
+        networks = dataclasses.replace(config.networks, quantized=quantize)
+        params = ltx2.abstract_params(networks, mesh_of(config, where), for_sampling=True)
         weights = bytes_per_chip(params)
         fits = weights <= where.chip.device_hbm_bytes
         facts |= {"compiled": False, "weight_bytes_per_device": weights, "fits": fits}

@@ -26,11 +26,13 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
 from ltx2_jax.weights import hub, mapping
-from ltx2_jax.weights.lora import Lora, check, fuse, read_lora, unfuse
+from ltx2_jax.weights.loading import quantized_there
+from ltx2_jax.weights.lora import Lora, check, fuse, fuse_stream, read_lora, unfuse
 from ltx2_jax.weights.names import text as text_weights
 from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.release import Release
@@ -83,15 +85,18 @@ class Weights:
         """{"connectors": .., "transformer": ..} with these LoRAs in the transformer.
 
         Other ones than before take their place: the weights that they replaced were kept in the
-        memory of the host.
+        memory of the host. Quantised weights are read anew: LoRAs are added before the rounding,
+        which would swallow what is less than half a step.
         """
+        if self.config.quantized and not _same(loras, self._used):
+            self.free()
+            self._used = loras
         if self._params is None:
             self._params = self._load()
         if not _same(loras, self._used):
             transformer = unfuse(self._params["transformer"], self._originals)
-            parts = [part for lora, strength in loras for part in by_stream(lora, strength)]
             transformer, self._originals = fuse(
-                transformer, parts, self.config.transformer, offload=True
+                transformer, _parts(loras), self.config.transformer, offload=True
             )
             self._params, self._used = {**self._params, "transformer": transformer}, loras
         return self._params
@@ -99,7 +104,11 @@ class Weights:
     def connectors(self) -> tuple[Any, Any]:
         """Graph and weights of the connectors alone, which are small."""
         config = (self.config.video_connector, self.config.audio_connector)
-        graph = nnx.graphdef(jax.eval_shape(lambda: Connectors(*config, rngs=nnx.Rngs(0))))
+        graph = nnx.graphdef(
+            jax.eval_shape(
+                lambda: quantize(Connectors(*config, rngs=nnx.Rngs(0)), self.config.quantized)
+            )
+        )
         if self._params is not None:
             return graph, self._params["connectors"]
         return graph, self._network("connectors", config)
@@ -118,15 +127,38 @@ class Weights:
         }
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
-        """Weights as a sampler keeps them: resident, in the dtype of their use."""
+        """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
         homes = mapping.leaves(self._homes[name])
-        wanted = [
-            dataclasses.replace(p, leaf=homes[p.path])
-            for p in self._release.parameters(name, config)
-        ]
+
+        def placed(p: mapping.Parameter) -> mapping.Parameter:
+            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
+            form = self.config.quantized if rounded else None
+            return dataclasses.replace(p, leaf=homes[p.path], form=form)
+
+        wanted = list(map(placed, self._release.parameters(name, config)))
+        if self.config.quantized and self._used and name == "transformer":
+            return self._fused_and_quantized(wanted, config)
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
         return mapping.tree(found)
+
+    def _fused_and_quantized(self, wanted: list[mapping.Parameter], config: Any) -> dict[Any, Any]:
+        """The transformer with LoRAs in it, rounded when they are: a stack at a time is whole."""
+        whole = [dataclasses.replace(p, form=None) for p in wanted]
+        forms = {p.path: p.form for p in wanted}
+
+        def dtype(p: mapping.Parameter) -> Any:
+            return config.dtype if forms[p.path] else p.leaf.dtype
+
+        stream = self._release.stream("transformer", whole, dtype, progress="transformer")
+        values: dict[Any, Any] = {}
+        for parameter, weight in fuse_stream(stream, _parts(self._used), config):
+            if (form := forms[parameter.path]) is None:
+                values[parameter.path] = weight
+                continue
+            scale = (*parameter.path[:-1], "scale")
+            values[parameter.path], values[scale] = quantized_there(weight, form)
+        return mapping.nested(values)
 
     @cached_property
     def _homes(self) -> dict[str, Any]:
@@ -146,6 +178,10 @@ class RunWeights:
 
     def free(self) -> None:
         """They stay."""
+
+
+def _parts(loras: Used) -> list[tuple[Lora, float]]:
+    return [part for lora, strength in loras for part in by_stream(lora, strength)]
 
 
 def _same(a: Used, b: Used) -> bool:
@@ -266,12 +302,14 @@ class Files:
         paths = dict.fromkeys(held[name].file.path for name in CODEC if name in held)
         return load_codec(*paths, devices=_here(mesh), dtype=dtype)
 
-    def texts(self, mesh: jax.sharding.Mesh, dtype: str, cache: Any) -> Texts:
+    def texts(
+        self, mesh: jax.sharding.Mesh, dtype: str, cache: Any, form: str | None = None
+    ) -> Texts:
         checkpoint, here = self.release.networks["connectors"].file.path, _here(mesh)
         mesh = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
         return Texts(
             lambda: released_encoder(
-                checkpoint, self.text_encoder, cache=cache, mesh=mesh, dtype=dtype
+                checkpoint, self.text_encoder, cache=cache, mesh=mesh, dtype=dtype, quantize=form
             )
         )
 
@@ -334,28 +372,37 @@ def device_bytes() -> int | None:
     return stats.get("bytes_limit") or chips.hbm_bytes(device.device_kind)
 
 
-def weight_bytes(release: Release, *networks: str) -> int:
-    """Of networks in bfloat16."""
+def weight_bytes(release: Release, *networks: str, form: str | None = None) -> int:
+    """Of networks in bfloat16, the matrices of their blocks quantised if a form is given."""
+
+    def bits(name: str, shape: tuple[int, ...]) -> float:
+        matrix = len(shape) == 2 and re.search(r"(blocks|layers)\.\d+\..*weight$", name)
+        return FORMS[form][2] if form and matrix else 16
+
     return sum(
-        2 * int(np.prod(shape))
-        for name in networks
-        if name in release.networks
-        for shape in release.networks[name].shapes.values()
+        int(np.prod(shape) * bits(name, shape) / 8)
+        for network in networks
+        if network in release.networks
+        for name, shape in release.networks[network].shapes.items()
     )
 
 
-def fitting_mesh(release: Release, heads: int, free: int | None = None) -> jax.sharding.Mesh:
+def fitting_mesh(
+    release: Release, heads: int, free: int | None = None, *, form: str | None = None
+) -> jax.sharding.Mesh:
     """The mesh of all devices whose `model` axis is just long enough for the weights to fit.
 
     Args:
       release: the model.
       heads: of its transformer, which are split.
       free: bytes of a device; None asks.
+      form: in which the weights are quantised.
 
     Raises:
       UserError: they do not fit on all devices together.
     """
-    needed, count = weight_bytes(release, "transformer", "connectors"), jax.device_count()
+    needed = weight_bytes(release, "transformer", "connectors", form=form)
+    count = jax.device_count()
     room = device_bytes() if free is None else free
     sizes = [n for n in range(1, count + 1) if count % n == 0 and heads % n == 0]
     for model in sizes:
@@ -363,19 +410,20 @@ def fitting_mesh(release: Release, heads: int, free: int | None = None) -> jax.s
             return make_mesh(-1, model, 1)
     largest = max(sizes)
     missing = needed / largest - SHARE * room
+    helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
     raise UserError(
         f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
         f"{largest} device{'s' if largest > 1 else ''} of {room / GIB:.1f} GiB can hold "
         f"{SHARE * room * largest / GIB:.1f} GiB of weights: {missing * largest / GIB:.1f} GiB are "
-        "missing; use more devices, or quantised weights"
+        f"missing; use more devices{helps}"
     )
 
 
-def fit_together(files: Files, mesh: jax.sharding.Mesh) -> bool:
+def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None) -> bool:
     """Whether text encoder, transformer and codec leave room beside one another on the devices."""
     room = device_bytes()
     with open_release(files.text_encoder) as language:
-        encoder = weight_bytes(language, "gemma", "text_projection")
-    split = weight_bytes(files.release, "transformer", "connectors") + encoder
+        encoder = weight_bytes(language, "gemma", "text_projection", form=form)
+    split = weight_bytes(files.release, "transformer", "connectors", form=form) + encoder
     whole = weight_bytes(files.release, *CODEC)
     return room is not None and split / mesh.shape["model"] + whole <= SHARE * room / 2

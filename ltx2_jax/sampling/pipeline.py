@@ -15,6 +15,7 @@
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
+from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
 from ltx2_jax.sampling.making import Maker, adapter
 from ltx2_jax.sampling.output import Made
@@ -116,6 +118,7 @@ class Pipeline:
         text_cache: str | Path | None = None,
         keep: bool | None = None,
         dtype: str = "bfloat16",
+        quantize: str | None = None,
     ) -> "Released":
         """A released model. Headers are read and checked; weights are when they are first used.
 
@@ -134,13 +137,17 @@ class Pipeline:
           keep: whether text encoder, transformer and codec stay in memory beside one another; None:
             if they fit.
           dtype: "bfloat16" or "float32", of activations and matrices.
+          quantize: "int8", "fp8" or "int4": the matrices of all blocks of transformer, connectors
+            and text encoder are kept so.
 
         Raises:
           UserError: what is missing, damaged, of another release, or too large.
         """
+        check_form(quantize)
         found = Files.open(files, text_encoder, upsampler, kind)
-        networks = found.networks(dtype)
-        mesh = mesh or fitting_mesh(found.release, networks.transformer.num_heads)
+        networks = dataclasses.replace(found.networks(dtype), quantized=quantize)
+        heads = networks.transformer.num_heads
+        mesh = mesh or fitting_mesh(found.release, heads, form=quantize)
         adapters = []
         for given in several(loras):
             source, *strength = given if isinstance(given, tuple) else (given,)
@@ -152,14 +159,14 @@ class Pipeline:
             distilled = found.lora(source, networks), *(share or [1.0])
         maker = Maker(
             Weights(found.release, networks, mesh),
-            found.texts(mesh, dtype, text_cache),
+            found.texts(mesh, dtype, text_cache, quantize),
             lambda: found.codec(mesh, dtype),
             mesh,
             found,
             dtype,
             tuple(adapters),
             distilled,
-            keep=fit_together(found, mesh) if keep is None else keep,
+            keep=fit_together(found, mesh, quantize) if keep is None else keep,
         )
         return Released(maker)
 

@@ -83,6 +83,7 @@ class TextCache:
         dtype: str = "bfloat16",
         last_layer_only: bool = False,
         tokenizer: str | os.PathLike | None = None,
+        quantize: str | None = None,
         **settings: Any,
     ) -> "TextCache":
         """The cache of a released model, whose weights are read when a prompt is missing.
@@ -94,7 +95,7 @@ class TextCache:
         """
         files = hub.fetch(checkpoint), hub.fetch(text_encoder)
         decides = {"dtype": dtype, "last_layer_only": last_layer_only}
-        model = {**decides, "tokenizer": tokenizer}
+        model = {**decides, "tokenizer": tokenizer, "quantize": quantize}
         with open_release(files[0]) as release:
             whose, section = release.release_of("connectors"), release.section("connectors")
         cache = cls(
@@ -226,6 +227,7 @@ def encoder_fingerprint(
     dtype: str = "bfloat16",
     last_layer_only: bool = False,
     tokenizer: str | os.PathLike | None = None,
+    quantize: str | None = None,
 ) -> str:
     """16 hex digits for all that decides features; reads little of the large files.
 
@@ -233,13 +235,14 @@ def encoder_fingerprint(
     projection (a base model and its distilled or fine-tuned forms) share a cache.
 
     Args:
-      checkpoint, text_encoder, dtype, last_layer_only, tokenizer: as in `TextEncoder.load`.
+      checkpoint, text_encoder, dtype, last_layer_only, tokenizer, quantize: as in
+        `TextEncoder.load`.
 
     Raises:
       UserError: a file is missing or damaged, or its config does not fit.
     """
     with open_release(checkpoint) as release, open_release(text_encoder) as language:
-        config = language.config("gemma", dtype=dtype)
+        config = language.config("gemma", dtype=dtype, quantized=quantize)
         projection = text_weights.text_features_config(
             release.section("connectors"),
             width=config.width,

@@ -102,6 +102,7 @@ class TextEncoder:
         last_layer_only: bool = False,
         connect: bool = True,
         tokenizer: str | os.PathLike | None = None,
+        quantize: str | None = None,
         **settings: Any,
     ) -> "TextEncoder":
         """The encoder of a released model. Nothing large is read before all that is small fits.
@@ -117,6 +118,7 @@ class TextEncoder:
           last_layer_only: features from the last hidden state alone.
           connect: False leaves the connectors on disk: then it has `features` only.
           tokenizer: where it is, if not with the text encoder; see `Tokenizer`.
+          quantize: a form of `models.quantized` in which the language model's matrices are kept.
           settings: `length`, `batch_size`.
 
         Raises:
@@ -129,7 +131,7 @@ class TextEncoder:
         with open_release(checkpoint) as release, open_release(text_encoder) as language:
             metadata = release.metadata("connectors")
             text_weights.check_text_encoder(metadata, language.section("gemma"), text_encoder)
-            config = language.config("gemma", dtype=dtype)
+            config = language.config("gemma", dtype=dtype, quantized=quantize)
             connectors = None
             if connect:
                 connectors = text_weights.load_connectors(

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm import tqdm
 
+from ltx2_jax.models import quantized
 from ltx2_jax.sharding import SLICE
 from ltx2_jax.weights.mapping import SAME, Parameter, in_short
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
@@ -66,8 +67,8 @@ def stream(
       wanted: what to load; a leaf's sharding says where to, without one the default device.
       tensors: official name -> where it is.
       scales: official name of a float8 tensor -> where its scale is: a number, or one for each row.
-      dtype: of the result, or a function of a parameter that gives it; None keeps what is stored,
-        and makes bfloat16 of float8.
+      dtype: of the result where it is not quantised, or a function of a parameter that gives it;
+        None keeps what is stored, and makes bfloat16 of float8.
       progress: what to call the work in a progress bar; None shows none.
 
     Raises:
@@ -84,7 +85,9 @@ def stream(
     with bar, ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         for piece, array in loader.run(wanted, pool):
             bar.update(piece.nbytes)
-            if piece.last:
+            if piece.last and piece.parameter.form:
+                yield from _apart(piece.parameter, *array)
+            elif piece.last:
                 yield piece.parameter, array
     if loader.not_finite:
         names = ", ".join(in_short(sorted(loader.not_finite)))
@@ -233,17 +236,23 @@ class _Loader:
         parameter = piece.parameter
         # Programs are shared by all parameters of one shape.
         kind = replace(parameter, path=(), names=(), leaf=shape_of(parameter.leaf))
-        home, dtype = _home(parameter), self._result_dtype(parameter)
+        dtype = self._result_dtype(parameter)
+        made = jax.ShapeDtypeStruct(kind.leaf.shape, dtype, sharding=_home(parameter))
+        if parameter.form:
+            made = quantized.shapes(made, parameter.form)
+        homes = jax.tree.map(lambda leaf: automatic(leaf.sharding), made)
         if (piece.first == 0 and not piece.whole) or piece.dtype is None:
-            before = _zeros(kind.leaf.shape, dtype, automatic(home))
+            before = jax.tree.map(lambda leaf, at: _zeros(leaf.shape, leaf.dtype, at), made, homes)
         if piece.dtype is not None:
             raw = jax.make_array_from_callback(
                 piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
             )
-            before = self._converted(piece, raw, before, kind, dtype, automatic(home))
+            before = self._converted(piece, raw, before, kind, dtype, homes)
         piece.buffers.clear()
-        before.block_until_ready()  # or buffers of several pieces would wait for their transfer
-        return typed(before, home) if piece.last else before
+        jax.block_until_ready(before)  # or buffers of several pieces would wait for their transfer
+        if not piece.last:
+            return before
+        return jax.tree.map(lambda array, leaf: typed(array, leaf.sharding), before, made)
 
     def _converted(
         self, piece: _Piece, raw: jax.Array, before: Any, kind: Parameter, dtype: Any, home: Any
@@ -252,7 +261,7 @@ class _Loader:
         if any(name in self.scales for name in piece.names):
             each = [self._scale(name) for name in piece.names]
             scale = np.stack(np.broadcast_arrays(*each)) if kind.stacked else each[0]
-        as_it_is = scale is None and kind.layout == SAME and raw.dtype == dtype
+        as_it_is = scale is None and kind.layout == SAME and raw.dtype == dtype and not kind.form
         if piece.whole:
             if as_it_is and raw.sharding.is_equivalent_to(home, raw.ndim):
                 return raw
@@ -272,6 +281,14 @@ class _Loader:
         kinds = {_kind(self.tensors[n].stored) for n in parameter.names if n in self.tensors}
         kinds = {np.dtype(jnp.bfloat16) if kind in FLOAT8 else kind for kind in kinds}
         return np.dtype(jnp.result_type(*kinds)) if kinds else np.dtype("float32")
+
+
+def _apart(
+    parameter: Parameter, values: jax.Array, scale: jax.Array
+) -> Iterator[tuple[Parameter, jax.Array]]:
+    """A quantised weight as the two parameters that a `Linear` has of it."""
+    yield parameter, values
+    yield replace(parameter, path=(*parameter.path[:-1], "scale")), scale
 
 
 def _kind(stored: Stored) -> np.dtype:
@@ -353,6 +370,20 @@ def typed(array: jax.Array, home: Any) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, home, shards)
 
 
+def quantized_there(weight: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
+    """Values and scale of a loaded weight, where it is; see `models.quantized`."""
+    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=weight.sharding)
+    made = quantized.shapes(shape, form)
+    program = _quantize(form, tuple(automatic(leaf.sharding) for leaf in made))
+    found = program(typed(weight, automatic(weight.sharding)))
+    return tuple(typed(array, leaf.sharding) for array, leaf in zip(found, made, strict=True))
+
+
+@functools.cache
+def _quantize(form: str, homes: Any) -> Any:
+    return jax.jit(functools.partial(quantized.quantized, form=form), out_shardings=homes)
+
+
 @functools.cache
 def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, home: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=home)
@@ -362,11 +393,18 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, home: Any) -> jax.Array:
     return _zeros_program(tuple(shape), dtype, home)()
 
 
-def _ours(kind: Parameter, raw: jax.Array, scale: jax.Array | None, dtype: np.dtype) -> jax.Array:
+def _ours(kind: Parameter, raw: jax.Array, scale: jax.Array | None, dtype: np.dtype) -> Any:
+    """Official tensors, with their scale if they are float8, as ours: one array, or two."""
+    if kind.form == "fp8" and raw.dtype == DTYPES["F8_E4M3"]:
+        # As stored. What has no scale is as if it were 1.
+        scale = jnp.ones(1, jnp.float32) if scale is None else scale
+        return raw, jnp.broadcast_to(scale, raw.shape[:-1])
     if scale is not None:
         # [layers, 1 or rows] or [1 or rows], beside [layers, rows, ...] or [rows, ...]
         scale = scale.reshape(*scale.shape, *[1] * (raw.ndim - scale.ndim))
         raw = raw.astype(jnp.float32) * scale
+    if kind.form:
+        return quantized.quantized(kind.to_ours(raw), kind.form)
     return kind.to_ours(raw).astype(dtype)
 
 
@@ -377,8 +415,9 @@ def _convert(kind: Parameter, dtype: np.dtype, home: Any) -> Any:
 
 @functools.cache
 def _insert(kind: Parameter, dtype: np.dtype, home: Any) -> Any:
-    def insert_layers(total: jax.Array, raw: jax.Array, scale: Any, first: jax.Array) -> jax.Array:
+    def insert_layers(total: Any, raw: jax.Array, scale: Any, first: jax.Array) -> Any:
         new = _ours(kind, raw, scale, dtype)
-        return jax.lax.dynamic_update_slice_in_dim(total, new, first, axis=0)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+        return jax.tree.map(put, total, new)
 
     return jax.jit(insert_layers, out_shardings=home, donate_argnums=0)

@@ -39,6 +39,7 @@ class Parameter:
     stacked: bool = False  # has a leading layer axis
     layout: str = SAME
     optional: bool = False  # zeros where a file lacks it
+    form: str | None = None  # of `models.quantized`: it is loaded as values and a scale
 
     @property
     def inner_shape(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.models.layers import parameter
+from ltx2_jax.models.quantized import quantize
 from ltx2_jax.models.text.gemma_layers import (
     Cache,
     GemmaConfig,
@@ -99,6 +100,7 @@ class Gemma(nnx.Module):
             ]
         )
         self.norm = Norm(cfg.width, cfg, rngs=rngs)
+        quantize(self, cfg.quantized)
 
     def fold(
         self,

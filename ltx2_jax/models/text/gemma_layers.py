@@ -58,6 +58,7 @@ class GemmaConfig:
     layer_scalar: bool = False  # each layer's output is multiplied by a stored number
     logit_cap: float | None = None  # logits become cap tanh(logits / cap)
     dtype: str = "bfloat16"  # of the activations
+    quantized: str | None = None  # a form of `models.quantized`, for weights from files
 
     @property
     def num_layers(self) -> int:

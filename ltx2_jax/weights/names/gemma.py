@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,8 @@ def parameters(cfg: GemmaConfig, where: Any = None) -> list[Parameter]:
     sizes = [len(pattern) * repeats for pattern, repeats in groups]
     starts = np.cumsum([0, *sizes]).tolist()
     found = []
-    for path, leaf in mapping.abstract_params(partial(create, cfg), where).items():
+    whole = replace(cfg, quantized=None)
+    for path, leaf in mapping.abstract_params(partial(create, whole), where).items():
         if path[0] != "groups":
             found.append(Parameter(path, (OUTSIDE[".".join(map(str, path))],), leaf))
             continue
@@ -253,7 +255,8 @@ def parameters(cfg: GemmaConfig, where: Any = None) -> list[Parameter]:
         inside = LAYER[".".join(map(str, path[4:]))]
         layers = range(first, first + len(pattern) * repeats, len(pattern))
         names = tuple(f"layers.{i}.{inside}" for i in layers)
-        found.append(Parameter(path, names, leaf, stacked=True))
+        form = cfg.quantized if leaf.ndim == 3 else None
+        found.append(Parameter(path, names, leaf, stacked=True, form=form))
     return found
 
 

@@ -1,0 +1,158 @@
+"""Weights in eight and four bits: rounded as promised, kept so on every mesh and in every loop."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ltx2_jax.models import lora, ltx2
+from ltx2_jax.models.layers import Linear
+from ltx2_jax.models.quantized import FORMS, dequantized, quantize, quantized
+from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
+from ltx2_jax.models.transformer.config import LTX2_3_22B
+from ltx2_jax.sharding import bytes_per_chip, make_mesh, spec, spec_of
+
+ROWS, COLUMNS = 6, 64
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# Every value of a form that is its own opposite's: what e4m3 has is what ml_dtypes says.
+VALUES = {
+    "int8": np.arange(-127, 128),
+    "fp8": np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32),
+    "int4": np.arange(-7, 8),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_that_a_form_has_come_back_as_they_were(form):
+    """Multiples of a power of two, of which every row, or group of 32 of one, has the largest."""
+    values = VALUES[form][np.isfinite(VALUES[form])].astype(np.float32)
+    largest = values.max()
+    groups = np.random.default_rng(1).choice(values, (4, ROWS, COLUMNS // 32, 32))
+    groups[..., 5] = -largest
+    if form == "int4":
+        steps = np.exp2(np.arange(4 * ROWS * 2).reshape(4, ROWS, 2, 1) % 20 - 10)
+    else:
+        steps = np.exp2(np.arange(4 * ROWS).reshape(4, ROWS, 1, 1) - 10)
+    weight = (groups * steps).astype(np.float32).reshape(4, ROWS, COLUMNS)
+    got, scale = quantized(jnp.asarray(weight), form)
+    assert got.dtype == FORMS[form][0]
+    np.testing.assert_array_equal(
+        scale, np.squeeze(steps, -1) if form == "int4" else steps[..., 0, 0]
+    )
+    np.testing.assert_array_equal(got.astype(np.float32), groups.reshape(weight.shape))
+    np.testing.assert_array_equal(dequantized(got, scale), weight)
+
+
+@pytest.mark.parametrize(("form", "share"), [("int8", 1 / 254), ("int4", 1 / 14)])
+def test_an_error_is_half_a_step_at_most(form, share):
+    weight = random(2, ROWS, COLUMNS) * np.exp(random(2, ROWS, 1, seed=1))
+    error = np.abs(dequantized(*quantized(jnp.asarray(weight), form)) - weight)
+    groups = (2, ROWS, 2, 32) if form == "int4" else (2, ROWS, 1, COLUMNS)
+    largest = np.abs(weight).reshape(groups).max(-1, keepdims=True)
+    # A scale of int4 is rounded to eight bits: the step, and the last of seven of them.
+    slack = 1 + 2.0**-8 * 15 if form == "int4" else 1 + 1e-5
+    assert (error.reshape(groups) <= largest * share * slack).all()
+    # And it is that large: half of it is passed by one number in two.
+    assert np.mean(error.reshape(groups) > largest * share / 2) > 0.4
+
+
+def test_an_error_of_float8_is_a_sixteenth_of_the_number():
+    weight = random(2, ROWS, COLUMNS)
+    error = np.abs(dequantized(*quantized(jnp.asarray(weight), "fp8")) - weight)
+    smallest = np.abs(weight).max(-1, keepdims=True) / 448 * 2**-10  # half a step near zero
+    assert (error <= np.maximum(np.abs(weight) / 16 * (1 + 1e-5), smallest)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_zeros_stay_zeros(form):
+    got = dequantized(*quantized(jnp.zeros((2, 3, 32)), form))
+    np.testing.assert_array_equal(got, np.zeros((2, 3, 32)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_map_multiplies_by_what_its_values_mean(form):
+    """With an adapter beside it, in one program."""
+    weight = jnp.asarray(random(1, ROWS, COLUMNS))
+    values, scale = quantized(weight, form)
+    x, a, b = random(5, COLUMNS, seed=2), random(2, COLUMNS, seed=3), random(ROWS, 2, seed=4)
+    linear = Linear(COLUMNS, ROWS, rngs=nnx.Rngs(0))
+    linear.weight, linear.scale = nnx.Param(values[0]), nnx.data(nnx.Param(scale[0]))
+    lora.attach(linear, {"a": a, "b": b})
+    graph, params = nnx.split(linear)
+    with jax.default_matmul_precision("highest"):
+        got = jax.jit(lambda p, x: nnx.merge(graph, p)(x, (None,)))(params, x)
+    want = x @ np.asarray(dequantized(values, scale))[0].T + x @ a.T @ b.T
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "heads"), ("heads", "fsdp")], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
+    """Its rows or its columns split over two shards; scales are split as rows are."""
+    x = random(2, 4, COLUMNS, seed=2)
+    found = quantized(jnp.asarray(random(1, 8, COLUMNS)), form)
+    want = np.einsum("bti,oi->bto", x, np.asarray(dequantized(*found))[0])
+    with mesh_context(2, 2, 2):
+        linear = Linear(COLUMNS, 8, axes=axes, bias=False, rngs=nnx.Rngs(0))
+        rows = spec_of(jax.typeof(linear.weight[...]))
+        where = (rows, P(rows[0]) if form != "int4" else P(rows[0], None))
+        held = [jax.device_put(v[0], to) for v, to in zip(found, where, strict=True)]
+        linear.weight, linear.scale = nnx.Param(held[0]), nnx.data(nnx.Param(held[1]))
+        graph, params = nnx.split(linear)
+        inner = axes[0] if axes[0] != "fsdp" else None
+        given = jax.device_put(x, spec("batch", None, inner))
+        run = jax.jit(lambda p, x: nnx.merge(graph, p)(x, ("batch", None)))
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(run(params, given), want, rtol=1e-4, atol=1e-4)
+
+
+LAYERS, WIDTH = 12, 256
+
+
+class Stack(nnx.Module):
+    """Linear maps on top of each other."""
+
+    def __init__(self, form):
+        build = jax.vmap(lambda r: Linear(WIDTH, WIDTH, bias=False, rngs=r))
+        self.blocks = build(nnx.Rngs(0).split(LAYERS))
+        quantize(self, form)
+
+    def __call__(self, x):
+        graph, params = nnx.split(self.blocks)
+
+        def body(x, layer):
+            return nnx.merge(graph, layer)(x, (None,)), None
+
+        return jax.lax.scan(body, x, params)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_copy_of_all_layers_is_made(form):
+    graph, params = nnx.split(nnx.eval_shape(lambda: Stack(form)))
+    x = jax.ShapeDtypeStruct((4, WIDTH), jnp.float32)
+    program = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).lower(params, x).compile()
+    memory, one = program.memory_analysis(), 4 * WIDTH * WIDTH  # bytes of a layer in float32
+    assert memory.argument_size_in_bytes < LAYERS * one * FORMS[form][2] / 32 * 1.05
+    assert memory.temp_size_in_bytes < 3 * one
+    assert not re.search(rf"(f32|bf16)\[{LAYERS},{WIDTH},{WIDTH}\]", program.as_text())
+
+
+@pytest.mark.parametrize(("form", "least"), [("int8", 0.50), ("fp8", 0.50), ("int4", 0.28)])
+def test_a_released_model_needs_so_much_less(form, least):
+    """Its blocks, in bfloat16, are 0.96 of it; the rest stays as it was."""
+    config = ltx2.LTX2Config(LTX2_3_22B, VIDEO_CONNECTOR_2_3, AUDIO_CONNECTOR_2_3)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    whole = bytes_per_chip(ltx2.abstract_params(config, mesh, for_sampling=True))
+    small = dataclasses.replace(config, quantized=form)
+    share = bytes_per_chip(ltx2.abstract_params(small, mesh, for_sampling=True)) / whole
+    assert least < share < least + 0.03
