@@ -3,8 +3,7 @@
     python -m ltx2_jax.train --config=configs/ltx2_19b.py \\
         --config.data.path=/data/clips --config.workdir=/checkpoints/run
 
-is the launch line, for every host of the slice (a slice of several hosts wants
-`jax.distributed.initialize()` before, which train does not call yet);
+is the launch line, on every host of the slice (`launch/tpu.sh` gives it to all of them);
 `--config.init_from=ltx-2-19b-dev.safetensors` starts from released weights. Variants, after a
 colon, differ in mesh, batch and remat policy alone. Each is for one slice, as clouds sell it (the
 number in a name counts TensorCores, of which a chip of v5p and v7x has two):

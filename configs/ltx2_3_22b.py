@@ -3,8 +3,7 @@
     python -m ltx2_jax.train --config=configs/ltx2_3_22b.py \\
         --config.data.path=/data/clips --config.workdir=/checkpoints/run
 
-is the launch line, for every host of the slice (a slice of several hosts wants
-`jax.distributed.initialize()` before, which train does not call yet);
+is the launch line, on every host of the slice (`launch/tpu.sh` gives it to all of them);
 `--config.init_from=ltx-2.3-22b-dev.safetensors` starts from released weights. Variants, after a
 colon, differ in mesh, batch and remat policy alone; each is for one slice, of the accelerator type
 that stands in `ltx2_19b.py`. What plan says of them, compiled, not measured,
