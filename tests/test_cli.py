@@ -97,7 +97,10 @@ def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsy
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.optim.lr=1"], "--config.optim.lr: no field 'lr'; valid: learning_rate, "),
+        (
+            ["--config.optim.lr=1"],
+            "--config.optim.lr: no field 'lr'; valid: optimizer, learning_rate, ",
+        ),
         (["--config.num_steps=many"], "--config.num_steps=many: expected int"),
         (["--confg.num_steps=3"], "unknown flag --confg.num_steps"),
         (["--config.mesh.model=3"], r"mesh \(data=-1, model=3, sequence=1\) does not divide the 8"),
@@ -345,7 +348,7 @@ def test_a_dataset_that_names_a_released_text_encoder_is_read_through_the_cache(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_ends_a_command_in_one_line(module, name, number, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(module, "main", lambda args: signal.raise_signal(number))
+    monkeypatch.setattr(module, "main", lambda *_: signal.raise_signal(number))
     assert entry(name)(["--workdir=x"] if name == "sample" else ["t.csv", "out", *SIZE]) == 130
     assert capsys.readouterr().err.startswith(f"{name}: interrupted")
     assert signal.getsignal(signal.SIGTERM) == before
