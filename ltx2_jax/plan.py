@@ -15,6 +15,7 @@ from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.quantized import FORMS
+from ltx2_jax.sampling import recipes
 from ltx2_jax.training import trainer_yaml
 
 DESCRIPTION = """\
@@ -27,6 +28,7 @@ without a TPU. Without it, train and sample print what arithmetic can tell. --wh
   sample   a batch of clips from text features to latents, with a config's model and mesh
   vae      the video VAE's decoding, or encoding, of one clip that all chips of the slice share
   text     the text encoder, prompts of 1024 tokens to context
+  clip     every program of a recipe, from a prompt to picture and sound, one clip on all chips
 
 --hosts says which rows of a batch every host of the slice would read, in seconds.
 """
@@ -41,6 +43,7 @@ example:
       --what=sample --height=512 --width=768 --steps=1
   python -m ltx2_jax.plan --what=vae --topology=v6e:2x4 --frames=481 --half=encode --json
   python -m ltx2_jax.plan --what=text --topology=v6e:2x4 --batch=8
+  python -m ltx2_jax.plan --what=clip --topology=v6e:2x4 --recipe=distilled --height=512 --width=768
 
 Fields of the config can be changed with --config.FIELD=VALUE, as in train. The exit code is 0 if
 the program fits, 1 if it does not, 2 for a mistake in the command.
@@ -51,10 +54,10 @@ TO_COMPILE = 3  # rows of a search
 # Programs that a flag is of, and its default.
 FLAGS = {
     "config": (("train", "sample"), None),
-    "mesh": (("train", "sample"), None),
-    "frames": (("train", "sample", "vae"), None),
-    "height": (("train", "sample", "vae"), None),
-    "width": (("train", "sample", "vae"), None),
+    "mesh": (("train", "sample", "clip"), None),
+    "frames": (("train", "sample", "vae", "clip"), None),
+    "height": (("train", "sample", "vae", "clip"), None),
+    "width": (("train", "sample", "vae", "clip"), None),
     "search": (("train",), False),
     "compile": (("train",), None),
     "hosts": (("train",), False),
@@ -62,7 +65,8 @@ FLAGS = {
     "passes": (("sample",), 1),
     "steps": (("sample",), None),
     "quantize": (("sample", "text"), None),
-    "release": (("vae", "text"), "2.3"),
+    "release": (("vae", "text", "clip"), "2.3"),
+    "recipe": (("clip",), "distilled"),
     "half": (("vae",), "decode"),
 }
 
@@ -108,6 +112,16 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
         args.height or default.height,
         args.width or default.width,
     )
+    if args.what == "clip":
+        networks = planning.CLIPS[args.release]
+        recipe = recipes.choose(
+            args.release,
+            "distilled",  # or a distilled LoRA, which is fused: the same programs
+            upsampler=True,
+            layers=networks.transformer.num_layers,
+            name=args.recipe,
+        )
+        return planning.plan_clip(networks, recipe, size, args.topology, sizes=args.mesh)
     return planning.plan_vae(planning.VAES[args.release], args.half, size, args.topology)
 
 
@@ -146,7 +160,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("plan", DESCRIPTION, EXAMPLE)
     add = parser.add_argument
-    what = ("train", "sample", "vae", "text")
+    what = ("train", "sample", "vae", "text", "clip")
     add("--what", choices=what, default="train", help="the program (default: %(default)s)")
     add("--topology", required=True, metavar="SLICE", help="such as v5p:4x4x4, or 2xv5p:4x4x4")
     add("--config", metavar="FILE[:ARG]", help="of train and sample, as for train")
@@ -171,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
     add("--quantize", choices=tuple(FORMS), help="the large matrices, of sample and text")
-    add("--release", choices=RELEASES, help="of vae and text (2.3)")
+    add("--release", choices=RELEASES, help="of vae, text and clip (2.3)")
+    add("--recipe", choices=recipes.RECIPES, help="of clip (distilled)")
     add("--half", choices=("decode", "encode"), help="of vae (decode)")
     add("--json", action="store_true", help="print all facts as JSON")
     return parser

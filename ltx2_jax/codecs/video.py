@@ -181,6 +181,12 @@ class VideoCodec:
         axes = (plan.time, plan.rows, plan.columns)
         return tuple(max(t.source.stop - t.source.start for t in axis) for axis in axes)
 
+    def num_tiles(self, pixel_shape: Sequence[int]) -> int:
+        """Of pixels [B, F, H, W, 3], when they are decoded."""
+        tiling = self._tiling(pixel_shape)
+        plan = tiles.plan_decode(self._grid(pixel_shape[1:4]), self.strides, tiling)
+        return math.prod(map(len, (plan.time, plan.rows, plan.columns)))
+
     def mesh_of(self, tile: tiles.Shape, batch: int = 1) -> jax.sharding.Mesh:
         """How the devices share a tile of (frames, rows, columns) pixels."""
         return picture_mesh(self.devices, batch, *self._grid(tile)[1:])

@@ -423,8 +423,15 @@ def _end_with(
     others: Array,  # [B, T, C]
 ) -> Array:  # [B, T, C]
     """`tokens`, then those of `others` that come after so many."""
-    xp = _numpy(tokens, others)
-    return xp.concatenate([tokens.astype(others.dtype), others[:, tokens.shape[1] :]], 1)
+    xp, rest = _numpy(tokens, others), others[:, tokens.shape[1] :]
+    tokens = tokens.astype(others.dtype)
+    if not rest.shape[1]:
+        return tokens
+    if xp is jnp and not jax.sharding.get_abstract_mesh().empty:
+        where = jax.typeof(tokens).sharding  # conditions from the host are whole on every device
+        if jax.typeof(rest).sharding != where:
+            rest = jax.sharding.reshard(rest, where.spec)
+    return xp.concatenate([tokens, rest], 1)
 
 
 def _tokens_per_frame(conditions: Conditions, latents: Array) -> int:

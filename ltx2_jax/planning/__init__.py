@@ -9,6 +9,7 @@ The one door: `BENCHES` are behind `python -m ltx2_jax.bench`, all else behind
 """
 
 from ltx2_jax.planning.bench import BENCHES
+from ltx2_jax.planning.clip import CLIPS, plan_clip
 from ltx2_jax.planning.hosts import plan_hosts
 from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 from ltx2_jax.planning.reports import describe
@@ -19,10 +20,12 @@ from ltx2_jax.planning.vae import VAES, plan_vae
 
 __all__ = [
     "BENCHES",
+    "CLIPS",
     "DEFAULT_SIZE",
     "TEXT_ENCODERS",
     "VAES",
     "describe",
+    "plan_clip",
     "plan_hosts",
     "plan_sample",
     "plan_text",

@@ -24,7 +24,7 @@ ENDS = {
 
 
 def compile_facts(
-    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, model_flops: float
+    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, model_flops: float | None
 ) -> dict[str, Any]:
     """Memory, work and time of a program for the devices of `mesh`, or why it does not fit."""
     kind = mesh.devices.flat[0].device_kind
@@ -45,6 +45,8 @@ def describe(facts: dict[str, Any]) -> str:
         return _search(facts)
     if what == "hosts":
         return describe_hosts(facts)
+    if what == "clip":
+        return _clip(facts)
     where = f"{facts['topology']} ({facts['devices']} x {facts['device_kind']})"
     title = f"{facts['program']} on {where}"
     if "message" in facts:
@@ -171,6 +173,37 @@ def _search(facts: dict[str, Any], most: int = 12) -> str:
     if not facts["compiled"]:
         lines.append(f"  not compiled   {NO_COMPILER}")
     return "\n".join(lines)
+
+
+BOUNDS = {"compute": "FLOPs", "hbm": "HBM", "waited": "links", "stalled": "copies"}
+
+
+def _clip(facts: dict[str, Any]) -> str:
+    """The programs of a recipe as a table."""
+    room = facts["hbm_bytes_per_device"] / GIB
+    lines = [
+        f"{facts['program']} on {facts['topology']} ({facts['devices']} x {facts['device_kind']})",
+        f"  split          {_split(facts)}; each program has the memory to itself",
+        f"  {'program':<34} runs  peak, GiB of {room:.1f}  seconds  most of them for",
+    ]
+    for row in facts["programs"]:
+        plan, name = row["facts"], f"  {row['name']:<34} {row['times']:4}"
+        if "message" in plan:
+            lines.append(f"{name}  {plan['message']}")
+            continue
+        peak = plan["peak_bytes_per_device"] / GIB
+        seconds = "      ?" if row["seconds"] is None else f"{row['seconds']:7.3f}"
+        verdict = "" if plan["fits"] else "  does not fit"
+        lines.append(f"{name}  {peak:17.2f}  {seconds}  {BOUNDS.get(row['bound'], '?')}{verdict}")
+    if facts["seconds"] is not None:
+        longest = next(row for row in facts["programs"] if row["name"] == facts["longest"])
+        share = longest["seconds"] / facts["seconds"]
+        lines.append(
+            f"  practical      {facts['seconds']:.3g} s a clip, {share:.0%} of them in "
+            f"{longest['name']}; loading of weights and writing of files are beside it"
+        )
+    verdict = "every program fits" if facts["fits"] else "does not fit"
+    return "\n".join([*lines, f"  {verdict}", f"  compiled in    {facts['compile_seconds']:.0f} s"])
 
 
 def _compiled(row: dict[str, Any]) -> str:

@@ -54,15 +54,22 @@ TEXT_ENCODERS = {
 
 
 def plan_text(
-    config: TextConfig, batch: int, topology: str, *, length: int = LENGTH
+    config: TextConfig,
+    batch: int,
+    topology: str,
+    *,
+    length: int = LENGTH,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """What encoding `batch` prompts of `length` tokens at once needs on a slice.
+
+    `mesh` is one of the slice's devices; None takes `text_mesh`.
 
     Raises:
       UserError: no such slice, no TPU compiler.
     """
     devices = tpu_devices(one_slice(topology, "text").name)
-    mesh = text_mesh(config, devices)
+    mesh = mesh or text_mesh(config, devices)
     # As `TextEncoder` does: rows are repeated until the data axis divides them.
     rows = -(-batch // mesh.shape["data"]) * mesh.shape["data"]
     graphdef, params = _abstract(config, mesh)

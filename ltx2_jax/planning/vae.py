@@ -43,6 +43,7 @@ def plan_vae(
         "topology": topology,
         "devices": len(devices),
         "tile": list(tile),
+        "tiles": codec.num_tiles((1, *size, 3)),
         "split": {name: count for name, count in mesh.shape.items() if count > 1},
         "parameters": codec.num_parameters,
         "flops_of_clip": video_vae_flops(config, *size)[half],
