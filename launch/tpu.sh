@@ -264,9 +264,22 @@ outcome() {
 run() {
     local code
     while true; do
-        up
-        train
-        [[ -z $dry ]] || return 0
+        set +e # a slice may go at any moment, also before the training runs on it
+        (
+            set -e
+            up
+            train
+        )
+        code=$?
+        set -e
+        [[ -z $dry ]] || return "$code"
+        if ((code)); then
+            case $(state) in
+                SUSPENDING | SUSPENDED) say "$name was preempted; it is asked for again" ;;
+                *) return "$code" ;;
+            esac
+            continue
+        fi
         code=$(outcome)
         case $code in
             0)

@@ -56,14 +56,14 @@ def test_sound_is_read_from_films_and_from_files_of_sound(tmp_path):
     for suffix in ("wav", "flac", "ogg"):
         soundfile.write(tmp_path / f"a.{suffix}", sound, 16000)
     for name, error in (("a.wav", 1e-4), ("a.flac", 1e-4), ("a.ogg", 0.1), ("a.mp4", 0.1)):
-        samples, rate = media.read_sound(tmp_path / name)
+        samples, rate = media.read_whole_sound(tmp_path / name)
         assert (samples.shape, rate) == ((4000, 2), 16000), name
         assert np.abs(samples[500:-500] - sound[500:-500]).max() < error, name
     media.write_pngs(tmp_path / "still.png", [picture()[None]])
     with pytest.raises(UserError, match="has no sound"):
-        media.read_sound(tmp_path / "still-00000.png")
+        media.read_whole_sound(tmp_path / "still-00000.png")
     with pytest.raises(UserError, match="no such file"):
-        media.read_sound(tmp_path / "none.wav")
+        media.read_whole_sound(tmp_path / "none.wav")
 
 
 def test_a_sound_without_picture_shows_itself():
