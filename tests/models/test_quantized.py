@@ -1,14 +1,23 @@
 """Weights in eight and four bits: rounded as promised, kept so on every mesh and in every loop."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from ltx2_jax.models import lora
+from ltx2_jax.models import lora, ltx2
 from ltx2_jax.models.layers import Linear
-from ltx2_jax.models.quantized import FORMS, dequantized, quantized
+from ltx2_jax.models.quantized import FORMS, dequantized, quantize, quantized
+from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
+from ltx2_jax.models.transformer.config import LTX2_3_22B
+from ltx2_jax.planning.topology import has_compiler, tpu_devices
+from ltx2_jax.sharding import bytes_per_chip, make_mesh, spec, spec_of
 
 ROWS, COLUMNS = 6, 64
 
@@ -86,3 +95,73 @@ def test_a_linear_map_multiplies_by_what_its_values_mean(form):
         got = jax.jit(lambda p, x: nnx.merge(graph, p)(x, (None,)))(params, x)
     want = x @ np.asarray(dequantized(values, scale))[0].T + x @ a.T @ b.T
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "heads"), ("heads", "fsdp")], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
+    """Its rows or its columns split over two shards; scales are split as rows are."""
+    x = random(2, 4, COLUMNS, seed=2)
+    found = quantized(jnp.asarray(random(1, 8, COLUMNS)), form)
+    want = np.einsum("bti,oi->bto", x, np.asarray(dequantized(*found))[0])
+    with mesh_context(2, 2, 2):
+        linear = Linear(COLUMNS, 8, axes=axes, bias=False, rngs=nnx.Rngs(0))
+        rows = spec_of(jax.typeof(linear.weight[...]))
+        where = (rows, P(rows[0]) if form != "int4" else P(rows[0], None))
+        held = [jax.device_put(v[0], to) for v, to in zip(found, where, strict=True)]
+        linear.weight, linear.scale = nnx.Param(held[0]), nnx.data(nnx.Param(held[1]))
+        graph, params = nnx.split(linear)
+        inner = axes[0] if axes[0] != "fsdp" else None
+        given = jax.device_put(x, spec("batch", None, inner))
+        run = jax.jit(lambda p, x: nnx.merge(graph, p)(x, ("batch", None)))
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(run(params, given), want, rtol=1e-4, atol=1e-4)
+
+
+LAYERS, WIDTH = 12, 1024
+
+
+class Stack(nnx.Module):
+    """Linear maps on top of each other."""
+
+    def __init__(self, form):
+        build = jax.vmap(lambda r: Linear(WIDTH, WIDTH, bias=False, rngs=r))
+        self.blocks = build(nnx.Rngs(0).split(LAYERS))
+        quantize(self, form)
+
+    def __call__(self, x):
+        graph, params = nnx.split(self.blocks)
+
+        def body(x, layer):
+            return nnx.merge(graph, layer)(x, (None,)), None
+
+        return jax.lax.scan(body, x, params)[0]
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no TPU compiler for this machine")
+@pytest.mark.parametrize("form", FORMS)
+def test_no_copy_of_all_layers_is_made(form):
+    """By the TPU compiler; a CPU has no types so small, and casts all of them ahead of the loop."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: Stack(form)))
+    home = NamedSharding(jax.sharding.Mesh(tpu_devices("v5e:2x2")[:1], ("chip",)), P())
+    params, x = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home),
+        (params, jax.ShapeDtypeStruct((256, WIDTH), jnp.bfloat16)),
+    )
+    program = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).lower(params, x).compile()
+    memory, one = program.memory_analysis(), 4 * WIDTH * WIDTH  # bytes of a layer in float32
+    held = LAYERS * one * FORMS[form][2] / 32 + 2 * 256 * WIDTH
+    assert memory.argument_size_in_bytes < held * 1.05
+    assert memory.temp_size_in_bytes < one
+    assert not re.search(rf"(f32|bf16)\[{LAYERS},{WIDTH},{WIDTH}\]", program.as_text())
+
+
+@pytest.mark.parametrize(("form", "least"), [("int8", 0.50), ("fp8", 0.50), ("int4", 0.28)])
+def test_a_released_model_needs_so_much_less(form, least):
+    """Its blocks, in bfloat16, are 0.96 of it; the rest stays as it was."""
+    config = ltx2.LTX2Config(LTX2_3_22B, VIDEO_CONNECTOR_2_3, AUDIO_CONNECTOR_2_3)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    whole = bytes_per_chip(ltx2.abstract_params(config, mesh, for_sampling=True))
+    small = dataclasses.replace(config, quantized=form)
+    share = bytes_per_chip(ltx2.abstract_params(small, mesh, for_sampling=True)) / whole
+    assert least < share < least + 0.03

@@ -1,6 +1,7 @@
 """Quantised models: near the reference, small on the chip, and read from files piece by piece."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -15,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from ltx2_jax import sample
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import media
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import dequantized, quantized
+from ltx2_jax.sampling import pipeline
 from ltx2_jax.sampling.loading import Files, Strength, Weights
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
@@ -145,6 +148,19 @@ def test_a_lora_is_added_before_the_rounding():
         want = quantized(weight, "int8")[0] if rounded else weight
         np.testing.assert_array_equal(got[path], want)
     jax.tree.map(np.testing.assert_array_equal, held.params(), before)
+
+
+def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys, monkeypatch):
+    """Of transformer and text encoder, by the command; what made it is remembered."""
+    one = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(pipeline, "fitting_mesh", lambda *_, **__: one)
+    out = tmp_path / "clip.mp4"
+    argv = [str(V23 / "checkpoint.safetensors"), "a dog barks", f"--gemma-root={V23 / 'gemma'}"]
+    argv += ["--quantize=int8", "--num-frames=9", "--height=64", "--width=64", "--stage1.steps=2"]
+    argv += ["--recipe=one_stage", "--dtype=float32", f"--output-path={out}"]
+    assert sample.cli(argv) == 0, capsys.readouterr().err
+    assert media.read_clip(out).video.shape == (9, 64, 64, 3)
+    assert json.loads(media.read_about(out))["command"]["quantize"] == "int8"
 
 
 def test_a_training_is_not_quantised(capsys):
