@@ -142,14 +142,19 @@ def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_pa
     running = subprocess.Popen(
         [str(LAUNCH / "tpu.sh"), *words], stderr=subprocess.PIPE, text=True, **cloud
     )
-    wait_for(step.exists)
-    for pid in (tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"):
-        os.kill(int(pid.read_text()), signal.SIGKILL)
-    request.write_text(request.read_text().replace('"ACTIVE"', '"SUSPENDED"'))
-    wait_for(lambda: not request.exists() or "SUSPENDED" not in request.read_text())
-    wait_for(lambda: len(list((tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"))) == 4)
-    (tmp_path / "exit").write_text("42")
-    _, said = running.communicate(timeout=60)
+    try:
+        wait_for(step.exists)
+        for pid in (tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+        request.write_text(request.read_text().replace('"ACTIVE"', '"SUSPENDED"'))
+        wait_for(lambda: not request.exists() or "SUSPENDED" not in request.read_text())
+        wait_for(lambda: len(list((tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"))) == 4)
+        (tmp_path / "exit").write_text("42")
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.wait()
+        running.stderr.close()
     assert running.returncode == 0, said
     assert "first was preempted; it is asked for again" in said
     assert "the training ended with 42 and is started again" in said

@@ -94,7 +94,7 @@ class Small:
         data = dataclasses.replace(self.config.data, synthetic=clips, read_threads=0)
         self.config = dataclasses.replace(self.config, data=data)
         mesh = make_mesh(devices=jax.devices()[:1])
-        monkeypatch.setattr(loop, "make_mesh", lambda *_: mesh)
+        monkeypatch.setattr(loop, "make_mesh", lambda *_, **__: mesh)
         monkeypatch.setattr(loop, "init_state", lambda key, config: state_at(0))
         monkeypatch.setattr(loop, "make_train_step", lambda *_: self.step)
 
