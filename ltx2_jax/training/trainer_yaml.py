@@ -39,7 +39,7 @@ from ltx2_jax.weights.lora_targets import TARGETS
 from ltx2_jax.weights.sources import open_release
 
 SUFFIXES = (".yaml", ".yml")
-_CLIPS = "clips are made by `sample`, and at the end of a training from captions of the dataset"
+_CLIPS = "clips on the way are those of validation.clips_every and .prompts, a file: two flags"
 _MADE = "latents and text features are made beforehand, by `prepare`"
 # Keys that are read and have no effect, and why.
 IDLE = {
@@ -48,7 +48,7 @@ IDLE = {
     "model.audio_vae_path": _MADE,
     "acceleration.load_text_encoder_in_8bit": _MADE,
     "acceleration.quantization": "frozen weights are kept in bfloat16, spread over the devices",
-    "acceleration.offload_optimizer_during_validation": _CLIPS,
+    "acceleration.offload_optimizer_during_validation": "the optimizer stays on the devices",
     "checkpoints.precision": "`convert` writes the file, in the precision that it is told",
     "checkpoints.no_resume": "a run goes on in its workdir; another output_dir begins anew",
     "checkpoints.save_training_state": "a checkpoint always holds the whole state",
