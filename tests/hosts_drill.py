@@ -78,7 +78,7 @@ def apart():
 def told():
     """A signal to host 1 while host 0 waits for it."""
     if hosts.index() == 1:
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)  # never ignored, as SIGHUP under nohup
         time.sleep(60)
     hosts.barrier("waiting")
 
