@@ -93,8 +93,7 @@ def test_gradients_alone_cross_between_slices_and_once_a_step(chunks):
     # In float32, each shard of a slice; of two slices, either sends as much as it holds.
     shard = sharding.bytes_per_chip(state["params"])
     assert shard <= sent["bytes"] <= 1.1 * shard
-    assert sent["forward"] == 0
-    assert (sent["backward"] > 0) == (chunks == 1)
+    assert sent["forward"] == sent["backward"] == 0  # but when all gradients are there
     assert sharding.replicated(state, 2**20) == []
 
 
