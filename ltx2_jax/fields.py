@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ltx2_jax.errors import UserError
@@ -150,3 +151,14 @@ def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
         elif x != y:
             lines.append(f"{name}: {x!r} -> {y!r}")
     return lines
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from ltx2_jax import command, hosts
-from ltx2_jax.command import count, finite, positive, seed_flag
+from ltx2_jax.command import count, finite, mesh_flag, positive, seed_flag
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.demo import synthetic
 from ltx2_jax.diffusion.schedules import SCHEDULES
@@ -518,8 +518,8 @@ def _guidance(parser: argparse.ArgumentParser) -> None:
 
 def _resources(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the machine").add_argument
-    add("--mesh", type=_mesh, metavar="DATA,MODEL,SEQUENCE", help="how the devices share the work; "
-        "-1 takes what is left (default: -1,1,1, MODEL larger where weights need it)")  # fmt: skip
+    add("--mesh", type=mesh_flag, metavar="DATA,MODEL,SEQUENCE", help="how the devices share the "
+        "work; -1 takes what is left (default: -1,1,1, MODEL larger if needed)")  # fmt: skip
     add("--max-batch-size", type=count, default=1, metavar="N", help="clips at a time")
     add("--keep", action="store_true", default=None, help="text encoder, transformer and decoder "
         "stay in memory (default: if they fit together)")  # fmt: skip
@@ -558,14 +558,6 @@ def _workdir(parser: argparse.ArgumentParser) -> None:
 def _place(text: str) -> str:
     """A file as its full path, so that what a clip remembers holds in any folder; or a Hub name."""
     return str(Path(text).resolve()) if Path(text).exists() else text
-
-
-def _mesh(text: str) -> tuple[int, int, int]:
-    try:
-        data, model, sequence = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers like -1,1,1") from None
-    return data, model, sequence
 
 
 def _blocks(text: str) -> tuple[int, ...]:

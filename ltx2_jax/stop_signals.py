@@ -129,7 +129,7 @@ def _vote() -> None:
 
 
 class StopSignals:
-    """From `__enter__` to `close`, signals are noted; a second Ctrl-C interrupts at once.
+    """From `begin` to `close`, signals are noted; a second Ctrl-C interrupts at once.
 
     So the training step that runs is finished and saved first.
     """
@@ -138,13 +138,12 @@ class StopSignals:
         self._state = _state
         self._outside = contextlib.ExitStack()
 
-    def __enter__(self) -> "StopSignals":
+    def begin(self) -> None:
         if signal.getsignal(signal.SIGTERM) is not _handle:  # of a caller who is no command
             self._outside.enter_context(termination_interrupts())
         self._state = _state
         with self._state.lock:
             self._state.finishing = True
-        return self
 
     def asked(self) -> bool:
         """Whether to stop now; every host asks once a step, and gets the same answer."""
@@ -165,6 +164,3 @@ class StopSignals:
         with self._state.lock:
             self._state.finishing = False
         self._outside.close()
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()

@@ -116,7 +116,7 @@ def test_importing_the_commands_touches_no_device():
         "from ltx2_jax import train, sample, prepare; from jax._src import xla_bridge; "
         "assert not xla_bridge.backends_are_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], env=environment(1), check=True)
+    assert subprocess.run([sys.executable, "-c", code], env=environment(1)).returncode == 0
 
 
 def drill(folder, *what):

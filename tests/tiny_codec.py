@@ -7,51 +7,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from ltx2_jax.demo.tiny_release import AUDIO_VAE, VIDEO_VAE, VOCODER
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import audio_vae, video_vae, vocoder
-
-VAE = {
-    "_class_name": "CausalVideoAutoencoder",
-    "latent_channels": 4,
-    "encoder_blocks": [
-        ["compress_space_res", {"multiplier": 2}],
-        ["compress_time_res", {"multiplier": 2}],
-        ["compress_all_res", {"multiplier": 1}],
-        ["compress_all_res", {"multiplier": 1}],
-    ],
-    "decoder_blocks": [["compress_all", {}], ["compress_all", {}], ["compress_all", {}]],
-    "decoder_base_channels": 8,
-    "spatial_padding_mode": "zeros",
-    "timestep_conditioning": False,
-}
-AUDIO_VAE = {
-    "model": {
-        "params": {
-            "ddconfig": {
-                "ch": 4,
-                "ch_mult": [1, 1, 1],
-                "num_res_blocks": 1,
-                "z_channels": 2,
-                "attn_resolutions": [],
-                "mid_block_add_attention": False,
-            }
-        }
-    }
-}
-VOCODER = {
-    "upsample_initial_channel": 4,
-    "upsample_rates": [16, 15],
-    "upsample_kernel_sizes": [16, 15],
-    "resblock_kernel_sizes": [3],
-    "resblock_dilation_sizes": [[1]],
-    "output_sampling_rate": 24000,
-}
 
 
 def tensors() -> dict[str, dict[str, np.ndarray]]:
     """Network -> random tensors under official names, without prefix."""
     made = {
-        "vae": (video_vae, video_vae.video_vae_config(VAE)),
+        "vae": (video_vae, video_vae.video_vae_config(VIDEO_VAE)),
         "audio_vae": (audio_vae, audio_vae.audio_vae_config(AUDIO_VAE)),
         "vocoder": (vocoder, vocoder.vocoder_config(VOCODER)),
     }
@@ -70,11 +34,11 @@ def tensors() -> dict[str, dict[str, np.ndarray]]:
 
 
 def write(folder: Path, *, split: bool = False, version: str = "2.0.0", **sections) -> list[Path]:
-    """The codec in one file, or with the video VAE under bare names in a file of its own.
+    """The codec in one file, or with the video VIDEO_VAE under bare names in a file of its own.
 
     sections: replace sections of the config.
     """
-    config = {"vae": VAE, "audio_vae": AUDIO_VAE, "vocoder": VOCODER} | sections
+    config = {"vae": VIDEO_VAE, "audio_vae": AUDIO_VAE, "vocoder": VOCODER} | sections
     networks = tensors()
     files = [("all.safetensors", ("vae", "audio_vae", "vocoder"))]
     if split:

@@ -218,7 +218,6 @@ def read_item(item: Item, row: Row, config: PrepareConfig, rates: Rates) -> Samp
 
 
 def _clip(path: Path, bucket: Bucket, start: float, config: PrepareConfig, rates: Rates) -> Clip:
-    part = {"start": start} if start else {}
     return read_clip(
         path,
         num_frames=bucket.num_frames,
@@ -226,7 +225,7 @@ def _clip(path: Path, bucket: Bucket, start: float, config: PrepareConfig, rates
         width=bucket.width,
         fps=None if path.suffix.lower() in IMAGES else config.fps,
         sample_rate=rates.sample_rate,
-        **part,
+        start=start,
     )
 
 

@@ -24,6 +24,7 @@ from ltx2_jax.data.work import NoneUsableError, Work, may_succeed_now
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
+from ltx2_jax.fields import flat
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import check_even
 from ltx2_jax.text.captions import FeatureEncoder
@@ -190,7 +191,7 @@ def _identity(maker: Any) -> Any:
 
 
 def _check_settings(records: Records, settings: dict[str, Any]) -> None:
-    found, settings = _flat(records.settings), _flat(settings)
+    found, settings = flat(records.settings), flat(settings)
     for name in sorted(found.keys() | settings.keys()):
         ours, theirs = settings.get(name), found.get(name)
         if ours == theirs:
@@ -221,14 +222,3 @@ def _check_clips(records: Records, rows: Sequence[Row]) -> bool:
             "choose another folder or make it anew (--overwrite)"
         )
     return may_succeed_now(failures, rows)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

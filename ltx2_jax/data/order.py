@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
 import numpy as np
 
@@ -79,15 +78,6 @@ class Kind:
     records: np.ndarray
     batch_size: int
     bucket: BucketFields | None = None
-
-    @property
-    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a global batch of them holds, to compile a program for it before there is one."""
-        return {
-            name: jax.ShapeDtypeStruct((self.batch_size, *field.shape), np.dtype(field.dtype))
-            for name, field in self.bucket.fields.items()
-            if field.dtype != "str"
-        }
 
 
 class Order:

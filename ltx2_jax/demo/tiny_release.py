@@ -51,7 +51,7 @@ _TRANSFORMER = {
     "audio_connector_num_attention_heads": 8,
     "audio_connector_attention_head_dim": 4,
 }
-_VIDEO_VAE = {
+VIDEO_VAE = {
     "_class_name": "CausalVideoAutoencoder",
     "latent_channels": 4,
     "encoder_blocks": [
@@ -65,15 +65,21 @@ _VIDEO_VAE = {
     "spatial_padding_mode": "zeros",
     "timestep_conditioning": False,
 }
-_AUDIO_VAE = {
-    "ch": 4,
-    "ch_mult": [1, 1, 1],
-    "num_res_blocks": 1,
-    "z_channels": 2,
-    "attn_resolutions": [],
-    "mid_block_add_attention": False,
+AUDIO_VAE = {
+    "model": {
+        "params": {
+            "ddconfig": {
+                "ch": 4,
+                "ch_mult": [1, 1, 1],
+                "num_res_blocks": 1,
+                "z_channels": 2,
+                "attn_resolutions": [],
+                "mid_block_add_attention": False,
+            }
+        }
+    }
 }
-_VOCODER = {
+VOCODER = {
     "upsample_initial_channel": 4,
     "upsample_rates": [16, 15],
     "upsample_kernel_sizes": [16, 15],
@@ -83,9 +89,9 @@ _VOCODER = {
 }
 _CONFIG = {
     "transformer": _TRANSFORMER,
-    "vae": _VIDEO_VAE,
-    "audio_vae": {"model": {"params": {"ddconfig": _AUDIO_VAE}}},
-    "vocoder": _VOCODER,
+    "vae": VIDEO_VAE,
+    "audio_vae": AUDIO_VAE,
+    "vocoder": VOCODER,
 }
 _GEMMA = {
     "model_type": "gemma3",

@@ -132,22 +132,22 @@ def euler_cfg_plus_plus(
 # ------------------------------------------------------------------------------ one call a step
 
 
-def _pairs(sigmas: Array) -> Row:
-    return {"sigma": sigmas[:-1], "next": sigmas[1:]}
-
-
-@dataclass(frozen=True)
-class Euler:
-    """`euler`."""
+class _OneCall:
+    """What steppers of one call a step share; here, one that draws and remembers nothing."""
 
     calls_per_step = 1
     draws = normalized = False
 
     def rows(self, sigmas: Array) -> Row:
-        return _pairs(sigmas)
+        return {"sigma": sigmas[:-1], "next": sigmas[1:]}
 
     def begin(self, x: Array) -> Memory:
         return ()
+
+
+@dataclass(frozen=True)
+class Euler(_OneCall):
+    """`euler`."""
 
     def step(
         self,
@@ -162,24 +162,15 @@ class Euler:
 
 
 @dataclass(frozen=True)
-class AncestralEuler:
+class AncestralEuler(_OneCall):
     """`ancestral_euler`; eta 0 is Euler."""
 
     eta: float = 1.0
     s_noise: float = 1.0
 
-    calls_per_step = 1
-    normalized = False
-
     @property
     def draws(self) -> bool:
         return self.eta > 0
-
-    def rows(self, sigmas: Array) -> Row:
-        return _pairs(sigmas)
-
-    def begin(self, x: Array) -> Memory:
-        return ()
 
     def step(
         self,
@@ -196,24 +187,15 @@ class AncestralEuler:
 
 
 @dataclass(frozen=True)
-class EulerCFGPlusPlus:
+class EulerCFGPlusPlus(_OneCall):
     """`euler_cfg_plus_plus`; it needs the pass without a prompt."""
 
     eta: float = 1.0
     s_noise: float = 1.0
 
-    calls_per_step = 1
-    normalized = False
-
     @property
     def draws(self) -> bool:
         return self.eta > 0 and self.s_noise > 0
-
-    def rows(self, sigmas: Array) -> Row:
-        return _pairs(sigmas)
-
-    def begin(self, x: Array) -> Memory:
-        return ()
 
     def step(
         self,
@@ -238,16 +220,13 @@ def _without_noise(moved: Array, row: Row, given: Conditions | None) -> Array:
 
 
 @dataclass(frozen=True)
-class GradientEstimation:
+class GradientEstimation(_OneCall):
     """Euler along `v + (gamma - 1) (v - last v)`; gamma 1 is Euler."""
 
     gamma: float = 2.0
 
-    calls_per_step = 1
-    draws = normalized = False
-
     def rows(self, sigmas: Array) -> Row:
-        return _pairs(sigmas) | {"first": jnp.arange(sigmas.shape[0] - 1) == 0}
+        return super().rows(sigmas) | {"first": jnp.arange(sigmas.shape[0] - 1) == 0}
 
     def begin(self, x: Array) -> Memory:
         return jnp.zeros_like(x)

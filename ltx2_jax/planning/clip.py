@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from ltx2_jax.codecs.audio import AudioCodec
 from ltx2_jax.codecs.codec import ReleasedCodec
@@ -23,7 +22,7 @@ from ltx2_jax.diffusion import conditioning
 from ltx2_jax.diffusion.sampler import Given, rows_axis
 from ltx2_jax.models import flops, ltx2
 from ltx2_jax.models.codecs.audio_vae import AUDIO_VAE, AudioVAEConfig
-from ltx2_jax.models.codecs.upsampler import UpsamplerConfig, upsample_latents
+from ltx2_jax.models.codecs.upsampler import UpsamplerConfig
 from ltx2_jax.models.codecs.video_vae import VideoVAEConfig
 from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3, VocoderConfig
 from ltx2_jax.models.ltx2 import LTX2Config
@@ -33,7 +32,7 @@ from ltx2_jax.planning.text import TEXT_ENCODERS, TextConfig, plan_text
 from ltx2_jax.planning.topology import one_slice, tpu_devices
 from ltx2_jax.planning.vae import VAES, plan_vae
 from ltx2_jax.sampling import stages, tasks
-from ltx2_jax.sampling.loading import SHARE
+from ltx2_jax.sampling.loading import SHARE, upsampled
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
 from ltx2_jax.sampling.tasks import Asked, Task
@@ -312,15 +311,11 @@ def upsampler_program(
     """Twice the height and width, for the latents of a stage."""
     create = partial(upsampler.create, config)
     graph, where = nnx.graphdef(nnx.eval_shape(create)), replicated_on([device])
-
-    def upsample(params: Any, latents: Array, mean: Array, std: Array) -> Array:
-        return upsample_latents(nnx.merge(graph, params), latents, mean, std)
-
     given = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
         for shape in ((1, *shapes.video, shapes.channels), (shapes.channels,), (shapes.channels,))
     ]
-    return jax.jit(upsample).lower(_weights(create, where, config.dtype), *given)
+    return upsampled.lower(_weights(create, where, config.dtype), *given, graph=graph)
 
 
 def sound_program(codec: AudioCodec, shapes: stages.Shapes) -> jax.stages.Lowered:

@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -313,15 +313,16 @@ class Files:
             )
         )
 
-    def upsample(self, latents: np.ndarray, dtype: str) -> np.ndarray:
-        """Normalised video latents [B, F', H', W', C] -> [B, F', 2 H', 2 W', C]."""
-        network = self.upsampler.module("upsampler", dtype=dtype)
-        graph, params = nnx.split(network)
+    def load_upsampler(self, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+        """What makes [B, F', 2 H', 2 W', C] of normalised video latents [B, F', H', W', C]."""
+        graph, params = nnx.split(self.upsampler.module("upsampler", dtype=dtype))
         mean, std = self.statistics
-        found = [
-            np.asarray(_upsample(params, row[None], mean, std, graph=graph)) for row in latents
-        ]
-        return np.concatenate(found)
+
+        def upsample(latents: np.ndarray) -> np.ndarray:
+            rows = (upsampled(params, row[None], mean, std, graph=graph) for row in latents)
+            return np.concatenate(list(map(np.asarray, rows)))
+
+        return upsample
 
     @cached_property
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -345,7 +346,8 @@ class Files:
 
 
 @partial(jax.jit, static_argnames="graph")
-def _upsample(params: Any, latents: jax.Array, mean: Any, std: Any, *, graph: Any) -> jax.Array:
+def upsampled(params: Any, latents: jax.Array, mean: Any, std: Any, *, graph: Any) -> jax.Array:
+    """`upsample_latents` by a network's graph and weights."""
     return upsample_latents(nnx.merge(graph, params), latents, mean, std)
 
 

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -251,8 +250,7 @@ class Maker:
             task = dataclasses.replace(
                 task, height=round(task.height * share), width=round(task.width * share)
             )
-            first = dataclasses.replace(plan.stages[0], size=1.0)
-            plan = dataclasses.replace(plan, stages=(first,), sound_of=-1)
+            plan = recipes.at_full_size(plan)
         return task, plan
 
     def _check(self, task: Task, plan: Recipe) -> None:
@@ -445,7 +443,7 @@ class Maker:
                 f"x{plan.stages[number].size:g} needs the upsampler x2 (--spatial-upsampler-path)"
             )
         with self.phase("upsampling"):
-            upsample = partial(self.files.upsample, dtype=self.dtype)
+            upsample = self.files.load_upsampler(self.dtype)
             return [
                 clip._replace(
                     video=upsample(clip.video[None])[0],

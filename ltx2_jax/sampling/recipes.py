@@ -242,7 +242,7 @@ def choose(
 
 
 def at_full_size(recipe: Recipe) -> Recipe:
-    """The first stage alone, at full size: of tasks that change a part of a clip."""
+    """The first stage alone, at the size of the clip: no small one comes before it."""
     first = dataclasses.replace(recipe.stages[0], size=1.0)
     return dataclasses.replace(recipe, stages=(first,), sound_of=-1)
 

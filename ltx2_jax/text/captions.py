@@ -80,8 +80,8 @@ def read_prompts(path: str | os.PathLike, where: str) -> list[str]:
 def tell_cut(masks: Sequence[np.ndarray], what: str, flag: str) -> None:
     """Prints how many texts, of `text_mask`s bool [S], use all their tokens; nothing if none do."""
     if full := sum(bool(mask.all()) for mask in masks):
-        cut = f"fill all {len(masks[0])} tokens: what is longer is cut ({flag})"
-        hosts.say(f"{full} {what} {cut}")
+        tokens = len(masks[0])
+        hosts.say(f"{what} that fill all {tokens} tokens: {full}; what is longer is cut ({flag})")
 
 
 def load_caption_encoder(

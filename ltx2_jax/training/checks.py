@@ -23,7 +23,7 @@ from ltx2_jax.data.records import INDEX_NAME, Records, open_records, read_schema
 from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import DivergedError, UserError
-from ltx2_jax.fields import difference
+from ltx2_jax.fields import difference, flat
 from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import batch_shards
 from ltx2_jax.training import checkpoint, housekeeping, initial, objective
@@ -245,7 +245,7 @@ def same_run_everywhere(config: Config) -> None:
     """UserError unless all hosts run the same code on the same config and devices."""
     if hosts.count() == 1:
         return
-    values = _flat(dataclasses.asdict(config), "config.")
+    values = {f"config.{k}": repr(v) for k, v in flat(dataclasses.asdict(config)).items()}
     # First what is known without devices: another version may not find any.
     values |= {
         "the code of ltx2_jax": _code_hash(),
@@ -259,16 +259,6 @@ def same_run_everywhere(config: Config) -> None:
     hosts.same_everywhere(values)
     kinds = sorted({device.device_kind for device in jax.local_devices()})
     hosts.same_everywhere({"the devices": f"{jax.local_device_count()} of {', '.join(kinds)}"})
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = repr(value)
-    return flat
 
 
 def _code_hash() -> str:

@@ -26,7 +26,7 @@ RETRIES = (0.5, 1.0, 2.0, 4.0)
 COLLECT_EVERY = 100
 
 
-def whole(values: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
+def on_all_devices(values: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
     """Arrays that all hosts have, as global ones that every device has a copy of."""
     sharding = sharding_of(mesh)
     return {

@@ -42,9 +42,9 @@ from ltx2_jax.training.housekeeping import (
     Replay,
     Rows,
     compiled,
+    on_all_devices,
     programs_kept,
     same_collections,
-    whole,
 )
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
 from ltx2_jax.training.state import State, finite_program, init_state, state_of
@@ -108,8 +108,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
             state = initial.tied(config, state, frozen)
         start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
         clips = partial(_clips, config, make_clips, records, frozen)
-        stop = StopSignals()
-        stack.callback(stop.close)
+        stop = stack.enter_context(contextlib.closing(StopSignals()))
         state, step = take_steps(
             config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
         )
@@ -137,14 +136,17 @@ def take_steps(
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], None],
-    stop: StopSignals | None = None,
+    stop: StopSignals,
     frozen: Any = None,
 ) -> tuple[State, int]:
-    """Steps from `start` to the last, or to a stop signal: the state and the step reached."""
+    """Steps from `start` to the last, or to a stop signal: the state and the step reached.
+
+    From the first step on a signal finishes the step; who gives `stop` says until when.
+    """
     codec = load_codec(records.codec_path)
     make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
     numbers = rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size)
-    null_text = whole(records.empty_caption(), mesh)
+    null_text = on_all_devices(records.empty_caption(), mesh)
     taken = checkpoints.data_position(start) if start else 0
     reader = Reader(partial(batches, config, records, mesh), taken, config)
     timer, pending, step = step_timer(config, records), None, start
@@ -171,8 +173,8 @@ def take_steps(
             again = Replay(config, make_step, args, sizes)
             finite = compiled("the check of the weights", config, finite_program(), state)
             checked = validation.Validation(config, records, codec, mesh, state, *beside)
-        # From here on a signal finishes the step; who gives `stop` says until when.
-        with same_collections() as collect, _begun(stop) as stop:
+        stop.begin()
+        with same_collections() as collect:
             while step < config.num_steps:
                 profile.before(step + 1)
                 again.before(step + 1, args)
@@ -213,10 +215,6 @@ def take_steps(
                     clips(state, step)
                     timer.restart()
     return state, step
-
-
-def _begun(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
-    return StopSignals() if stop is None else contextlib.nullcontext(stop.__enter__())
 
 
 def _clips(

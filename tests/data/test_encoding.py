@@ -192,7 +192,7 @@ class Files:
         self.fps = fps
         self.reads = []
 
-    def __call__(self, path, *, num_frames, height, width, fps, sample_rate):
+    def __call__(self, path, *, num_frames, height, width, fps, sample_rate, start=0.0):
         self.reads.append(path.name)
         rng = np.random.default_rng(int(path.stem[1:]))
         video = rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
@@ -288,9 +288,7 @@ def prepare(folder, names, config=CONFIG, **options):
 
 def test_captions_that_fill_the_text_length_are_counted(tmp_path, capsys):
     prepare(tmp_path, ["b0000000001.mp4", "b2.mp4", "b0000000003.mp4"])
-    assert (
-        "2 captions fill all 24 tokens: what is longer is cut (--text-" in capsys.readouterr().out
-    )
+    assert "captions that fill all 24 tokens: 2; what is longer" in capsys.readouterr().out
     prepare(tmp_path, ["b2.mp4"], overwrite=True)
     assert "tokens" not in capsys.readouterr().out
 

@@ -67,8 +67,8 @@ def called(networks, recipe, mesh, monkeypatch):
     )
     pipe.maker.texts = texts
     monkeypatch.setattr(pipe.maker.weights, "params", lambda loras: None)
-    larger = lambda self, x, dtype: x.repeat(2, 2).repeat(2, 3)  # noqa: E731
-    monkeypatch.setattr(Files, "upsample", larger)
+    larger = lambda x: x.repeat(2, 2).repeat(2, 3)  # noqa: E731
+    monkeypatch.setattr(Files, "load_upsampler", lambda self, dtype: larger)
     frames, height, width = SIZE
     pipe.make(["a dog"], recipe=recipe, num_frames=frames, height=height, width=width)
     return calls

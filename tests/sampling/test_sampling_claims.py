@@ -369,7 +369,7 @@ def test_prompts_that_are_cut_are_counted_and_the_empty_one_is_none_of_them(pipe
     encoder.full = True
     pipe, _ = piped(encoder)
     list(pipe.latents(["a", "bb"]))
-    assert capsys.readouterr().out.startswith("2 prompts fill all 2 tokens")
+    assert capsys.readouterr().out.startswith("prompts that fill all 2 tokens: 2")
 
 
 def test_clips_are_decoded_at_their_frame_rate_into_their_files(piped, monkeypatch):

@@ -1,5 +1,6 @@
 """The loop around the step, with stand-ins for the step, the data and the disk."""
 
+import contextlib
 import dataclasses
 import itertools
 import signal
@@ -21,6 +22,7 @@ from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checkpoint, checks, loop
 from ltx2_jax.training.metrics import StepTimer, read_metrics
 from ltx2_jax.training.state import optimizer
@@ -95,7 +97,10 @@ class Run:
         self.patch.setattr(loop, "batches", examples)
         self.patch.setattr(loop, "step_timer", lambda *_: timer)
         state = {"params": jnp.float32(start), "step": start}
-        return loop.take_steps(config, state, start, records, self.disk, one_device(), show)
+        with contextlib.closing(StopSignals()) as stop:
+            return loop.take_steps(
+                config, state, start, records, self.disk, one_device(), show, stop
+            )
 
     @property
     def rows(self):

@@ -48,7 +48,7 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1])
 
 
-def equal(a, b):
+def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -126,8 +126,8 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(run):
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(run, tmp_path):
     again = from_step_2(run, tmp_path / "again")
-    equal(again.state(4), run.state(4))
-    equal(again.clips, run.clips)
+    assert_equal(again.state(4), run.state(4))
+    assert_equal(again.clips, run.clips)
 
 
 def test_on_another_mesh_it_learns_the_same(run, tmp_path):
@@ -241,7 +241,7 @@ def test_what_no_gradient_reaches_stays_bit_for_bit():
     transform = optimizer(changed(config, optim=OptimConfig(learning_rate=0.1, weight_decay=0.5)))
     updates, _ = transform.update(grads, transform.init(params), params)
     on, off = (updates["transformer"]["blocks"][name]["to_q"]["adapter"] for name in ("on", "off"))
-    equal(off, jax.tree.map(jnp.zeros_like, off))
+    assert_equal(off, jax.tree.map(jnp.zeros_like, off))
     np.testing.assert_array_equal(on["a"][0], 0)
     before = params["transformer"]["blocks"]["on"]["to_q"]["adapter"]
     np.testing.assert_allclose(on["a"][1], -0.05 * before["a"][1], rtol=1e-5)
@@ -279,7 +279,7 @@ def test_one_stream_is_trained_and_every_other_weight_is_that_of_the_base(base, 
     trained, frozen = initial.load(config, mesh), initial.load_frozen(config, mesh)
     given = mapping.leaves(tiny.params(RUN))
     assert set(mapping.leaves(frozen)) == {x for x in given if not trainable.follows(x, "audio")}
-    equal(trainable.join(trained, frozen), mapping.nested(given))
+    assert_equal(trainable.join(trained, frozen), mapping.nested(given))
     # A checkpoint with other numbers in the trained part, read as the whole model.
     like = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
     state = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype)), like)
