@@ -196,17 +196,7 @@ def test_a_run_does_not_continue_on_features_of_another_encoder(workdir, tmp_pat
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """What train leaves of an untrained model, with a checkpoint at step 3."""
-    import jax
-
-    from ltx2_jax.sharding import make_mesh
-    from ltx2_jax.training.checkpoint import Checkpoints
-
-    folder = tmp_path_factory.mktemp("workdir")
-    config = load(str(SMALL), {"workdir": str(folder)})
-    loop.keep_assets(loop.dataset(config), folder / "assets")
-    with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(3, tiny.state(config, make_mesh()), config)
-    return folder
+    return tiny.workdir(tmp_path_factory.mktemp("workdir"))
 
 
 def test_sample_writes_clips_beside_those_of_earlier_calls(workdir, capsys):

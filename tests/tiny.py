@@ -2,16 +2,20 @@
 
 import dataclasses
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig
+from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextConfig, load
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.models.transformer.config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
+from ltx2_jax.training import loop
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.state import init_state
 
+SMALL = Path(__file__).parent / "resume_config.py"
 STRIDES = (4, 8, 8)
 
 MODEL = dataclasses.replace(
@@ -105,3 +109,12 @@ def state(config: Config, mesh=None):
     for name in {"params", "ema"} & set(homes):
         state[name] = params(config, mesh)
     return state
+
+
+def workdir(folder):
+    """What train leaves of an untrained model in `folder`, with a checkpoint at step 3."""
+    given = load(str(SMALL), {"workdir": str(folder)})
+    loop.keep_assets(loop.dataset(given), folder / "assets")
+    with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(3, state(given, make_mesh()), given)
+    return folder

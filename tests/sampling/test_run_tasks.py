@@ -1,33 +1,21 @@
 """A model that was trained here does what a released one does, by the same flags."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 import tiny
 
 from ltx2_jax import sample
-from ltx2_jax.config import load
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import loop
-from ltx2_jax.training.checkpoint import Checkpoints
-
-SMALL = Path(__file__).parents[1] / "resume_config.py"
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """What train leaves of an untrained model."""
-    folder = tmp_path_factory.mktemp("workdir")
-    config = load(str(SMALL), {"workdir": str(folder)})
-    loop.keep_assets(loop.dataset(config), folder / "assets")
-    with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(3, tiny.state(config, make_mesh()), config)
-    return folder
+    return tiny.workdir(tmp_path_factory.mktemp("workdir"))
 
 
 def test_a_retake_by_flags_of_a_workdir(workdir, tmp_path, capsys, monkeypatch):
