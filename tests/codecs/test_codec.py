@@ -159,8 +159,11 @@ def test_a_reference_to_files_that_moved_or_changed_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"vae": tiny_codec.VAE | {"encoder_blocks": [["res_z", {}]]}}, "'res_z' is not supported"),
-        ({"vae": tiny_codec.VAE | {"norm_layer": "group_norm"}}, "norm_layer='group_norm'"),
+        (
+            {"vae": tiny_codec.VIDEO_VAE | {"encoder_blocks": [["res_z", {}]]}},
+            "'res_z' is not supported",
+        ),
+        ({"vae": tiny_codec.VIDEO_VAE | {"norm_layer": "group_norm"}}, "norm_layer='group_norm'"),
         ({"vocoder": tiny_codec.VOCODER | {"resblock": "7"}}, "resblock='7'"),
     ],
 )

@@ -188,7 +188,7 @@ def reads(monkeypatch):
     """Clips by name: x is none, d cannot be encoded; others hold their number. Names as read."""
     names = []
 
-    def read_clip(path, *, num_frames, height, width, fps, sample_rate):
+    def read_clip(path, *, num_frames, height, width, fps, sample_rate, start):
         names.append(path.name)
         kind, number = path.stem[0], int(path.stem[1:])
         if kind == "x":

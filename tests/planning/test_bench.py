@@ -22,7 +22,7 @@ SMALL = ["codec", "--frames=9", "--height=32", "--width=64", "--calls=1"]
 
 
 def test_bench_codec_prints_a_line_for_each_network_and_direction(monkeypatch, capsys):
-    tiny = video_vae_config(tiny_codec.VAE), vocoder_config(tiny_codec.VOCODER)
+    tiny = video_vae_config(tiny_codec.VIDEO_VAE), vocoder_config(tiny_codec.VOCODER)
     audio: AudioVAEConfig = audio_vae_config(tiny_codec.AUDIO_VAE)
     monkeypatch.setattr(codec, "VAES", {"2.3": tiny})
     monkeypatch.setattr(codec, "AUDIO_VAE", audio)
@@ -54,7 +54,7 @@ def test_random_weights_keep_activations_finite():
     from ltx2_jax.weights import mapping
     from ltx2_jax.weights.names import video_vae
 
-    create = partial(video_vae.create, video_vae_config(tiny_codec.VAE))
+    create = partial(video_vae.create, video_vae_config(tiny_codec.VIDEO_VAE))
     weights = codec.random_weights(create)
     out = mapping.build(create, weights).encode(jnp.zeros((1, 1, 32, 32, 3)))
     assert np.isfinite(np.asarray(out)).all()

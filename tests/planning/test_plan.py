@@ -12,7 +12,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.planning import vae as plan_vae
 from ltx2_jax.weights.names.video_vae import video_vae_config
 
-TINY = video_vae_config(tiny_codec.VAE)
+TINY = video_vae_config(tiny_codec.VIDEO_VAE)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import loop, objective, validation
 from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training.housekeeping import on_all_devices
 from ltx2_jax.training.metrics import read_metrics
 
 changed = dataclasses.replace
@@ -70,7 +71,7 @@ def measured(config, weights, mesh):
     codec = loop.load_codec(records.codec_path)
     with jax.set_mesh(mesh):
         state = {"params": weights, "ema": weights}
-        null_text = loop.whole(records.empty_caption(), mesh)
+        null_text = on_all_devices(records.empty_caption(), mesh)
         found = validation.Validation(config, records, codec, mesh, state, null_text)
         return [found.after(step, state, False) for step in (2, 3, 4)]
 
