@@ -50,8 +50,9 @@ from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
-from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
+from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.checks import check_mesh
+from ltx2_jax.training.runs import weights_of_run
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checkpoint, checks, loop
+from ltx2_jax.training import checks, loop, runs
 from ltx2_jax.training.metrics import StepTimer, read_metrics
 from ltx2_jax.training.state import optimizer
 
@@ -474,7 +474,7 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
     monkeypatch.setattr(checks.initial, "check", lambda config: asked.append("weights"))
     begun, given = (SimpleNamespace(init_from=source) for source in (None, "weights"))
     for stored in (None, begun, given):
-        monkeypatch.setattr(checkpoint, "stored_config", lambda workdir, stored=stored: stored)
+        monkeypatch.setattr(runs, "stored_config", lambda workdir, stored=stored: stored)
         checks.before_work(config, mesh)
     assert asked == ["weights", begun, "weights", given]
 

@@ -24,9 +24,10 @@ from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import loop, objective, validation
-from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.housekeeping import on_all_devices
 from ltx2_jax.training.metrics import read_metrics
+from ltx2_jax.training.runs import weights_of_run
 
 changed = dataclasses.replace
 EVERY_2 = ValidationConfig(every=2, samples=8, best="val_loss")
