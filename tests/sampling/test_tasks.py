@@ -12,9 +12,10 @@ from ltx2_jax import sample
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.media import media
 from ltx2_jax.sampling import stages
+from ltx2_jax.sampling.given import Encoded, Placed
 from ltx2_jax.sampling.making import Maker
 from ltx2_jax.sampling.pipeline import Pipeline
-from ltx2_jax.sampling.tasks import Encoded, Picture, Placed, Task
+from ltx2_jax.sampling.tasks import Picture, Task
 from ltx2_jax.sharding import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v2.0"
