@@ -135,6 +135,7 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
         text_length=args.text_length or 32,
         buckets=buckets,
         stride=args.stride,
+        scenes=args.scenes,
         incomplete=args.incomplete,
         reference_downscale=args.reference_downscale,
         reference_slowdown=args.reference_slowdown,
@@ -304,6 +305,11 @@ def _clip_flags(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=count,
         help="frames from one clip of a film to the next (default: one clip)",
+    )
+    size.add_argument(
+        "--scenes",
+        action="store_true",
+        help="take every scene of a film for a film of its own: no clip holds a cut",
     )
     size.add_argument(
         "--incomplete",
