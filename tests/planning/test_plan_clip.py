@@ -181,14 +181,16 @@ def test_released_weights_are_split_as_far_as_a_chip_needs_it():
     ],
 )
 def test_a_pipeline_chooses_the_mesh_for_its_work_as_plan_does(
-    networks, programs, recipe, image, mesh, monkeypatch
+    networks, recipe, image, mesh, monkeypatch
 ):
     calls = called(networks, recipe, None, monkeypatch, image=image)
     assert [tuple(where.values()) for *_, where in calls] == [mesh] * len(recipe.stages)
+    assert {len(args[1]) for args, *_ in calls} == {1}  # the clip once
     if image is None:
-        facts = clip.plan_clip(networks, recipe, SIZE, "v5p:2x2x2")
-        assert tuple(facts["mesh"].values()) == mesh
-        assert {len(args[1]) for args, *_ in calls} == {1}  # the clip once
+        task, codec = clip._task(recipe, SIZE, networks, []), clip._codec(networks, jax.devices())
+        numbers = range(len(recipe.stages))
+        shapes = [clip._shapes(recipe, number, task, codec) for number in numbers]
+        assert clip._sizes(networks, recipe, shapes, 8, 2**30) == mesh
 
 
 @pytest.fixture
@@ -225,6 +227,7 @@ def test_the_command_names_recipe_release_and_size(command):
     [
         (["--passes=2"], "--passes is not of --what=clip"),
         (["--config=configs/ltx2_19b.py"], "--config is not of --what=clip"),
+        (["--search"], "--search is not of --what=clip, but of train and sample"),
         (["--what=vae", "--recipe=hq"], "--recipe is not of --what=vae, but of clip"),
     ],
 )
