@@ -28,6 +28,7 @@ from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.sampling.loras import Used, parts, same
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
 from ltx2_jax.weights import hub, mapping
@@ -41,34 +42,6 @@ from ltx2_jax.weights.sources import open_release
 GIB = 2**30
 CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
 SHARE = 0.75  # of a chip's memory that weights may take; activations need the rest
-# What a LoRA's modules belong to: each stream has a strength of its own.
-STREAMS = {"cross": r"audio_to_video|video_to_audio|av_ca", "audio": r"\baudio_", "video": r""}
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How strong a LoRA is in the modules of the video, of the audio, and between the two."""
-
-    video: float = 1.0
-    audio: float = 1.0
-    cross: float = 1.0
-
-
-Used = tuple[tuple[Lora, Strength], ...]  # LoRAs of a stage; equal if they are the same objects
-
-
-def by_stream(lora: Lora, strength: Strength) -> list[tuple[Lora, float]]:
-    """A LoRA in parts of one strength each; nothing where it is 0."""
-    parts: dict[str, dict[str, Any]] = {name: {} for name in STREAMS}
-    for module, target in lora.targets.items():
-        stream = next(name for name, known in STREAMS.items() if re.search(known, module))
-        parts[stream][module] = target
-    strengths = dataclasses.asdict(strength)
-    return [
-        (dataclasses.replace(lora, targets=targets), strengths[name])
-        for name, targets in parts.items()
-        if targets and strengths[name]
-    ]
 
 
 class Weights:
@@ -88,15 +61,15 @@ class Weights:
         memory of the host. Quantised weights are read anew: LoRAs are added before the rounding,
         which would swallow what is less than half a step.
         """
-        if self.config.quantized and not _same(loras, self._used):
+        if self.config.quantized and not same(loras, self._used):
             self.free()
             self._used = loras
         if self._params is None:
             self._params = self._load()
-        if not _same(loras, self._used):
+        if not same(loras, self._used):
             transformer = unfuse(self._params["transformer"], self._originals)
             transformer, self._originals = fuse(
-                transformer, _parts(loras), self.config.transformer, offload=True
+                transformer, parts(loras), self.config.transformer, offload=True
             )
             self._params, self._used = {**self._params, "transformer": transformer}, loras
         return self._params
@@ -152,7 +125,7 @@ class Weights:
 
         stream = self._release.stream("transformer", whole, dtype, progress="transformer")
         values: dict[Any, Any] = {}
-        for parameter, weight in fuse_stream(stream, _parts(self._used), config):
+        for parameter, weight in fuse_stream(stream, parts(self._used), config):
             if (form := forms[parameter.path]) is None:
                 values[parameter.path] = weight
                 continue
@@ -178,14 +151,6 @@ class RunWeights:
 
     def free(self) -> None:
         """They stay."""
-
-
-def _parts(loras: Used) -> list[tuple[Lora, float]]:
-    return [part for lora, strength in loras for part in by_stream(lora, strength)]
-
-
-def _same(a: Used, b: Used) -> bool:
-    return len(a) == len(b) and all(x is y and s == t for (x, s), (y, t) in zip(a, b, strict=True))
 
 
 class Texts:

@@ -21,7 +21,9 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sampling import recipes, stages, tasks
-from ltx2_jax.sampling.loading import Files, RunWeights, Strength, Used, Weights
+from ltx2_jax.sampling.given import encode
+from ltx2_jax.sampling.loading import Files, RunWeights, Weights
+from ltx2_jax.sampling.loras import OFF, Adapter, Used, even
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
@@ -29,7 +31,7 @@ from ltx2_jax.sampling.stages import Found
 from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
 from ltx2_jax.text.enhancement import enhance
 from ltx2_jax.training.checks import check_mesh
-from ltx2_jax.weights.lora import Lora
+from ltx2_jax.weights.lora_files import Lora
 
 # What a released model is led away from where guidance asks for a prompt without a wish of its own.
 NEGATIVE = (
@@ -41,64 +43,6 @@ ONE_STAGE_SIZE, TWO_STAGE_SIZE = (512, 768), (1024, 1536)
 SEED = 10
 OVERLAP = 2.0  # seconds that a part of a long clip sees of the part before
 SECONDS = (1.0, 20.0)  # that a duration head is held to
-# The keys by which LoRAs say how they read a reference clip: of official files, older ones, others.
-_REFERENCE = ("reference_spatial_scale_factor", "reference_downscale_factor",
-              "ss_reference_downscale_factor")  # fmt: skip
-_REFERENCE_TIME = "reference_temporal_scale_factor"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA and its strength in every stage; the last one holds for later stages, too."""
-
-    lora: Lora
-    strengths: tuple[Strength, ...]
-
-    def at(self, stage: int) -> Strength:
-        return self.strengths[min(stage, len(self.strengths) - 1)]
-
-    @property
-    def scales(self) -> tuple[int, int] | None:
-        """How many times smaller, and of fewer frames, its reference clips are; None: has none."""
-        data = self.lora.metadata
-        found = [data[key] for key in _REFERENCE if key in data]
-        if not found and _REFERENCE_TIME not in data:
-            return None
-        try:
-            return int(float((found or ["1"])[0])), int(float(data.get(_REFERENCE_TIME, "1")))
-        except ValueError:
-            raise UserError(f"{self.lora.name}: reference factors {data} are no numbers") from None
-
-
-def adapter(lora: Lora, strength: Any = 1.0) -> Adapter:
-    """A LoRA with its strengths: see `Pipeline.from_pretrained`.
-
-    An IC-LoRA, which reads a reference clip, is for the first stage alone unless it is told.
-    """
-
-    def one(value: Any) -> Strength:
-        if isinstance(value, Strength):
-            return value
-        parts = value.split(",") if isinstance(value, str) else [value]
-        numbers = [float(part) for part in parts]
-        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-            raise ValueError
-        return Strength(*(numbers * 3)[:3])
-
-    if isinstance(strength, str):
-        strength = strength.split("/") if "/" in strength else strength
-    several = isinstance(strength, list | tuple)
-    try:
-        strengths = [one(s) for s in (strength if several else [strength])]
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{lora.name}: strength {strength!r} is not a number, VIDEO,AUDIO,CROSS, or some of "
-            "those, one a stage, as in 1/0.5"
-        ) from None
-    found = Adapter(lora, tuple(strengths))
-    if found.scales is not None and len(strengths) == 1:
-        found = Adapter(lora, (*strengths, Strength(0, 0, 0)))
-    return found
 
 
 @dataclass
@@ -437,7 +381,7 @@ class Maker:
         with self.phase("encoding what is given"):
             encoded = [
                 # References are for the first stage, as is the LoRA that reads them.
-                tasks.encode(task, self.codec, *size, plan.image_crf, references=number == 0)
+                encode(task, self.codec, *size, plan.image_crf, references=number == 0)
                 for number, size in enumerate(sizes)
             ]
         self._free_codec()
@@ -494,8 +438,8 @@ class Maker:
         share = plan.stages[number].distilled_lora
         if share and self.distilled_lora is not None:
             lora, strength = self.distilled_lora
-            used.append((lora, Strength(*[share * strength] * 3)))
-        return tuple((lora, s) for lora, s in used if s != Strength(0, 0, 0))
+            used.append((lora, even(share * strength)))
+        return tuple((lora, s) for lora, s in used if s != OFF)
 
     def _free_codec(self) -> None:
         if not self.keep and self.files is not None:

@@ -19,7 +19,8 @@ from ltx2_jax.files import replacing
 from ltx2_jax.media.media import Clip, stream_mp4, write_pngs, write_wav
 from ltx2_jax.media.picture import covering
 from ltx2_jax.models.codecs.inputs import to_uint8
-from ltx2_jax.sampling.tasks import Task, kept_frames, with_known_sound
+from ltx2_jax.sampling.given import kept_frames, with_known_sound
+from ltx2_jax.sampling.tasks import Task
 from ltx2_jax.weights.tensor_files import TensorFile
 
 LATENTS = "ltx2_jax.clip_latents.1"  # the number changes with the file's layout

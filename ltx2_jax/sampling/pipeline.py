@@ -43,7 +43,8 @@ from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
-from ltx2_jax.sampling.making import Maker, adapter
+from ltx2_jax.sampling.loras import adapter
+from ltx2_jax.sampling.making import Maker
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sampling.recipes import Recipe, Scales, Stage, one_stage

@@ -16,9 +16,10 @@ from ltx2_jax.diffusion import conditioning, geometry
 from ltx2_jax.diffusion.conditioning import Conditions
 from ltx2_jax.diffusion.guidance import Guidance
 from ltx2_jax.diffusion.sampler import Given, rows_axis
+from ltx2_jax.sampling.given import Encoded, Placed
 from ltx2_jax.sampling.programs import Pass, Request
 from ltx2_jax.sampling.recipes import Stage
-from ltx2_jax.sampling.tasks import Encoded, Placed, Task
+from ltx2_jax.sampling.tasks import Task
 from ltx2_jax.sharding import batch_shards, sharding_of
 
 VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip

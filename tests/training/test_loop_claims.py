@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src import distributed
 from resume_config import get_config
 
 from ltx2_jax.config import CheckpointConfig, OptimConfig, SampleConfig, ValidationConfig
@@ -459,7 +460,7 @@ def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
-    monkeypatch.setattr(loop.hosts, "index", lambda: 1)
+    monkeypatch.setattr(distributed.global_state, "process_id", 1)
     run(num_steps=3, checkpoint=EVERY_2)
     assert list(run.disk.saved) == [2, 3]  # of which every process writes its shards
     loop.keep_assets(MagicMock(), tmp_path / "assets")
