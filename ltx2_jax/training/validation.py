@@ -167,14 +167,16 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         checkpoints without the clips that would tell the best.
     """
     run = config.validation
-    if run.best_of_clips and config.checkpoint.every_steps % run.clips_every:
-        raise UserError(
-            f"validation.best={run.best}: is measured of clips, which checkpoints after every "
-            f"{config.checkpoint.every_steps} steps lack: make checkpoint.every_steps a multiple "
-            f"of validation.clips_every={run.clips_every}"
-        )
 
     def fits() -> None:
+        if run.best_of_clips and config.checkpoint.every_steps % run.clips_every:
+            raise UserError(
+                f"validation.best={run.best}: is measured of clips, which checkpoints after every "
+                f"{config.checkpoint.every_steps} steps lack: make checkpoint.every_steps a "
+                f"multiple of validation.clips_every={run.clips_every}"
+            )
+        if not run.every:
+            return
         known = metric_names(config)
         if run.best not in (None, SYNC_LAG, *known):
             close = ", ".join(difflib.get_close_matches(run.best, [*known, SYNC_LAG], n=2))
@@ -195,7 +197,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             held_out = samples_of(config, open_records(config.data.path))
             first_samples(config, held_out, mesh)
 
-    if run.every:
+    if run.every or run.best_of_clips:
         hosts.agree(fits)
 
 

@@ -209,6 +209,20 @@ def test_clips_are_made_after_a_checkpoint_unless_they_tell_which_is_the_best(ru
         assert lags == [None, 98.0, None, 96.0]
 
 
+def test_the_last_clips_are_shown_where_the_metrics_are(run):
+    run(num_steps=4, checkpoint=EVERY_2)
+    shown, seen = (
+        Shown([Clip(np.zeros((1, 2, 2, 3), np.uint8), 8.0)], ["a"], None, {"val_x": 2.0}),
+        [],
+    )
+    board = SimpleNamespace(log=lambda *given: seen.append(given), show=lambda *given: None)
+    config = tiny.config(workdir=str(run.folder))
+    loop.last_clips(config, lambda *_: shown, "weights", [], 4, board)
+    assert run.rows[-1]["step"] == 4
+    assert (run.rows[-1]["loss"], run.rows[-1]["val_x"]) == (2.0, 2.0)
+    assert seen == [(4, {"val_x": 2.0})]
+
+
 # ------------------------------------------------------------------------------ a run that is lost
 
 
