@@ -340,6 +340,18 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics and clips go beside the files of the workdir, and TensorBoard."""
+
+    wandb: str | None = None  # project of Weights & Biases, or ENTITY/PROJECT; None: nowhere
+
+    def __post_init__(self):
+        parts = [] if self.wandb is None else self.wandb.split("/")
+        if len(parts) > 2 or not all(parts):
+            raise UserError(f"wandb={self.wandb!r} is not PROJECT or ENTITY/PROJECT")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The clips that `train` makes when it ends, and the defaults of `sample`."""
 
@@ -361,6 +373,9 @@ class SampleConfig:
         schedules.make_sigmas(self.schedule, self.steps)  # refused now, not after the training
 
 
+SYNC_LAG = "val_sync_lag_ms"  # of sound and picture, the one metric of clips that can be best
+
+
 @dataclass(frozen=True)
 class ValidationConfig:
     """The loss on fixed samples, and clips of fixed prompts, while a training goes on."""
@@ -370,7 +385,7 @@ class ValidationConfig:
     samples: int = 16  # the first so many records of one size
     seed: int = 0  # of their noise and noise levels, whatever the seed of the run
     # A metric, such as "val_loss": it is taken of every checkpoint too, and that in which it is
-    # lowest is never deleted.
+    # lowest is never deleted. Or "val_sync_lag_ms", of the clips: of checkpoints that have some.
     best: str | None = None
     clips_every: int = 0  # steps after which clips are made; 0: never
     prompts: str | None = None  # file of their prompts, one a line, and of those at the end
@@ -378,9 +393,18 @@ class ValidationConfig:
     def __post_init__(self):
         check_least(self, every=0, samples=1, clips_every=0)
         check_seed(self)
-        for name in ("path", "best"):
+        if self.best_of_clips and not self.clips_every:
+            raise UserError(
+                f"best={self.best}: needs clips_every, the steps after which clips are made"
+            )
+        for name in ("path",) if self.best_of_clips else ("path", "best"):
             if getattr(self, name) is not None and not self.every:
                 raise UserError(f"{name}: needs every, the steps after which the loss is taken")
+
+    @property
+    def best_of_clips(self) -> bool:
+        """Whether the best checkpoint is told by its clips, not by its loss."""
+        return self.best == SYNC_LAG
 
 
 @dataclass(frozen=True)
@@ -398,6 +422,7 @@ class Config:
     check: CheckConfig = field(default_factory=CheckConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     # Compiled programs are kept in the workdir, so that the next start needs no compiler.
