@@ -39,7 +39,6 @@ from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
 from ltx2_jax.sampling.making import Maker, adapter
@@ -50,6 +49,7 @@ from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
+from ltx2_jax.training import trainable
 from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
 from ltx2_jax.training.checks import check_mesh
 
@@ -81,7 +81,7 @@ class Pipeline:
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
-            self._graph = ltx2.graph(config.networks)
+            self._graph = trainable.sampled_graph(config)
             self._sampler = make_sampler()
 
     @classmethod
@@ -267,7 +267,7 @@ class Pipeline:
         )
         crf = 0 if release == "linear" else one_stage(release).image_crf
         return Maker(
-            RunWeights(self.params, self.config.networks, self.mesh),
+            RunWeights(self.params, self.config.networks, self.mesh, self._graph),
             self._texts,
             lambda: self.codec,
             self.mesh,
