@@ -55,6 +55,11 @@ class Weights:
         self._used: Used = ()
         self._originals: dict[Any, Any] = {}
 
+    @property
+    def graph(self) -> Any:
+        """What `params` are the weights of; ask under the mesh."""
+        return ltx2.graph(self.config)
+
     def params(self, loras: Used = ()) -> dict[str, Any]:
         """{"connectors": .., "transformer": ..} with these LoRAs in the transformer.
 
@@ -118,14 +123,8 @@ class Weights:
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
-        homes = mapping.leaves(self._homes[name])
-
-        def placed(p: mapping.Parameter) -> mapping.Parameter:
-            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
-            form = self.config.quantized if rounded else None
-            return dataclasses.replace(p, leaf=homes[p.path], form=form)
-
-        wanted = list(map(placed, self._release.parameters(name, config)))
+        homes, form = mapping.leaves(self._homes[name]), self.config.quantized
+        wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
         if self.config.quantized and self._used and name == "transformer":
             return self._fused_and_quantized(wanted, config)
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
@@ -158,8 +157,8 @@ class Weights:
 class RunWeights:
     """Weights that somebody else holds: those of a training run."""
 
-    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh):
-        self.config, self.mesh, self._params = config, mesh, params
+    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh, graph: Any):
+        self.config, self.mesh, self.graph, self._params = config, mesh, graph, params
 
     def params(self, loras: Used = ()) -> Any:
         if loras:

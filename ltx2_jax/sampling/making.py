@@ -19,7 +19,6 @@ from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models import ltx2
 from ltx2_jax.sampling import recipes, stages, tasks
 from ltx2_jax.sampling.given import encode
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights
@@ -81,7 +80,7 @@ class Maker:
         with jax.set_mesh(self.mesh):
             self._program = stages.Program(
                 make_sampler(),
-                ltx2.graph(self.weights.config),
+                self.weights.graph,
                 self.mesh,
                 self.weights.config.transformer.keyframe_embedding,
             )

@@ -40,7 +40,6 @@ from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
 from ltx2_jax.sampling.loras import adapter
@@ -52,6 +51,7 @@ from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
+from ltx2_jax.training import trainable
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.checks import check_mesh
 from ltx2_jax.training.objective import reference_factors
@@ -92,7 +92,7 @@ class Pipeline:
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
-            self._graph = ltx2.graph(config.networks)
+            self._graph = trainable.sampled_graph(config)
             self._sampler = make_sampler()
 
     @classmethod
@@ -409,8 +409,10 @@ def maker_of_run(
         audio=Scales(cfg=sample.audio_guidance),
     )
     crf = 0 if release == "linear" else one_stage(release).image_crf
+    with jax.set_mesh(mesh):
+        graph = trainable.sampled_graph(config)
     return Maker(
-        RunWeights(params, config.networks, mesh),
+        RunWeights(params, config.networks, mesh, graph),
         texts,
         lambda: codec,
         mesh,
