@@ -199,7 +199,8 @@ class Staging:
         for path in self.target.iterdir():
             kind, _, rest = path.name.partition("-")
             shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
-            if shard or kind == "lock" or path.name in (STATE, BEGUN, READY):
+            killed = path.name.startswith(".")  # while it wrote a file
+            if shard or killed or kind == "lock" or path.name in (STATE, BEGUN, READY):
                 path.unlink()
 
 

@@ -21,6 +21,7 @@ from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates, has_s
 from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME
 from ltx2_jax.data.schema import BucketFields, Field, fields_to_json
+from ltx2_jax.data.shards import Waiting
 from ltx2_jax.data.staging import BEGUN, CAPTIONS, CLIPS, READY, SCENES, Staging
 from ltx2_jax.data.table import Row
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
@@ -257,32 +258,45 @@ class Work:
                 began = time.perf_counter()
 
         made, failures = {}, {}
-        for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
-            staging.alive()
-            place = item.row, item.window
-            if isinstance(record, Failure):
-                failures[place] = record
-            else:
-                made[place] = bucket_of(record, item.bucket or (0, 0, 0)), serialize(record)
-        failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
-        places = sorted(made)
-        firsts = {made[place][0].key: made[place][0] for place in reversed(places)}
-        numbers = {key: number for number, key in enumerate(firsts)}
-        about = {
-            "records": [[row, numbers[made[row, n][0].key]] for row, n in places],
-            "buckets": [bucket.to_json() for bucket in firsts.values()],
-            "seconds": sum(_seconds(made[place][0], self.rates) for place in places),
-            "failures": [
-                dataclasses.asdict(failures[place])
-                | {"file": prints[failures[place].row - rows[0]]}
-                for place in sorted(failures)
-            ],
-            "files": {
-                self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
-            },
-            "notes": Counter(note for place in places for note in notes[place]),
-        }
-        staging.finish(CLIPS, shard, (made[place][1] for place in places), about)
+        with Waiting(staging.folder) as waiting:
+            for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
+                staging.alive()
+                place = item.row, item.window
+                if isinstance(record, Failure):
+                    failures[place] = record
+                else:
+                    bucket = bucket_of(record, item.bucket or (0, 0, 0))
+                    made[place] = bucket, waiting.put(serialize(record))
+            failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
+            places = sorted(made)
+            about = {
+                **_of_records(places, [made[place][0] for place in places], self.rates),
+                "failures": [
+                    dataclasses.asdict(failures[place])
+                    | {"file": prints[failures[place].row - rows[0]]}
+                    for place in sorted(failures)
+                ],
+                "files": {
+                    self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
+                },
+                "notes": Counter(note for place in places for note in notes[place]),
+            }
+            staging.finish(CLIPS, shard, (waiting.get(made[p][1]) for p in places), about)
+
+
+def _of_records(
+    places: Sequence[tuple[int, int]], buckets: Sequence[BucketFields], rates: Rates
+) -> dict[str, Any]:
+    """What a shard says of its records, whose rows and windows are `places`."""
+    firsts = {bucket.key: bucket for bucket in reversed(buckets)}
+    numbers = {key: number for number, key in enumerate(firsts)}
+    return {
+        "records": [
+            [row, numbers[bucket.key]] for (row, _), bucket in zip(places, buckets, strict=True)
+        ],
+        "buckets": [bucket.to_json() for bucket in firsts.values()],
+        "seconds": sum(_seconds(bucket, rates) for bucket in buckets),
+    }
 
 
 def _seconds(bucket: BucketFields, rates: Rates) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -417,6 +418,31 @@ def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
         "an image; --incomplete takes it",
         "sound without picture; --incomplete takes it",
     ]
+
+
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, disk, monkeypatch):
+    """Latents wait for the end of their shard on the disk."""
+
+    def encode(video):  # to a megabyte for each clip
+        first = video[:, 0, 0, 0, 0].astype(np.float32)
+        return np.broadcast_to(first[:, None, None, None, None], (len(video), 4, 64, 64, 16))
+
+    monkeypatch.setattr(Codec.video, "encode", encode)
+    disk.add("film0.mp4", 9 + 59)
+    tracemalloc.start()
+    made = prepare(tmp_path, ["film0.mp4,a"], dataclasses.replace(CONFIG, stride=1))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [int(record["video"].max()) for record in made] == list(range(60))
+    assert most < 24e6
+
+
+def test_latents_that_wait_on_a_full_disk_are_told(tmp_path, monkeypatch):
+    full = lambda dir: open("/dev/full", "r+b", buffering=0)  # noqa: E731
+    monkeypatch.setattr(shards.tempfile, "TemporaryFile", full)
+    with shards.Waiting(tmp_path) as waiting:
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            waiting.put(b"1")
 
 
 SCENES = dataclasses.replace(CONFIG, stride=8, scenes=True)
