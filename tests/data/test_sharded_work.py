@@ -284,8 +284,29 @@ def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, mon
         with pytest.raises(Killed):
             prepare(tmp_path, rows)
     disk.reads.clear()
+    (tmp_path / "set" / ".clips-00000.json.77-0123abcd").write_text("of a process that was killed")
+    (tmp_path / ".set.old").mkdir()
     assert len(prepare(tmp_path, rows)) == 6
     assert not disk.reads
+    prepare(tmp_path, rows, name="calm")
+    names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("set", "calm")]
+    assert names[0] == names[1]
+    assert not (tmp_path / ".set.old").exists()
+
+
+def test_files_of_a_run_that_was_killed_at_the_end_are_not_in_the_dataset(
+    tmp_path, disk, monkeypatch
+):
+    rows = films(disk, 12)
+    disk.missing |= {f"f{i}.mp4" for i in range(4)}  # a whole shard
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_schema", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    disk.missing.clear()
+    assert len(prepare(tmp_path, rows)) == 12
+    found = sorted(path.name for path in (tmp_path / "set").glob("data-*"))
+    assert found == [f"data-0000{i}-of-00003.arrayrecord" for i in range(3)]
 
 
 def test_a_second_run_into_one_folder_is_refused(tmp_path, disk, monkeypatch):
