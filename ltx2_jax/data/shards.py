@@ -29,10 +29,10 @@ def write_shard(path: Path, blobs: Iterable[bytes]) -> tuple[int, int]:
     Raises:
       UserError: the disk does not take it.
     """
-    path.unlink(missing_ok=True)
     blobs = iter(blobs)
     blob, count = next(blobs, None), 0
     if blob is None:
+        path.unlink(missing_ok=True)
         return 0, 0
     with replacing(path) as temporary:
         writer = _on_disk(path, ArrayRecordWriter, str(temporary), OPTIONS)

@@ -150,6 +150,8 @@ class Staging:
         Raises:
           UserError: the disk does not take it.
         """
+        if self.published:  # another process has made this shard too
+            return
         count, size = write_shard(self.path(kind, shard), blobs)
         self.write_json(f"{kind}-{shard:05d}.json", about | {"count": count, "bytes": size})
 

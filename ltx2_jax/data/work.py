@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Work:
         self._codec, self._encoder = codec, text_encoder
         self._process, self._processes = process, processes
         self._waited = 0.0  # seconds, for decoded clips
+        self._again: dict[str, list[int]] = {SCENES: [], CAPTIONS: [], CLIPS: []}
         fits = isinstance(codec, LinearCodecConfig)
         self.rates = rates_of(codec)
         self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
@@ -103,9 +104,17 @@ class Work:
                 staging.wait(lambda k=kind, s=shard: staging.done(k, s) is not None, "finishes")
 
     def _mine(self, staging: Staging, kind: str) -> list[int]:
-        shards = range(self._process, self.shards(kind), self._processes)
-        todo = [shard for shard in shards if staging.done(kind, shard) is None]
+        shards = {*range(self._process, self.shards(kind), self._processes), *self._again[kind]}
+        todo = [shard for shard in sorted(shards) if staging.done(kind, shard) is None]
         return [] if staging.published else todo
+
+    def _undo(self, staging: Staging, kind: str, stale: Callable[[dict, int], bool]) -> None:
+        """Makes some shards again: this process does, as others may have looked already."""
+        for shard in range(self.shards(kind)):
+            about = staging.done(kind, shard)
+            if about is not None and stale(about, shard):
+                staging.undo(kind, shard)
+                self._again[kind].append(shard)
 
     # ---- scenes
 
@@ -114,12 +123,13 @@ class Work:
         if not self.films:
             return
         if self._process == 0:  # what a finished dataset knows is there by now
+            self._undo(
+                staging,
+                SCENES,
+                lambda about, shard: may_be_seen_otherwise(about, self._films_of(shard)),
+            )
             staging.write_json(BEGUN, True)
         staging.wait(lambda: staging.read_json(BEGUN), "begins")
-        for shard in range(self._process, self.shards(SCENES), self._processes):
-            about = staging.done(SCENES, shard)
-            if about is not None and may_be_seen_otherwise(about, self._films_of(shard)):
-                staging.undo(SCENES, shard)
         shards, ending = self._mine(staging, SCENES), threading.Event()
 
         def alive() -> None:
@@ -150,7 +160,16 @@ class Work:
             if path not in numbers:
                 return None
             shard, place = divmod(numbers[path], SHARD_FILMS)
-            return Film(**staging.done(SCENES, shard)["films"][place])
+            found: list[dict] = []  # not there while it is found again
+
+            def there() -> bool:
+                found.append(staging.done(SCENES, shard))
+                return found[-1] is not None
+
+            staging.wait(there, "finds scenes")
+            if not found or found[-1] is None:
+                raise UserError("another process has finished the dataset")
+            return Film(**found[-1]["films"][place])
 
         self.reader.film = film
 
@@ -173,10 +192,9 @@ class Work:
             self._codec.save(staging.folder / CODEC_NAME)
             samples = self._first_length() if self.reader.one_length else None
             staging.write_json(READY, {"audio_samples": samples})
-        for shard in range(self.shards(CLIPS)):
-            about = staging.done(CLIPS, shard)
-            if about is not None and may_succeed_now(about["failures"], self.rows):
-                staging.undo(CLIPS, shard)
+        self._undo(
+            staging, CLIPS, lambda about, shard: may_succeed_now(about["failures"], self.rows)
+        )
 
     def _clips_to_fit(self) -> Iterator[Clip]:
         count = 0

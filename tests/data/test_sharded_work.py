@@ -272,6 +272,22 @@ def test_a_process_that_comes_when_all_is_done_has_nothing_to_do(tmp_path, disk,
     assert len(prepare(tmp_path, rows, **options)) == 4
 
 
+def test_clips_are_tried_again_though_their_process_is_gone(tmp_path, disk, watched):
+    """The other process may have seen that all is done before the first one undid a shard."""
+    rows, config = films(disk, 8), dataclasses.replace(CONFIG, scenes=True)
+    for name in disk.films:
+        disk.add(name, 30)
+    disk.missing.add("f6.mp4")  # in the second shard of clips, and the fourth of films
+    assert prepare(tmp_path, rows, config).skipped[-1]["source"] == "f6.mp4"
+    disk.missing.clear()
+    disk.reads.clear()
+    watched.clear()
+    made = prepare(tmp_path, rows, config, process=0, processes=2)
+    assert "f6.mp4" in [record["source"] for record in made]
+    assert {name for name, _ in disk.reads} == {f"f{i}.mp4" for i in range(4, 8)}
+    assert watched == ["f6.mp4", "f7.mp4"]
+
+
 def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, monkeypatch):
     rows = films(disk, 6)
 
