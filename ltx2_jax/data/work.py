@@ -1,12 +1,9 @@
 """The work that makes a dataset, shard by shard: scenes, makers, captions, then clips."""
 
 import dataclasses
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import Clip
-from ltx2_jax.media.scenes import Film, watch
+from ltx2_jax.media.scenes import Film, watch_all
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder
 
 CODEC_NAME = "codec.safetensors"
@@ -130,28 +127,16 @@ class Work:
             )
             staging.write_json(BEGUN, True)
         staging.wait(lambda: staging.read_json(BEGUN), "begins")
-        shards, ending = self._mine(staging, SCENES), threading.Event()
-
-        def alive() -> None:
-            staging.alive()
-            if ending.is_set():  # who is interrupted does not wait for the end of a film
-                raise InterruptedError
-
+        shards = self._mine(staging, SCENES)
         total = sum(len(self._films_of(shard)) for shard in shards)
-        with (
-            tqdm(desc="finding scenes", total=total, unit="film", disable=None) as bar,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        ):
-            try:
-                for shard in shards:
-                    paths, films = self._films_of(shard), []
-                    prints = fingerprints(paths)
-                    for film in pool.map(lambda path: watch(path, alive), paths):
-                        films.append(dataclasses.asdict(film))
-                        bar.update()
-                    staging.finish(SCENES, shard, (), {"films": films, "files": prints})
-            finally:
-                ending.set()
+        with tqdm(desc="finding scenes", total=total, unit="film", disable=None) as bar:
+            for shard in shards:
+                paths, films = self._films_of(shard), []
+                prints = fingerprints(paths)
+                for film in watch_all(paths, staging.alive):
+                    films.append(dataclasses.asdict(film))
+                    bar.update()
+                staging.finish(SCENES, shard, (), {"films": films, "files": prints})
         for shard in range(self.shards(SCENES)):
             staging.wait(lambda s=shard: staging.done(SCENES, s) is not None, "finds scenes")
         numbers = {path: number for number, path in enumerate(self.films)}

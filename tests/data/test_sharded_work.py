@@ -499,8 +499,7 @@ def watched(disk, monkeypatch):
         cuts = [10] if "3" not in path.name else [5, 10]
         return Film(tuple(((k - 1) / 12, k / 12) for k in cuts), frames / 12)
 
-    for module in (work, inspection):
-        monkeypatch.setattr(module, "watch", watch)
+    monkeypatch.setattr(scenes, "watch", watch)
     monkeypatch.setattr(work, "SHARD_FILMS", 2)
     return names
 
@@ -564,7 +563,7 @@ def test_scenes_are_part_of_what_a_dataset_is(tmp_path, disk, watched, monkeypat
 def test_a_film_is_used_as_far_as_it_could_be_watched(tmp_path, disk, watched, monkeypatch):
     disk.add("film0.mp4", 40)
     found = Film(((0.75, 10 / 12),), 2.5, "timestamps run backwards", True)
-    monkeypatch.setattr(work, "watch", lambda path, alive: found)
+    monkeypatch.setattr(scenes, "watch", lambda path, alive: found)
     rows = ["film0.mp4,a,", "film0.mp4,b,3"]
     made = prepare(tmp_path, rows, SCENES, header="video,caption,start")
     assert [int(record["video"][0, 0, 0, 0]) for record in made] == [0, 10, 18]
@@ -572,7 +571,7 @@ def test_a_film_is_used_as_far_as_it_could_be_watched(tmp_path, disk, watched, m
         "from 2.5 s: timestamps run backwards",
         "from 3 s: timestamps run backwards",
     ]
-    monkeypatch.setattr(work, "watch", lambda path, alive: Film((), 40 / 12))  # the disk is back
+    monkeypatch.setattr(scenes, "watch", lambda path, alive: Film((), 40 / 12))  # the disk is back
     assert len(prepare(tmp_path, rows, SCENES, header="video,caption,start")) == 4
 
 
