@@ -393,7 +393,6 @@ class ClipReader:
         self._config, self._rates = config, rates
         self._cache: dict[Item, Sample] = {}
         self._room = cache_bytes
-        self._items: dict[int, list[Item | Failure]] = {}
         self.audio_samples: int | None = None
         self.film: Callable[[Path], Film | None] = lambda path: None
 
@@ -444,10 +443,8 @@ class ClipReader:
                         yield item
 
     def _items_of(self, index: int) -> list["Item | Failure"]:
-        if index not in self._items:
-            row = self.rows[index]
-            self._items[index] = items_of(index, row, self._config, self.film(row.path))
-        return self._items[index]
+        row = self.rows[index]
+        return items_of(index, row, self._config, self.film(row.path))
 
     def _take(self, item: Item, future: Future) -> Iterator[Sample]:
         try:

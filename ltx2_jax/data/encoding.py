@@ -18,7 +18,7 @@ from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.merging import CLIPS_NAME, adopt, finish, made_of
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
-from ltx2_jax.data.staging import READY, Staging
+from ltx2_jax.data.staging import READY, Staging, tidy
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.data.work import NoneUsableError, Work, may_succeed_now
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
@@ -84,6 +84,8 @@ def prepare_dataset(
         if not isinstance(made, Records):
             raise OtherDataset(f"{out}: holds a dataset of a .precomputed; choose another folder")
         _check_settings(made, settings)
+        if process == 0:
+            tidy(Path(os.path.abspath(out)))
         if not _check_clips(made, rows):
             if process == 0:
                 print(f"{out}: {len(made)} records are there already, made with the same settings")

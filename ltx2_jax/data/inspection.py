@@ -13,7 +13,7 @@ from ltx2_jax.data.schema import BucketFields
 from ltx2_jax.data.table import Row
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.scenes import watch
+from ltx2_jax.media.scenes import watch_all
 
 Dataset = Records | Linked
 SHOWN_REASONS = 10
@@ -99,17 +99,17 @@ def foresee(
 
     Where scenes are told apart, films are decoded for it; each of them once.
     """
+    paths = dict.fromkeys(row.path for row in rows if config.scenes and has_scenes(row))
+    films = dict(zip(paths, watch_all(paths), strict=True))
+
+    def look(index: int) -> list[Item | Failure]:
+        row = rows[index]
+        try:
+            return items_of(index, row, config, films.get(row.path))
+        except UserError as error:
+            return [Failure(index, str(error).removeprefix(f"{row.path}: "))]
+
     with ThreadPoolExecutor(8) as pool:
-        paths = dict.fromkeys(row.path for row in rows if config.scenes and has_scenes(row))
-        films = dict(zip(paths, pool.map(watch, paths), strict=True))
-
-        def look(index: int) -> list[Item | Failure]:
-            row = rows[index]
-            try:
-                return items_of(index, row, config, films.get(row.path))
-            except UserError as error:
-                return [Failure(index, str(error).removeprefix(f"{row.path}: "))]
-
         found = list(pool.map(look, range(len(rows))))
     clips = [[item for item in row if isinstance(item, Item)] for row in found]
     if config.scenes or config.stride is not None:

@@ -69,6 +69,8 @@ def _reason(failure: dict[str, Any]) -> str:
 def _named(staging: Staging, name: str, kind: str, abouts: list[dict]) -> list[dict[str, Any]]:
     """Gives the files of shards with records their names in the dataset: {file, records, bytes}."""
     there = [shard for shard, about in enumerate(abouts) if about["count"]]
+    for path in staging.folder.glob(f"{name}-*-of-*"):
+        path.unlink()  # of a run that was killed here, and may have had other shards
     shards = []
     for number, shard in enumerate(there):
         about = abouts[shard]

@@ -244,6 +244,7 @@ def put_in_place(staging: Path, folder: Path) -> None:
     aside = staging.with_suffix(".old")
     replaces = (folder / INDEX_NAME).exists()
     if replaces:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
         folder.rename(aside)
     try:
         staging.rename(folder)

@@ -1,5 +1,8 @@
 """The files of a dataset: ArrayRecord shards, and the table of what their records are."""
 
+import contextlib
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,10 +29,10 @@ def write_shard(path: Path, blobs: Iterable[bytes]) -> tuple[int, int]:
     Raises:
       UserError: the disk does not take it.
     """
-    path.unlink(missing_ok=True)
     blobs = iter(blobs)
     blob, count = next(blobs, None), 0
     if blob is None:
+        path.unlink(missing_ok=True)
         return 0, 0
     with replacing(path) as temporary:
         writer = _on_disk(path, ArrayRecordWriter, str(temporary), OPTIONS)
@@ -49,6 +52,45 @@ def _on_disk(path: Path, call: Callable[..., T], *arguments: Any) -> T:
         return call(*arguments)
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+class Waiting:
+    """Blobs that wait for their order on the disk, in a file that a crash leaves no trace of.
+
+    A context manager.
+    """
+
+    def __init__(self, folder: Path):
+        """`folder`: on whose disk."""
+        self._folder = folder
+        self._file = self._tried(tempfile.TemporaryFile, dir=folder)
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with contextlib.suppress(OSError):  # of a full disk, which has been told
+            self._file.close()
+
+    def put(self, blob: bytes) -> tuple[int, int]:
+        """Keeps one; returns what `get` wants.
+
+        Raises:
+          UserError: the disk does not take it.
+        """
+        start = self._tried(self._file.seek, 0, os.SEEK_END)
+        return start, self._tried(self._file.write, blob)
+
+    def get(self, place: tuple[int, int]) -> bytes:
+        """What was kept. Raises UserError as `put` does."""
+        self._tried(self._file.seek, place[0])
+        return self._tried(self._file.read, place[1])
+
+    def _tried(self, call: Callable[..., T], *arguments: Any, **more: Any) -> T:
+        try:
+            return call(*arguments, **more)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be written ({reason(error)})") from None
 
 
 class Shards(Sequence):

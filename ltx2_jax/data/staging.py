@@ -15,6 +15,7 @@ i is the work of process i mod the number of processes, which may change from ru
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -149,6 +150,8 @@ class Staging:
         Raises:
           UserError: the disk does not take it.
         """
+        if self.published:  # another process has made this shard too
+            return
         count, size = write_shard(self.path(kind, shard), blobs)
         self.write_json(f"{kind}-{shard:05d}.json", about | {"count": count, "bytes": size})
 
@@ -195,12 +198,18 @@ class Staging:
         self.write_json(INDEX_NAME, index)
         check_target(self.target, overwrite)
         put_in_place(self.folder, self.target)
-        # Not before: a crash between the two must not cost what was done.
-        for path in self.target.iterdir():
-            kind, _, rest = path.name.partition("-")
-            shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
-            if shard or kind == "lock" or path.name in (STATE, BEGUN, READY):
-                path.unlink()
+        tidy(self.target)  # not before: a crash between the two must not cost what was done
+
+
+def tidy(dataset: Path) -> None:
+    """Removes what only the making of a dataset needed, which a crash at its end may leave."""
+    for path in dataset.iterdir():
+        kind, _, rest = path.name.partition("-")
+        shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
+        killed = re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name)  # while it wrote a file
+        if shard or killed or kind == "lock" or path.name in (STATE, BEGUN, READY):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(dataset.with_name(f".{dataset.name}.old"), ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,12 +1,9 @@
 """The work that makes a dataset, shard by shard: scenes, makers, captions, then clips."""
 
 import dataclasses
-import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates, has_s
 from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME
 from ltx2_jax.data.schema import BucketFields, Field, fields_to_json
+from ltx2_jax.data.shards import Waiting
 from ltx2_jax.data.staging import BEGUN, CAPTIONS, CLIPS, READY, SCENES, Staging
 from ltx2_jax.data.table import Row
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
@@ -29,7 +27,7 @@ from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import Clip
-from ltx2_jax.media.scenes import Film, watch
+from ltx2_jax.media.scenes import Film, watch_all
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder
 
 CODEC_NAME = "codec.safetensors"
@@ -70,6 +68,7 @@ class Work:
         self._codec, self._encoder = codec, text_encoder
         self._process, self._processes = process, processes
         self._waited = 0.0  # seconds, for decoded clips
+        self._again: dict[str, list[int]] = {SCENES: [], CAPTIONS: [], CLIPS: []}
         fits = isinstance(codec, LinearCodecConfig)
         self.rates = rates_of(codec)
         self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
@@ -102,9 +101,17 @@ class Work:
                 staging.wait(lambda k=kind, s=shard: staging.done(k, s) is not None, "finishes")
 
     def _mine(self, staging: Staging, kind: str) -> list[int]:
-        shards = range(self._process, self.shards(kind), self._processes)
-        todo = [shard for shard in shards if staging.done(kind, shard) is None]
+        shards = {*range(self._process, self.shards(kind), self._processes), *self._again[kind]}
+        todo = [shard for shard in sorted(shards) if staging.done(kind, shard) is None]
         return [] if staging.published else todo
+
+    def _undo(self, staging: Staging, kind: str, stale: Callable[[dict, int], bool]) -> None:
+        """Makes some shards again: this process does, as others may have looked already."""
+        for shard in range(self.shards(kind)):
+            about = staging.done(kind, shard)
+            if about is not None and stale(about, shard):
+                staging.undo(kind, shard)
+                self._again[kind].append(shard)
 
     # ---- scenes
 
@@ -113,34 +120,23 @@ class Work:
         if not self.films:
             return
         if self._process == 0:  # what a finished dataset knows is there by now
+            self._undo(
+                staging,
+                SCENES,
+                lambda about, shard: may_be_seen_otherwise(about, self._films_of(shard)),
+            )
             staging.write_json(BEGUN, True)
         staging.wait(lambda: staging.read_json(BEGUN), "begins")
-        for shard in range(self._process, self.shards(SCENES), self._processes):
-            about = staging.done(SCENES, shard)
-            if about is not None and may_be_seen_otherwise(about, self._films_of(shard)):
-                staging.undo(SCENES, shard)
-        shards, ending = self._mine(staging, SCENES), threading.Event()
-
-        def alive() -> None:
-            staging.alive()
-            if ending.is_set():  # who is interrupted does not wait for the end of a film
-                raise InterruptedError
-
+        shards = self._mine(staging, SCENES)
         total = sum(len(self._films_of(shard)) for shard in shards)
-        with (
-            tqdm(desc="finding scenes", total=total, unit="film", disable=None) as bar,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        ):
-            try:
-                for shard in shards:
-                    paths, films = self._films_of(shard), []
-                    prints = fingerprints(paths)
-                    for film in pool.map(lambda path: watch(path, alive), paths):
-                        films.append(dataclasses.asdict(film))
-                        bar.update()
-                    staging.finish(SCENES, shard, (), {"films": films, "files": prints})
-            finally:
-                ending.set()
+        with tqdm(desc="finding scenes", total=total, unit="film", disable=None) as bar:
+            for shard in shards:
+                paths, films = self._films_of(shard), []
+                prints = fingerprints(paths)
+                for film in watch_all(paths, staging.alive):
+                    films.append(dataclasses.asdict(film))
+                    bar.update()
+                staging.finish(SCENES, shard, (), {"films": films, "files": prints})
         for shard in range(self.shards(SCENES)):
             staging.wait(lambda s=shard: staging.done(SCENES, s) is not None, "finds scenes")
         numbers = {path: number for number, path in enumerate(self.films)}
@@ -149,7 +145,16 @@ class Work:
             if path not in numbers:
                 return None
             shard, place = divmod(numbers[path], SHARD_FILMS)
-            return Film(**staging.done(SCENES, shard)["films"][place])
+            found: list[dict] = []  # not there while it is found again
+
+            def there() -> bool:
+                found.append(staging.done(SCENES, shard))
+                return found[-1] is not None
+
+            staging.wait(there, "finds scenes")
+            if not found or found[-1] is None:
+                raise UserError("another process has finished the dataset")
+            return Film(**found[-1]["films"][place])
 
         self.reader.film = film
 
@@ -172,10 +177,9 @@ class Work:
             self._codec.save(staging.folder / CODEC_NAME)
             samples = self._first_length() if self.reader.one_length else None
             staging.write_json(READY, {"audio_samples": samples})
-        for shard in range(self.shards(CLIPS)):
-            about = staging.done(CLIPS, shard)
-            if about is not None and may_succeed_now(about["failures"], self.rows):
-                staging.undo(CLIPS, shard)
+        self._undo(
+            staging, CLIPS, lambda about, shard: may_succeed_now(about["failures"], self.rows)
+        )
 
     def _clips_to_fit(self) -> Iterator[Clip]:
         count = 0
@@ -257,32 +261,45 @@ class Work:
                 began = time.perf_counter()
 
         made, failures = {}, {}
-        for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
-            staging.alive()
-            place = item.row, item.window
-            if isinstance(record, Failure):
-                failures[place] = record
-            else:
-                made[place] = bucket_of(record, item.bucket or (0, 0, 0)), serialize(record)
-        failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
-        places = sorted(made)
-        firsts = {made[place][0].key: made[place][0] for place in reversed(places)}
-        numbers = {key: number for number, key in enumerate(firsts)}
-        about = {
-            "records": [[row, numbers[made[row, n][0].key]] for row, n in places],
-            "buckets": [bucket.to_json() for bucket in firsts.values()],
-            "seconds": sum(_seconds(made[place][0], self.rates) for place in places),
-            "failures": [
-                dataclasses.asdict(failures[place])
-                | {"file": prints[failures[place].row - rows[0]]}
-                for place in sorted(failures)
-            ],
-            "files": {
-                self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
-            },
-            "notes": Counter(note for place in places for note in notes[place]),
-        }
-        staging.finish(CLIPS, shard, (made[place][1] for place in places), about)
+        with Waiting(staging.folder) as waiting:
+            for item, record in encode_samples(noted(), self.rows, self._codec, self.config):
+                staging.alive()
+                place = item.row, item.window
+                if isinstance(record, Failure):
+                    failures[place] = record
+                else:
+                    bucket = bucket_of(record, item.bucket or (0, 0, 0))
+                    made[place] = bucket, waiting.put(serialize(record))
+            failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
+            places = sorted(made)
+            about = {
+                **_of_records(places, [made[place][0] for place in places], self.rates),
+                "failures": [
+                    dataclasses.asdict(failures[place])
+                    | {"file": prints[failures[place].row - rows[0]]}
+                    for place in sorted(failures)
+                ],
+                "files": {
+                    self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
+                },
+                "notes": Counter(note for place in places for note in notes[place]),
+            }
+            staging.finish(CLIPS, shard, (waiting.get(made[p][1]) for p in places), about)
+
+
+def _of_records(
+    places: Sequence[tuple[int, int]], buckets: Sequence[BucketFields], rates: Rates
+) -> dict[str, Any]:
+    """What a shard says of its records, whose rows and windows are `places`."""
+    firsts = {bucket.key: bucket for bucket in reversed(buckets)}
+    numbers = {key: number for number, key in enumerate(firsts)}
+    return {
+        "records": [
+            [row, numbers[bucket.key]] for (row, _), bucket in zip(places, buckets, strict=True)
+        ],
+        "buckets": [bucket.to_json() for bucket in firsts.values()],
+        "seconds": sum(_seconds(bucket, rates) for bucket in buckets),
+    }
 
 
 def _seconds(bucket: BucketFields, rates: Rates) -> float:

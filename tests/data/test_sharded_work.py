@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -271,6 +272,22 @@ def test_a_process_that_comes_when_all_is_done_has_nothing_to_do(tmp_path, disk,
     assert len(prepare(tmp_path, rows, **options)) == 4
 
 
+def test_clips_are_tried_again_though_their_process_is_gone(tmp_path, disk, watched):
+    """The other process may have seen that all is done before the first one undid a shard."""
+    rows, config = films(disk, 8), dataclasses.replace(CONFIG, scenes=True)
+    for name in disk.films:
+        disk.add(name, 30)
+    disk.missing.add("f6.mp4")  # in the second shard of clips, and the fourth of films
+    assert prepare(tmp_path, rows, config).skipped[-1]["source"] == "f6.mp4"
+    disk.missing.clear()
+    disk.reads.clear()
+    watched.clear()
+    made = prepare(tmp_path, rows, config, process=0, processes=2)
+    assert "f6.mp4" in [record["source"] for record in made]
+    assert {name for name, _ in disk.reads} == {f"f{i}.mp4" for i in range(4, 8)}
+    assert watched == ["f6.mp4", "f7.mp4"]
+
+
 def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, monkeypatch):
     rows = films(disk, 6)
 
@@ -283,8 +300,29 @@ def test_a_crash_after_the_folder_has_its_name_costs_nothing(tmp_path, disk, mon
         with pytest.raises(Killed):
             prepare(tmp_path, rows)
     disk.reads.clear()
+    (tmp_path / "set" / ".clips-00000.json.77-0123abcd").write_text("of a process that was killed")
+    (tmp_path / ".set.old").mkdir()
     assert len(prepare(tmp_path, rows)) == 6
     assert not disk.reads
+    prepare(tmp_path, rows, name="calm")
+    names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("set", "calm")]
+    assert names[0] == names[1]
+    assert not (tmp_path / ".set.old").exists()
+
+
+def test_files_of_a_run_that_was_killed_at_the_end_are_not_in_the_dataset(
+    tmp_path, disk, monkeypatch
+):
+    rows = films(disk, 12)
+    disk.missing |= {f"f{i}.mp4" for i in range(4)}  # a whole shard
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_schema", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    disk.missing.clear()
+    assert len(prepare(tmp_path, rows)) == 12
+    found = sorted(path.name for path in (tmp_path / "set").glob("data-*"))
+    assert found == [f"data-0000{i}-of-00003.arrayrecord" for i in range(3)]
 
 
 def test_a_second_run_into_one_folder_is_refused(tmp_path, disk, monkeypatch):
@@ -419,6 +457,31 @@ def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
     ]
 
 
+def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, disk, monkeypatch):
+    """Latents wait for the end of their shard on the disk."""
+
+    def encode(video):  # to a megabyte for each clip
+        first = video[:, 0, 0, 0, 0].astype(np.float32)
+        return np.broadcast_to(first[:, None, None, None, None], (len(video), 4, 64, 64, 16))
+
+    monkeypatch.setattr(Codec.video, "encode", encode)
+    disk.add("film0.mp4", 9 + 59)
+    tracemalloc.start()
+    made = prepare(tmp_path, ["film0.mp4,a"], dataclasses.replace(CONFIG, stride=1))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [int(record["video"].max()) for record in made] == list(range(60))
+    assert most < 24e6
+
+
+def test_latents_that_wait_on_a_full_disk_are_told(tmp_path, monkeypatch):
+    full = lambda dir: open("/dev/full", "r+b", buffering=0)  # noqa: E731
+    monkeypatch.setattr(shards.tempfile, "TemporaryFile", full)
+    with shards.Waiting(tmp_path) as waiting:
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            waiting.put(b"1")
+
+
 SCENES = dataclasses.replace(CONFIG, stride=8, scenes=True)
 
 
@@ -436,8 +499,7 @@ def watched(disk, monkeypatch):
         cuts = [10] if "3" not in path.name else [5, 10]
         return Film(tuple(((k - 1) / 12, k / 12) for k in cuts), frames / 12)
 
-    for module in (work, inspection):
-        monkeypatch.setattr(module, "watch", watch)
+    monkeypatch.setattr(scenes, "watch", watch)
     monkeypatch.setattr(work, "SHARD_FILMS", 2)
     return names
 
@@ -501,7 +563,7 @@ def test_scenes_are_part_of_what_a_dataset_is(tmp_path, disk, watched, monkeypat
 def test_a_film_is_used_as_far_as_it_could_be_watched(tmp_path, disk, watched, monkeypatch):
     disk.add("film0.mp4", 40)
     found = Film(((0.75, 10 / 12),), 2.5, "timestamps run backwards", True)
-    monkeypatch.setattr(work, "watch", lambda path, alive: found)
+    monkeypatch.setattr(scenes, "watch", lambda path, alive: found)
     rows = ["film0.mp4,a,", "film0.mp4,b,3"]
     made = prepare(tmp_path, rows, SCENES, header="video,caption,start")
     assert [int(record["video"][0, 0, 0, 0]) for record in made] == [0, 10, 18]
@@ -509,7 +571,7 @@ def test_a_film_is_used_as_far_as_it_could_be_watched(tmp_path, disk, watched, m
         "from 2.5 s: timestamps run backwards",
         "from 3 s: timestamps run backwards",
     ]
-    monkeypatch.setattr(work, "watch", lambda path, alive: Film((), 40 / 12))  # the disk is back
+    monkeypatch.setattr(scenes, "watch", lambda path, alive: Film((), 40 / 12))  # the disk is back
     assert len(prepare(tmp_path, rows, SCENES, header="video,caption,start")) == 4
 
 
