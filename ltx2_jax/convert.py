@@ -189,7 +189,8 @@ def inspect(path: str) -> str:
         if config.tune is not None:
             lora = config.tune.lora
             what = ", ".join(config.tune.train) if lora is None else f"a LoRA of rank {lora.rank}"
-            lines.append(f"trained: {what}; the rest is that of {config.init_from}")
+            form = f", in {config.tune.quantize}" if config.tune.quantize else ""
+            lines.append(f"trained: {what}; the rest is that of {config.init_from}{form}")
         return "\n  ".join(lines)
     with open_release(path) as release:
         return report.of_release(release)

@@ -8,6 +8,7 @@ from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share
 from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.quantized import check_form
 from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.weights.lora_targets import TARGETS
@@ -264,8 +265,9 @@ class LoraConfig:
 class TuneConfig:
     """What is trained of the weights in `init_from`; the rest is frozen.
 
-    Frozen weights are kept in the dtype that they are used in, and are no part of checkpoints: a
-    run that goes on reads them again from `init_from`. A rule is a path such as
+    Frozen weights are kept in the dtype that they are used in, or their large matrices quantised,
+    and are no part of checkpoints: a run that goes on reads them again from `init_from`. A rule is
+    a path such as
     "transformer/blocks/audio_self", which means all that is in it; "*" stands for anything, and the
     words "video" and "audio" for all weights of a stream.
     """
@@ -274,8 +276,10 @@ class TuneConfig:
     lora: LoraConfig | None = None  # adapters are trained, and nothing else
     rates: tuple[tuple[str, float], ...] = ()  # rules, and times what rate; the last one counts
     resident: bool = False  # frozen weights whole along data and sequence, not FSDP
+    quantize: str | None = None  # a form of `models.quantized`, of the large frozen matrices
 
     def __post_init__(self):
+        check_form(self.quantize)
         if self.lora is not None and self.train != ("transformer",):
             raise UserError("train: with lora, the adapters alone are trained; leave it out")
         for rule, rate in self.rates:

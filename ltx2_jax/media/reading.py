@@ -182,6 +182,27 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return video[0]
 
 
+def small_frames(
+    path: str | os.PathLike, height: int, width: int
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Every picture of a film, averaged to a size: seconds after the first, uint8 [H, W, 3].
+
+    As it is stored: neither upright nor cropped. One is held at a time.
+
+    Raises UserError as `read_clip` does, where it comes to what cannot be read.
+    """
+    path, converter = Path(path), VideoReformatter()
+    with _opened(path) as container:
+        stream = _film_stream(container)
+        clock = FrameClock(float(stream.average_rate or stream.guessed_rate or 0))
+        for stamp, frame in _pictures(container, stream, set()):
+            time = clock.tick(stamp)
+            small = converter.reformat(
+                frame, width=width, height=height, format="rgb24", interpolation="AREA"
+            )
+            yield time, small.to_ndarray()
+
+
 def read_whole_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     """Reads the sound of any file that has some: (float32 [samples, 1 or 2], sample rate).
 
@@ -299,12 +320,7 @@ def _decode_video(
     begin: float | None,
 ) -> tuple[np.ndarray, float, float]:
     """-> uint8 [F, H, W, 3], the first frame's time in seconds, the output's frames per second."""
-    stream = best_stream(container, "video")
-    if stream is None:
-        cover = " but its cover" if container.streams.video else ""
-        raise UserError(f"the file has no video stream{cover}")
-    if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
-        stream.thread_type = "AUTO"  # for small pictures, starting threads takes longer
+    stream = _film_stream(container)
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     limit = float("inf") if num_frames is None else num_frames
     clock, frames = FrameClock(rate), _from(_pictures(container, stream, notes), begin, rate)
@@ -322,6 +338,17 @@ def _decode_video(
         raise UserError("its pictures change their size on the way; give one (height and width)")
     video = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
     return video, clock.start or 0.0, rate if fps is None else fps
+
+
+def _film_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The film's pictures, ready to be decoded."""
+    stream = best_stream(container, "video")
+    if stream is None:
+        cover = " but its cover" if container.streams.video else ""
+        raise UserError(f"the file has no video stream{cover}")
+    if stream.codec_context.width * stream.codec_context.height >= 256 * 256:
+        stream.thread_type = "AUTO"  # for small pictures, starting threads takes longer
+    return stream
 
 
 def _pictures(

@@ -28,7 +28,9 @@ from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.sampling import meshes
 from ltx2_jax.sampling.loras import Used, parts, same
+from ltx2_jax.sampling.meshes import SHARE
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
 from ltx2_jax.weights import hub, mapping
@@ -41,7 +43,6 @@ from ltx2_jax.weights.sources import open_release
 
 GIB = 2**30
 CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
-SHARE = 0.75  # of a chip's memory that weights may take; activations need the rest
 
 
 class Weights:
@@ -53,6 +54,11 @@ class Weights:
         self._params: dict[str, Any] | None = None
         self._used: Used = ()
         self._originals: dict[Any, Any] = {}
+
+    @property
+    def graph(self) -> Any:
+        """What `params` are the weights of; ask under the mesh."""
+        return ltx2.graph(self.config)
 
     def params(self, loras: Used = ()) -> dict[str, Any]:
         """{"connectors": .., "transformer": ..} with these LoRAs in the transformer.
@@ -90,6 +96,22 @@ class Weights:
         self._params, self._used, self._originals = None, (), {}
         gc.collect()
 
+    def move(self, mesh: jax.sharding.Mesh) -> None:
+        """To another mesh: what is loaded, from device to device.
+
+        On several hosts, or with LoRAs in it, it is read again when it is used next.
+        """
+        self.mesh = mesh
+        vars(self).pop("_homes", None)
+        if self._used or jax.process_count() > 1:
+            self.free()
+        if self._params is not None:
+            self._params = jax.tree.map(
+                lambda x, home: jax.device_put(x, home.sharding, donate=True),
+                self._params,
+                self._homes,
+            )
+
     def _load(self) -> dict[str, Any]:
         config = self.config
         return {
@@ -101,14 +123,8 @@ class Weights:
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
-        homes = mapping.leaves(self._homes[name])
-
-        def placed(p: mapping.Parameter) -> mapping.Parameter:
-            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
-            form = self.config.quantized if rounded else None
-            return dataclasses.replace(p, leaf=homes[p.path], form=form)
-
-        wanted = list(map(placed, self._release.parameters(name, config)))
+        homes, form = mapping.leaves(self._homes[name]), self.config.quantized
+        wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
         if self.config.quantized and self._used and name == "transformer":
             return self._fused_and_quantized(wanted, config)
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
@@ -141,8 +157,8 @@ class Weights:
 class RunWeights:
     """Weights that somebody else holds: those of a training run."""
 
-    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh):
-        self.config, self.mesh, self._params = config, mesh, params
+    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh, graph: Any):
+        self.config, self.mesh, self.graph, self._params = config, mesh, graph, params
 
     def params(self, loras: Used = ()) -> Any:
         if loras:
@@ -355,35 +371,43 @@ def weight_bytes(release: Release, *networks: str, form: str | None = None) -> i
 
 
 def fitting_mesh(
-    release: Release, heads: int, free: int | None = None, *, form: str | None = None
+    release: Release,
+    heads: int,
+    free: int | None = None,
+    *,
+    form: str | None = None,
+    rows: Sequence[int] = (),
+    tokens: Sequence[int] = (),
 ) -> jax.sharding.Mesh:
-    """The mesh of all devices whose `model` axis is just long enough for the weights to fit.
+    """The mesh of all devices for what `meshes.choose` is told.
 
     Args:
       release: the model.
       heads: of its transformer, which are split.
       free: bytes of a device; None asks.
       form: in which the weights are quantised.
+      rows: of every stage, clips times guidance passes.
+      tokens: of video, that are split.
 
     Raises:
-      UserError: they do not fit on all devices together.
+      UserError: the weights do not fit on all devices together.
     """
     needed = weight_bytes(release, "transformer", "connectors", form=form)
-    count = jax.device_count()
     room = device_bytes() if free is None else free
-    sizes = [n for n in range(1, count + 1) if count % n == 0 and heads % n == 0]
-    for model in sizes:
-        if room is None or needed / model <= SHARE * room:
-            return make_mesh(-1, model, 1)
-    largest = max(sizes)
-    missing = needed / largest - SHARE * room
-    helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
-    raise UserError(
-        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
-        f"{largest} device{'s' if largest > 1 else ''} of {room / GIB:.1f} GiB can hold "
-        f"{SHARE * room * largest / GIB:.1f} GiB of weights: {missing * largest / GIB:.1f} GiB are "
-        f"missing; use more devices{helps}"
-    )
+    slices = len({getattr(device, "slice_index", None) or 0 for device in jax.devices()})
+    count = jax.device_count() // slices
+    sizes = meshes.choose(count, heads=heads, weights=needed, room=room, rows=rows, tokens=tokens)
+    split = sizes[1]
+    if room is not None and needed / split > SHARE * room:
+        missing = needed / split - SHARE * room
+        helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
+        raise UserError(
+            f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+            f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
+            f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
+            f"missing; use more devices{helps}"
+        )
+    return make_mesh(*sizes)
 
 
 def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None) -> bool:

@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
 from ltx2_jax.sampling.loras import adapter
@@ -52,6 +51,7 @@ from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
+from ltx2_jax.training import trainable
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.checks import check_mesh
 from ltx2_jax.training.objective import reference_factors
@@ -92,7 +92,7 @@ class Pipeline:
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
-            self._graph = ltx2.graph(config.networks)
+            self._graph = trainable.sampled_graph(config)
             self._sampler = make_sampler()
 
     @classmethod
@@ -137,7 +137,7 @@ class Pipeline:
           files: a checkpoint, or the files of the split pack, or a folder of them, here or on the
             Hugging Face Hub; LoRAs, upsampler and text encoder likewise.
           text_encoder: a Gemma folder or a packed text encoder; None if `files` have one.
-          mesh: None takes all devices, and as many for the `model` axis as the weights need.
+          mesh: None takes all devices, and for every call the mesh that `sampling.meshes` chooses.
           loras: one or a list of files, or of (file, strength): a number, a `Strength` of the
             streams, or a list of those, one a stage; or as text "VIDEO,AUDIO,CROSS" and
             "STAGE1/STAGE2".
@@ -158,7 +158,8 @@ class Pipeline:
         found = Files.open(files, text_encoder, upsampler, kind)
         networks = dataclasses.replace(found.networks(dtype), quantized=quantize)
         heads = networks.transformer.num_heads
-        mesh = mesh or fitting_mesh(found.release, heads, form=quantize)
+        best = None if mesh else partial(fitting_mesh, found.release, heads, form=quantize)
+        mesh = mesh or best()
         adapters = []
         for given in several(loras):
             source, *strength = given if isinstance(given, tuple) else (given,)
@@ -178,6 +179,7 @@ class Pipeline:
             tuple(adapters),
             distilled,
             keep=fit_together(found, mesh, quantize) if keep is None else keep,
+            spread=best,
         )
         return Released(maker)
 
@@ -363,7 +365,7 @@ class Released(Pipeline):
     """A released model; `Pipeline.from_pretrained` makes it."""
 
     def __init__(self, maker: Maker):
-        self.maker, self.mesh = maker, maker.mesh
+        self.maker = maker
 
     def __call__(self, prompts: str | Sequence[str], **wishes: Any) -> Clip | list[Clip]:
         """One clip per prompt; a single prompt gives a single clip. For `wishes` see `make`."""
@@ -372,6 +374,11 @@ class Released(Pipeline):
         made = self.make(prompts, **wishes)
         with self.phase("decoding"):
             return [one.clip(self.codec) for one in made]
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """On which the last clips were made."""
+        return self.maker.mesh
 
     @property
     def codec(self) -> Codec:
@@ -402,8 +409,10 @@ def maker_of_run(
         audio=Scales(cfg=sample.audio_guidance),
     )
     crf = 0 if release == "linear" else one_stage(release).image_crf
+    with jax.set_mesh(mesh):
+        graph = trainable.sampled_graph(config)
     return Maker(
-        RunWeights(params, config.networks, mesh),
+        RunWeights(params, config.networks, mesh, graph),
         texts,
         lambda: codec,
         mesh,

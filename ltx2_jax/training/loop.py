@@ -271,8 +271,7 @@ def _clips(
 
 def _weights(config: Config, state: State, frozen: Any) -> Any:
     """What clips are made with: all weights, averaged if the run averages."""
-    weights = validation.sampled_weights(config, state)
-    return weights if config.tune is None else trainable.merged(weights, frozen, config)
+    return trainable.as_sampled(validation.sampled_weights(config, state), frozen, config)
 
 
 def last_clips(
@@ -457,6 +456,8 @@ def describe(
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     trained = "" if config.tune is None else " trained"
+    if config.tune is not None and config.tune.quantize is not None:
+        trained += f" beside {config.tune.quantize} ones"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     held = [name for name in config.flow.streams if name in schema.fields]
     more = len(schema.buckets) - 1

@@ -47,7 +47,8 @@ def weights_of_run(
 ) -> tuple[Config, dict[str, Any], int]:
     """Config, weights on `mesh` and step of a training run: averaged weights if it averaged.
 
-    Of a run that tuned a part of its weights they are all, its adapters merged.
+    Of a run that tuned a part of its weights they are all, its adapters merged; those for sampling
+    of a run with quantised weights are as `trainable.as_sampled` has them.
 
     Args:
       workdir: of the run.

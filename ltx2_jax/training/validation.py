@@ -113,7 +113,7 @@ def make_validation(
     are no larger than those of a step.
     """
     chunks = micro_batches(config, mesh)
-    whole = _without_dropout(config)
+    whole = trainable.without_dropout(config)
     graphdef = ltx2.graph(whole.networks) if whole.tune is None else trainable.graph(whole)
 
     def validate(
@@ -147,13 +147,6 @@ def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     largest = config.data.batch_size // config.optim.accumulate_steps
     parts = (n for n in range(1, count + 1) if count % (n * shards) == 0)
     return next(n for n in parts if count // n <= largest)
-
-
-def _without_dropout(config: Config) -> Config:
-    if config.tune is None or config.tune.lora is None:
-        return config
-    lora = replace(config.tune.lora, dropout=0.0)
-    return replace(config, tune=replace(config.tune, lora=lora))
 
 
 # ------------------------------------------------------------------------------- what it is made on

@@ -190,7 +190,8 @@ def test_a_shipped_file_says_what_the_config_of_its_name_says(name):
     # What has no meaning here is told by name, with a reason, and nothing that is off.
     assert "validation.interval" in idle
     assert "wandb.enabled" not in idle
-    assert ("acceleration.quantization" in idle) == ("low_vram" in name)
+    assert theirs.tune.quantize == ("int8" if "low_vram" in name else None)
+    assert "acceleration.quantization" not in idle
     assert all(trainer_yaml.IDLE[key] for key in idle)
 
 
@@ -259,6 +260,19 @@ def test_every_value_arrives():
     assert translated(**mine).metrics.wandb == "me/dogs"
 
 
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [("int8-quanto", "int8"), ("fp8-quanto", "fp8"), ("fp8uz-quanto", "fp8"),
+     ("int4-quanto", "int4"), ("int2-quanto", None), (None, None)],
+)  # fmt: skip
+def test_a_quantised_base_stays_one_where_there_is_such_a_form(given, form):
+    values = yaml.safe_load(shipped("t2v_lora"))
+    values["acceleration"]["quantization"] = given
+    config, idle = trainer_yaml.translate(values, "2.3")
+    assert config.tune.quantize == form
+    assert ("acceleration.quantization" in idle) == (given == "int2-quanto")
+
+
 def test_what_is_left_out_is_what_the_trainer_takes():
     values = {
         "model": {"model_path": "x"},
@@ -317,6 +331,9 @@ def test_the_deprecated_strategies_are_read():
         ({"lora": [1]}, "lora: expected keys and values, not [1]"),
         ({"lora__target_modules": "to_k"}, "lora.target_modules='to_k': expected a list"),
         ({"acceleration__mixed_precision_mode": "fp16"}, "mixed_precision_mode=fp16: use bf16"),
+        ({"acceleration__quantization": "int8"}, "quantization='int8': use null, int8-quanto"),
+        ({"model__training_mode": "full", "acceleration__quantization": "int8-quanto"},
+         "acceleration.quantization: model.training_mode=full trains what it would quantise"),
         ({"data__preprocessed_data_root": None}, "data.preprocessed_data_root is missing"),
         ({"model__training_mode": "full", "model__load_checkpoint": "x"}, "=x: a full"),
         ({"lora__rank": 0}, "lora: rank=0 must be at least 1"),

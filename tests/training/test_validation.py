@@ -24,7 +24,7 @@ from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import loop, objective, validation
+from ltx2_jax.training import loop, objective, trainable, validation
 from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.housekeeping import on_all_devices
 from ltx2_jax.training.metrics import read_metrics
@@ -151,8 +151,8 @@ def test_a_run_that_is_validated_learns_bit_for_bit_the_same(run, tmp_path):
 def test_adapters_are_measured_without_their_dropout():
     lora = LoraConfig(targets=("to_q",), rank=2, dropout=0.5)
     config = tiny.config(tune=TuneConfig(lora=lora), init_from="base")
-    assert validation._without_dropout(config).tune.lora == changed(lora, dropout=0.0)
-    assert validation._without_dropout(tiny.config()) == tiny.config()
+    assert trainable.without_dropout(config).tune.lora == changed(lora, dropout=0.0)
+    assert trainable.without_dropout(tiny.config()) == tiny.config()
 
 
 # ------------------------------------------------------------------------------------- what is kept
