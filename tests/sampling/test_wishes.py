@@ -59,7 +59,7 @@ def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
         {"image": [(a, 0, 1)]},
         {"keyframes": [(a, 0, 1.0), (b, -1, 0.5, 20)]},
         {"references": [c, c], "dub": (c, 0.5)},
-        {"changes": {"stage1.steps": "3", "stage1.sigmas": "1,0.5,0"}},
+        {"changes": {"stage1.steps": "3", "stage1.sigmas": "(1, 0.5, 0)"}},
     ]
     assert found[5].files == (folder / "c.mp4",) * 3
     # What a clip remembers is read again.
