@@ -392,7 +392,8 @@ class ValidationConfig:
     # lowest is never deleted. Or "val_sync_lag_ms", of the clips: of checkpoints that have some.
     best: str | None = None
     clips_every: int = 0  # steps after which clips are made; 0: never
-    prompts: str | None = None  # file of their prompts, one a line, and of those at the end
+    # File of their prompts, and of those at the end: a line each, see `sampling.wishes`.
+    prompts: str | None = None
 
     def __post_init__(self):
         check_least(self, every=0, samples=1, clips_every=0)

@@ -200,10 +200,7 @@ def _limits(value: Any, place: Place) -> tuple[float, float]:
 
 
 def _changes(value: Any, _: Place) -> dict[str, str]:
-    def text(of: Any) -> str:
-        return ",".join(map(str, of)) if isinstance(of, list) else str(of)
-
-    return {name: text(of) for name, of in value.items()}
+    return {name: str(tuple(x) if isinstance(x, list) else x) for name, x in value.items()}
 
 
 def _enhancer(value: Any, place: Place) -> str:

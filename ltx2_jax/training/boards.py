@@ -129,12 +129,12 @@ class WeightsAndBiases:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step."""
-        self._send(lambda: {**values, "step": step})
+        self._send({**values, "step": step})
 
     def show(self, step: int, shown: Shown) -> None:
         """The clips with their sound as mp4, sounds without a picture, and the sheet."""
         with tempfile.TemporaryDirectory() as folder:  # wandb copies what it is given
-            self._send(lambda: {**self._media(Path(folder), step, shown), "step": step})
+            self._send({**self._media(Path(folder), step, shown), "step": step})
 
     def _media(self, folder: Path, step: int, shown: Shown) -> dict[str, Any]:
         films, sounds = [], []
@@ -155,11 +155,11 @@ class WeightsAndBiases:
             found["sheet"] = self._library.Image(picture, caption=f"step {step}")
         return found
 
-    def _send(self, made: Any) -> None:
+    def _send(self, row: dict[str, Any]) -> None:
         if self._told:
             return
         try:
-            self._run.log(made())
+            self._run.log(row)
         except Exception as error:  # its own, of the network, of a process that is gone
             tell(f"Weights & Biases gets no more of this run ({reason(error)[:300]})")
             self._told = True

@@ -10,10 +10,12 @@ import tiny
 
 from ltx2_jax import config as config_lib
 from ltx2_jax import sample
+from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
 from ltx2_jax.sampling import wishes
-from ltx2_jax.sampling.pipeline import Pipeline, references_of
+from ltx2_jax.sampling.pipeline import ClipSize, Pipeline, maker_of_run, references_of
 from ltx2_jax.sampling.tasks import Asked
 from ltx2_jax.sharding import make_mesh
 
@@ -59,6 +61,15 @@ def test_what_only_released_models_have_is_refused(workdir, capsys):
         pipe(["a ball"], sample=pipe.config.sample, seed=3)
 
 
+@pytest.fixture(scope="module")
+def maker(workdir):
+    """What would make clips with the weights of the run, without them."""
+    run, assets = config_lib.load(str(tiny.SMALL), {"workdir": str(workdir)}), workdir / "assets"
+    schema = read_schema(assets)
+    codec, size = load_codec(assets / schema.codec), ClipSize.of(schema)
+    return maker_of_run(run, None, None, codec, size, make_mesh(devices=jax.devices()[:1]))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -73,17 +84,18 @@ def test_what_only_released_models_have_is_refused(workdir, capsys):
     ],
 )
 def test_a_line_that_a_run_cannot_take_is_refused_without_its_weights(
-    workdir, tmp_path, given, message
+    workdir, maker, tmp_path, given, message
 ):
     (tmp_path / "film.mp4").symlink_to(next(workdir.rglob("*.mp4")))
-    maker, where = Pipeline.from_workdir(workdir).maker, "prompts.jsonl, line 7"
-    maker.weights._params = None
+    where = "prompts.jsonl, line 7"
     wish = wishes.wish_of({"prompt": "a ball", **given}, tmp_path, where)
     with pytest.raises(UserError, match=f"^{where}: .*{message}"):
         wishes.check(maker, [wish])
 
 
-def test_a_run_that_trains_on_references_takes_smaller_ones_by_its_factors(workdir, tmp_path):
+def test_a_run_that_trains_on_references_takes_smaller_ones_by_its_factors(
+    workdir, maker, tmp_path, monkeypatch
+):
     run = config_lib.load(str(tiny.SMALL), {"workdir": str(workdir)})
     video = config_lib.StreamConfig(conditions=(config_lib.Condition("reference"),))
     tuned = dataclasses.replace(run, flow=dataclasses.replace(run.flow, video=video))
@@ -92,8 +104,7 @@ def test_a_run_that_trains_on_references_takes_smaller_ones_by_its_factors(workd
     assert references_of(run, schema) is None
     assert references_of(tuned, schema) == (2, 2)
     (tmp_path / "film.mp4").symlink_to(next(workdir.rglob("*.mp4")))
-    maker = Pipeline.from_workdir(workdir).maker
-    maker.reads = (2, 1)
+    monkeypatch.setattr(maker, "reads", (2, 1))
     asked = wishes.wish_of({"prompt": "a ball", "references": "film.mp4"}, tmp_path)
     wishes.check(maker, [asked])
     task, _ = maker._task(Asked(references=asked.given["references"]), maker.recipe, False)

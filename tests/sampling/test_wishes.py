@@ -5,12 +5,16 @@ import inspect
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from ltx2_jax import sample
 from ltx2_jax.errors import UserError
-from ltx2_jax.sampling import wishes
+from ltx2_jax.media.media import Clip
+from ltx2_jax.sampling import flags, wishes
 from ltx2_jax.sampling.making import Maker
-from ltx2_jax.sampling.tasks import Asked
+from ltx2_jax.sampling.output import Made
+from ltx2_jax.sampling.tasks import Asked, Task
 from ltx2_jax.sampling.wishes import Wish, read_wishes
 
 
@@ -55,7 +59,7 @@ def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
         {"image": [(a, 0, 1)]},
         {"keyframes": [(a, 0, 1.0), (b, -1, 0.5, 20)]},
         {"references": [c, c], "dub": (c, 0.5)},
-        {"changes": {"stage1.steps": "3", "stage1.sigmas": "1,0.5,0"}},
+        {"changes": {"stage1.steps": "3", "stage1.sigmas": "(1, 0.5, 0)"}},
     ]
     assert found[5].files == (folder / "c.mp4",) * 3
     # What a clip remembers is read again.
@@ -166,3 +170,27 @@ def test_a_check_refuses_what_the_work_would_refuse(monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             Maker.check(maker, ["a"], **given)
+
+
+def test_a_clip_of_a_line_remembers_what_the_line_gave_it(folder):
+    (wish,) = read(folder, {"prompt": "a cat", "seed": 6, "num_frames": 9, "image": "a.png"})
+    made = Made(None, None, Task(9, 16, 16, 8.0), "a cat", {"seed": 6})
+    command = sample._remembered(flags.read(["model", "--prompts=x", "--crf=20"]), made, wish)
+    path, frames = folder / "clip.mp4", np.zeros((9, 16, 16, 3), np.uint8)
+    Clip(frames, 8.0, about=json.dumps({"command": command})).save(path)
+
+    def again(*more):
+        argv = ["--again", str(path), *more]
+        args = sample._again(flags.read(argv), argv)
+        return args, sample._asked(args)
+
+    args, asked = again()
+    assert (args.model, args.seed, args.prompts) == (["model"], 6, None)
+    given = {"num_frames": 9, "image": [str(folder / "a.png")]}
+    assert [(one.prompt, one.given) for one in asked] == [("a cat", given)]
+    args, asked = again("--num-frames=17", "--seed=7")  # what is said now counts
+    assert (args.seed, args.num_frames) == (7, 17)
+    assert [one.given for one in asked] == [{"image": given["image"]}]
+    (folder / "a.png").unlink()
+    with pytest.raises(UserError, match="--again: image: no such file"):
+        again()

@@ -214,6 +214,17 @@ def test_sound_alone_is_sent_as_sound(service, config):
     assert service.rows == [{"sounds": [("sound", 8000, 16000, "step 4: rain")], "step": 4}]
 
 
+def test_clips_that_cannot_be_sent_are_told_and_numbers_go_on(service, config, capsys):
+    odd = dataclasses.replace(CLIP, video=FRAMES[:, :15])
+    settings = {"total_steps": 9, "bar": False}
+    with weights_and_biases(config) as board:
+        with MetricsLogger(config.workdir, wandb=board, **settings) as logger:
+            logger.show(3, Shown([odd], ["rain"]))
+            logger.log(4, {"loss": 1.0})
+    assert service.rows == [{"loss": 1.0, "step": 4}]
+    assert "warning: the clips of step 3 cannot be shown" in capsys.readouterr().err
+
+
 def test_a_run_that_is_started_again_goes_on_with_its_own(service, config):
     for _ in range(2):
         with weights_and_biases(config):
