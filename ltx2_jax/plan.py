@@ -65,7 +65,8 @@ FLAGS = {
     "batch": (("sample", "text"), 1),
     "passes": (("sample",), 1),
     "steps": (("sample",), None),
-    "quantize": (("sample", "text"), None),
+    "quantize": (("sample", "text", "clip"), None),
+    "offload": (("clip",), False),
     "release": (("vae", "text", "clip"), "2.3"),
     "recipe": (("clip",), "distilled"),
     "half": (("vae",), "decode"),
@@ -114,7 +115,7 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
         args.width or default.width,
     )
     if args.what == "clip":
-        networks = planning.CLIPS[args.release]
+        networks = dataclasses.replace(planning.CLIPS[args.release], quantize=args.quantize)
         recipe = recipes.choose(
             args.release,
             "distilled",  # or a distilled LoRA, which is fused: the same programs
@@ -122,7 +123,8 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
             layers=networks.transformer.num_layers,
             name=args.recipe,
         )
-        return planning.plan_clip(networks, recipe, size, args.topology, sizes=args.mesh)
+        how = {"sizes": args.mesh, "offload": args.offload}
+        return planning.plan_clip(networks, recipe, size, args.topology, **how)
     return planning.plan_vae(planning.VAES[args.release], args.half, size, args.topology)
 
 
@@ -187,7 +189,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
-    add("--quantize", choices=tuple(FORMS), help="the large matrices, of sample and text")
+    add("--quantize", choices=tuple(FORMS), help="the large matrices, of sample, text and clip")
+    add(
+        "--offload", action="store_true", default=None, help="weights in the host's memory, of clip"
+    )
     add("--release", choices=RELEASES, help="of vae, text and clip (2.3)")
     add("--recipe", choices=recipes.RECIPES, help="of clip (distilled)")
     add("--half", choices=("decode", "encode"), help="of vae (decode)")

@@ -35,8 +35,9 @@ def main(args: argparse.Namespace, argv: Sequence[str] = ()) -> None:
     """Load, sample, write, report. `argv` is what `args` were read from."""
     if args.again:
         args = _again(args, argv)
-    if args.workdir and args.quantize:
-        raise UserError("--quantize: for released models, not for what train left in a workdir")
+    for flag in ("quantize", "offload"):
+        if args.workdir and getattr(args, flag):
+            raise UserError(f"--{flag}: for released models, not for what train left in a workdir")
     if args.workdir and not _asks_for_a_task(args):
         return _from_workdir(args)
     return _released(args)
@@ -97,6 +98,7 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
         keep=args.keep,
         dtype=args.dtype,
         quantize=args.quantize,
+        offload=args.offload,
     )
 
 

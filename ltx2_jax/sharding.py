@@ -86,36 +86,37 @@ def make_mesh(
 
 def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     """The devices of one slice, [data, model, sequence]."""
-    if (near := _neighbours(sizes, devices)) is not None:
-        return near
+    data, model, sequence = sizes
     try:
-        return jax.make_mesh(sizes, IN_SLICE, (AxisType.Explicit,) * 3, devices=devices).devices
+        grid = jax.make_mesh(sizes, IN_SLICE, (AxisType.Explicit,) * 3, devices=devices).devices
     except NotImplementedError:
         # No whole dimensions of the torus multiply to an axis, as for 32 x 1 x 2 on 4x4x4 chips.
         # Data and sequence, over which weights are gathered, are laid out as one: in another order
         # of the devices the TPU compiler gathers by all-reduces, which move twice the bytes.
-        data, model, sequence = sizes
         fsdp = create_device_mesh((data * sequence, model), devices, allow_split_physical_axes=True)
-        return fsdp.reshape(data, sequence, model).swapaxes(1, 2)
+        grid = fsdp.reshape(data, sequence, model).swapaxes(1, 2)
+    # Small slices jax lays out as one ring and cuts it up, whatever the axes: of 2x4 chips the two
+    # shards of model 2, which add up each other's results four times a block, would lie in opposite
+    # corners. In the order of their places they are next to each other, in rings if they are four.
+    if len(devices) <= 32 and 1 < model < len(devices) and _apart(grid.swapaxes(1, 2)):
+
+        def place(device: Any) -> tuple[int, ...]:
+            x, y, z = device.coords
+            return z, y, -x if model > 2 and y % 2 else x, device.core_on_chip
+
+        near = np.empty(len(devices), object)
+        near[:] = sorted(devices, key=place)
+        near = near.reshape(data, sequence, model)
+        grid = grid if _apart(near) else near.swapaxes(1, 2)
+    return grid
 
 
-def _neighbours(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
-    """The devices of a small slice of TPUs, shards of `model` next to each other; None: another.
-
-    jax lays such a slice out as one ring and cuts it up, whatever the axes: of 2x4 chips, the two
-    shards of model 2, which add up each other's results four times a block, come to lie in opposite
-    corners.
-    """
-    data, model, sequence = sizes
-    if model == 1 or data * sequence == 1 or not hasattr(devices[0], "coords"):
-        return None
-    cores = 1 + max(getattr(device, "core_on_chip", 0) for device in devices)
-    if len(devices) > (8 if cores == 1 else 32):
-        return None
-    near = sorted(devices, key=lambda d: (*reversed(d.coords), getattr(d, "core_on_chip", 0)))
-    placed = np.empty(len(near), object)
-    placed[:] = near
-    return placed.reshape(data, sequence, model).swapaxes(1, 2)
+def _apart(grid: np.ndarray) -> bool:
+    """Whether neighbours along the last axis, which know their places, are not on one link."""
+    if not hasattr(grid.flat[0], "coords"):
+        return False
+    places = np.array([d.coords for d in grid.flat]).reshape(*grid.shape, -1)
+    return bool((np.abs(np.diff(places, axis=-2)).sum(-1) > 1).any())
 
 
 def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ltx2_jax.models import streamed
+from ltx2_jax.models.lora import attach
 from ltx2_jax.models.quantized import check_form, quantize
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -54,12 +56,20 @@ class LTX2(nnx.Module):
         return self.connectors(video, text.get("audio_text", video), text["text_mask"])
 
 
-def graph(config: LTX2Config) -> Any:
+def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
     """The static half of the model: `nnx.merge(graph(config), params)` is callable.
 
-    Call it under the mesh that the model runs on, which decides whether heads are split.
+    Call it under the mesh that the model runs on, which decides whether heads are split. `adapters`
+    are those beside the transformer's weights (`lora.attach`), of which the shapes alone count.
     """
-    return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=nnx.Rngs(0))))
+
+    def create() -> LTX2:
+        model = LTX2(config, rngs=nnx.Rngs(0))
+        if adapters:
+            attach(model.transformer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))
+        return model
+
+    return nnx.graphdef(jax.eval_shape(create))
 
 
 def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
@@ -68,19 +78,26 @@ def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
 
 
 def abstract_params(
-    config: LTX2Config, mesh: jax.sharding.Mesh, *, for_sampling: bool = False
+    config: LTX2Config,
+    mesh: jax.sharding.Mesh,
+    *,
+    for_sampling: bool = False,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Shapes, dtypes and shardings of `init_params` on `mesh`.
 
     With `for_sampling` they are those that a sampler keeps: resident (`sharding.resident_weights`),
-    and already in the dtype of the activations if they are cast to it before they are used. The
+    and already in the dtype of the activations if they are cast to it before they are used. With
+    `offload` the blocks of the transformer lie in the memory of the host (`models.streamed`). The
     sampler computes the same numbers.
     """
     create, key = partial(init_params, config=config), jax.eval_shape(jax.random.key, 0)
     if not for_sampling:
         return abstract_state(create, key, mesh=mesh)
     with resident_weights():
-        return as_used(config, abstract_state(create, key, mesh=mesh))
+        params = as_used(config, abstract_state(create, key, mesh=mesh))
+    placed = streamed.abstract_placed(params["transformer"], offload=offload)
+    return {**params, "transformer": placed}
 
 
 def as_used(config: LTX2Config, params: dict[str, Any]) -> dict[str, Any]:

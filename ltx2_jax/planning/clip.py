@@ -26,6 +26,7 @@ from ltx2_jax.models.codecs.upsampler import UpsamplerConfig
 from ltx2_jax.models.codecs.video_vae import VideoVAEConfig
 from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3, VocoderConfig
 from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.streamed import HOST
 from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
 from ltx2_jax.planning.reports import compile_facts
 from ltx2_jax.planning.text import TEXT_ENCODERS, TextConfig, plan_text
@@ -58,10 +59,16 @@ class Networks:
     audio: AudioVAEConfig
     vocoder: VocoderConfig
     upsampler: UpsamplerConfig
+    quantize: str | None = None  # a form of `models.quantized`, of text encoder and transformer
 
     @property
     def sampled(self) -> LTX2Config:
-        return LTX2Config(self.transformer, self.text.video, self.text.audio)
+        return LTX2Config(self.transformer, self.text.video, self.text.audio, self.quantize)
+
+    @property
+    def encoder(self) -> TextConfig:
+        gemma = dataclasses.replace(self.text.gemma, quantized=self.quantize)
+        return dataclasses.replace(self.text, gemma=gemma)
 
 
 CLIPS = {
@@ -85,6 +92,7 @@ def plan_clip(
     topology: str,
     *,
     sizes: tuple[int, int, int] | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """What one clip of (frames, height, width) needs on a slice, program by program.
 
@@ -97,6 +105,7 @@ def plan_clip(
       size: of the clip.
       topology: the slice.
       sizes: data, model, sequence of the mesh; None takes that which `Pipeline` would choose.
+      offload: whether the layers of transformer and text encoder wait in the host's memory.
 
     Raises:
       UserError: no such slice, no TPU compiler, an illegal size, a mesh that does not divide.
@@ -106,16 +115,19 @@ def plan_clip(
     task, codec = _task(recipe, size, networks, devices), _codec(networks, devices)
     shapes = [_shapes(recipe, number, task, codec) for number in range(len(recipe.stages))]
     if sizes is None:
-        sizes = _sizes(networks, recipe, shapes, len(devices), where.chip.device_hbm_bytes)
+        room = where.chip.device_hbm_bytes
+        sizes = _sizes(networks, recipe, shapes, len(devices), room, offload=offload)
     mesh = make_mesh(*sizes, devices=devices)
     for shape in shapes:
         check_mesh(networks.transformer.num_heads, math.prod(shape.video), mesh)
-    programs = [("text encoder", 1, plan_text(networks.text, 2, topology, mesh=mesh))]
+    prompts = plan_text(networks.encoder, 2, topology, mesh=mesh, connect=False, offload=offload)
+    programs = [("text encoder", 1, prompts)]
     for number, stage in enumerate(recipe.stages):
         if number and stage.size != recipe.stages[number - 1].size:
             lowered = upsampler_program(networks.upsampler, shapes[number - 1], devices[0])
             programs.append(("upsampler", 1, compile_facts(lowered, _alone(devices[0]), None)))
-        lowered = stage_program(networks.sampled, networks.text, recipe, number, task, codec, mesh)
+        given = (networks.sampled, networks.text, recipe, number, task, codec, mesh)
+        lowered = stage_program(*given, offload=offload)
         passes = 1 + len(stages.passes(stage, None)[0])
         steps = len(stage.sigma_values(math.prod(shapes[number].video))) - 1
         tokens = math.prod(shapes[number].video), shapes[number].audio, LENGTH
@@ -126,11 +138,13 @@ def plan_clip(
     programs.append(("picture, largest tile", facts["tiles"], facts))
     lowered = sound_program(codec.audio, shapes[-1])
     programs.append(("sound", 1, compile_facts(lowered, _alone(devices[0]), None)))
-    return _facts(recipe, task, where, mesh, programs)
+    weights = f"{networks.quantize or 'bfloat16'} weights{' in the host memory' * offload}"
+    return _facts(recipe, weights, task, where, mesh, programs)
 
 
 def _facts(
     recipe: Recipe,
+    weights: str,
     task: Task,
     where: Any,
     mesh: jax.sharding.Mesh,
@@ -147,7 +161,7 @@ def _facts(
     return {
         "what": "clip",
         "program": f"clip of {task.num_frames} frames of {task.width}x{task.height}, recipe "
-        f"{recipe.name},",
+        f"{recipe.name}, {weights}",
         "topology": where.name,
         "devices": where.devices,
         "device_kind": where.chip.name,
@@ -206,14 +220,21 @@ def _shapes(recipe: Recipe, number: int, task: Task, codec: ReleasedCodec) -> st
 
 
 def _sizes(
-    networks: Networks, recipe: Recipe, shapes: list[stages.Shapes], devices: int, room: float
+    networks: Networks,
+    recipe: Recipe,
+    shapes: list[stages.Shapes],
+    devices: int,
+    room: float,
+    *,
+    offload: bool = False,
 ) -> meshes.Sizes:
     """Of the mesh that `Pipeline` chooses for one clip."""
-    weights = ltx2.abstract_params(networks.sampled, abstract_mesh(1, 1, 1), for_sampling=True)
+    how = {"for_sampling": True, "offload": offload}
+    weights = jax.tree.leaves(ltx2.abstract_params(networks.sampled, abstract_mesh(1, 1, 1), **how))
     return meshes.choose(
         devices,
         heads=networks.transformer.num_heads,
-        weights=bytes_per_chip(weights),
+        weights=bytes_per_chip([x for x in weights if x.sharding.memory_kind != HOST]),
         room=room,
         rows=[1 + len(stages.passes(stage, None)[0]) for stage in recipe.stages],
         tokens=[math.prod(shape.video) for shape in shapes],
@@ -235,9 +256,11 @@ def stage_program(
     task: Task,
     codec: ReleasedCodec,
     mesh: jax.sharding.Mesh,
+    *,
+    offload: bool = False,
 ) -> jax.stages.Lowered:
     """The sampler of a stage, of one clip, as `stages.run` calls it."""
-    params = ltx2.abstract_params(config, mesh, for_sampling=True)
+    params = ltx2.abstract_params(config, mesh, for_sampling=True, offload=offload)
     with jax.set_mesh(mesh), jax.enable_x64(False):
         given, static = stage_arguments(config, text, recipe, number, task, codec, mesh)
         static["graphdef"] = ltx2.graph(config)

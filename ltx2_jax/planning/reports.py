@@ -214,6 +214,8 @@ def _clip(facts: dict[str, Any]) -> str:
         peak = plan["peak_bytes_per_device"] / GIB
         seconds = "      ?" if row["seconds"] is None else f"{row['seconds']:7.3f}"
         verdict = "" if plan["fits"] else "  does not fit"
+        if host := plan.get("host_bytes_per_device"):
+            verdict = f"; {host / GIB:.1f} GiB on the host{verdict}"
         lines.append(f"{name}  {peak:17.2f}  {seconds}  {BOUNDS.get(row['bound'], '?')}{verdict}")
     if facts["seconds"] is not None:
         longest = next(row for row in facts["programs"] if row["name"] == facts["longest"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ltx2_jax.models import flops
+from ltx2_jax.models.streamed import abstract_placed
 from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -60,10 +61,14 @@ def plan_text(
     *,
     length: int = LENGTH,
     mesh: jax.sharding.Mesh | None = None,
+    connect: bool = True,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """What encoding `batch` prompts of `length` tokens at once needs on a slice.
 
-    `mesh` is one of the slice's devices; None takes `text_mesh`.
+    `mesh` is one of the slice's devices; None takes `text_mesh`. Without `connect` it ends at the
+    features, as the text encoder of a `Pipeline` does: there the sampler has the connectors. With
+    `offload` the layers of the language model wait in the host's memory.
 
     Raises:
       UserError: no such slice, no TPU compiler.
@@ -72,10 +77,12 @@ def plan_text(
     mesh = mesh or text_mesh(config, devices)
     # As `TextEncoder` does: rows are repeated until the data axis divides them.
     rows = -(-batch // mesh.shape["data"]) * mesh.shape["data"]
-    graphdef, params = _abstract(config, mesh)
+    graphdef, params = _abstract(config, mesh, connect)
+    if offload:
+        params = {**params, "gemma": abstract_placed(params["gemma"], offload=True)}
 
     def encode(params: Any, *inputs: jax.Array) -> tuple[jax.Array | None, ...]:
-        return nnx.merge(graphdef, params)(*inputs)
+        return _run(nnx.merge(graphdef, params), *inputs)
 
     where = sharding_of(mesh, "batch", None)
     tokens, mask = (
@@ -84,7 +91,7 @@ def plan_text(
     )
     with jax.set_mesh(mesh):
         lowered = jax.jit(encode).lower(params, tokens, mask)
-    work = rows * forward_flops(config, length)
+    work = rows * forward_flops(config, length, connect=connect)
     return {
         "what": "text",
         "program": f"encode {counted(batch, 'prompt')} of {length} tokens",
@@ -114,29 +121,33 @@ def text_mesh(config: TextConfig, devices: Sequence[jax.Device]) -> jax.sharding
     return make_mesh(-1, model, devices=devices)
 
 
-def forward_flops(config: TextConfig, tokens: int) -> float:
+def forward_flops(config: TextConfig, tokens: int, *, connect: bool = True) -> float:
     """FLOPs of one prompt of `tokens` tokens, padding included."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: _create(config)))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: _create(config, connect)))
     given = (jax.ShapeDtypeStruct((1, tokens), dtype) for dtype in (jnp.int32, jnp.bool))
-    return flops.count(lambda params, *x: nnx.merge(graphdef, params)(*x), params, *given)
+    return flops.count(lambda params, *x: _run(nnx.merge(graphdef, params), *x), params, *given)
 
 
-def _create(config: TextConfig) -> TextModel:
+def _create(config: TextConfig, connect: bool) -> TextModel:
     rngs = nnx.Rngs(0)
     return TextModel(
         Gemma(config.gemma, rngs=rngs),
         TextFeatures(config.features, rngs=rngs),
-        Connectors(config.video, config.audio, rngs=rngs),
+        Connectors(config.video, config.audio, rngs=rngs) if connect else None,
     )
 
 
-def _abstract(config: TextConfig, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+def _run(model: TextModel, *inputs: jax.Array) -> tuple[jax.Array | None, ...]:
+    return model.features(*inputs) if model.connectors is None else model(*inputs)
+
+
+def _abstract(config: TextConfig, mesh: jax.sharding.Mesh, connect: bool) -> tuple[Any, Any]:
     """Structure of the networks, and their weights as shapes on `mesh`, in the loaders' dtypes."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: _create(config)))
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: _create(config, connect)))
 
     def weights() -> Any:
-        return nnx.to_pure_dict(nnx.state(_create(config), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_create(config, connect), nnx.Param))
 
     def stored(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Gemma's norms and scalars stay float32, and what is quantised as it is; released

@@ -136,7 +136,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
         what = f"file of the {name.replace('-', ' ')}"
         add(f"--{name}-path", type=_place, metavar="FILE", help=what)
     add("--gemma-root", type=_place, metavar="FOLDER", help="the text encoder's folder")
-    add("--lora", **_several("PATH [STRENGTH]", _lora), help="fused into the weights; STRENGTH "
+    add("--lora", **_several("PATH [STRENGTH]", _lora), help="STRENGTH "
         "is a number or VIDEO,AUDIO,CROSS, and stages may have their own: 1/0.5")  # fmt: skip
     add("--distilled-lora", nargs="+", action=_one_of("PATH [STRENGTH]", _distilled),
         metavar="PATH", help="that later stages need")  # fmt: skip
@@ -210,6 +210,8 @@ def _resources(parser: argparse.ArgumentParser) -> None:
     add("--mesh", type=mesh_flag, metavar="DATA,MODEL,SEQUENCE", help="how the devices share the "
         "work; -1 takes what is left (default: -1,1,1, MODEL larger if needed)")  # fmt: skip
     add("--max-batch-size", type=count, default=1, metavar="N", help="clips at a time")
+    add("--offload", action="store_true", help="weights wait in the host's memory, and come to the "
+        "devices a layer ahead of their use")  # fmt: skip
     add("--keep", action="store_true", default=None, help="text encoder, transformer and decoder "
         "stay in memory (default: if they fit together)")  # fmt: skip
     add("--text-cache", metavar="FOLDER", help="keeps features of prompts; a released text encoder "

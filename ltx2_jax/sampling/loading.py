@@ -5,8 +5,8 @@ they follow one another: what comes next is loaded after what came before is fre
 them fit.
 """
 
-import dataclasses
 import gc
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -27,15 +27,16 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize
+from ltx2_jax.models.streamed import place
 from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.sampling import meshes
 from ltx2_jax.sampling.loras import Used, parts, same
 from ltx2_jax.sampling.meshes import SHARE
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
+from ltx2_jax.training.trainable import ADAPTER
 from ltx2_jax.weights import hub, mapping
-from ltx2_jax.weights.loading import quantized_there
-from ltx2_jax.weights.lora import Lora, check, fuse, fuse_stream, read_lora, unfuse
+from ltx2_jax.weights.lora import Lora, adapters, check, fuse, read_lora, unfuse
 from ltx2_jax.weights.names import text as text_weights
 from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.release import Release
@@ -46,39 +47,65 @@ CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
 
 
 class Weights:
-    """Connectors and transformer on a mesh, in memory from the first use until `free`."""
+    """Connectors and transformer on a mesh, in memory from the first use until `free`.
 
-    def __init__(self, release: Release, config: LTX2Config, mesh: jax.sharding.Mesh):
+    LoRAs are fused into weights that are whole and on the devices. Beside others they stand as
+    adapters: rounding would swallow what is less than half a step, and what waits in the host's
+    memory is read only. Either way other LoRAs take their place without a weight read anew.
+    """
+
+    def __init__(
+        self,
+        release: Release,
+        config: LTX2Config,
+        mesh: jax.sharding.Mesh,
+        *,
+        offload: bool = False,
+    ):
+        """`offload` keeps the blocks of the transformer in the host's memory: `models.streamed`."""
         self.config, self.mesh = config, mesh
-        self._release = release
+        self._release, self._offload = release, offload
+        self._beside = offload or config.quantized is not None
         self._params: dict[str, Any] | None = None
         self._used: Used = ()
         self._originals: dict[Any, Any] = {}
 
-    @property
-    def graph(self) -> Any:
-        """What `params` are the weights of; ask under the mesh."""
-        return ltx2.graph(self.config)
-
     def params(self, loras: Used = ()) -> dict[str, Any]:
-        """{"connectors": .., "transformer": ..} with these LoRAs in the transformer.
+        """{"connectors": .., "transformer": ..} with these LoRAs in the transformer, or beside it.
 
-        Other ones than before take their place: the weights that they replaced were kept in the
-        memory of the host. Quantised weights are read anew: LoRAs are added before the rounding,
-        which would swallow what is less than half a step.
+        Where they are fused, the weights that they replace are kept in the memory of the host.
         """
-        if self.config.quantized and not same(loras, self._used):
-            self.free()
-            self._used = loras
         if self._params is None:
             self._params = self._load()
         if not same(loras, self._used):
-            transformer = unfuse(self._params["transformer"], self._originals)
-            transformer, self._originals = fuse(
-                transformer, parts(loras), self.config.transformer, offload=True
-            )
+            if self._beside:
+                transformer = self._with_adapters(loras)
+            else:
+                transformer = unfuse(self._params["transformer"], self._originals)
+                transformer, self._originals = fuse(
+                    transformer, parts(loras), self.config.transformer, offload=True
+                )
             self._params, self._used = {**self._params, "transformer": transformer}, loras
         return self._params
+
+    def graph(self, loras: Used = ()) -> Any:
+        """`ltx2.graph` of the model whose weights `params` gives."""
+        if not (self._beside and loras):
+            return self._graph
+        beside = _adapters_in(self.params(loras)["transformer"])
+        with jax.set_mesh(self.mesh):
+            return ltx2.graph(self.config, beside)
+
+    def _with_adapters(self, loras: Used) -> dict[Any, Any]:
+        """The transformer with these LoRAs beside its weights, in the place of others."""
+        cfg = self.config.transformer
+        leaves = mapping.leaves(self._params["transformer"])
+        leaves = {path: leaf for path, leaf in leaves.items() if ADAPTER not in path}
+        then = partial(place, offload=self._offload)
+        found = adapters(parts(loras), cfg, self.mesh, dtype=cfg.dtype, then=then)
+        for path, leaf in mapping.leaves(found).items():
+            leaves[(*path[:-1], ADAPTER, path[-1])] = leaf
+        return mapping.nested(leaves)
 
     def connectors(self) -> tuple[Any, Any]:
         """Graph and weights of the connectors alone, which are small."""
@@ -99,11 +126,13 @@ class Weights:
     def move(self, mesh: jax.sharding.Mesh) -> None:
         """To another mesh: what is loaded, from device to device.
 
-        On several hosts, or with LoRAs in it, it is read again when it is used next.
+        On several hosts, with LoRAs in it, quantised or on the host it is read again when it is
+        used next.
         """
         self.mesh = mesh
-        vars(self).pop("_homes", None)
-        if self._used or jax.process_count() > 1:
+        for known in ("_homes", "_graph"):
+            vars(self).pop(known, None)
+        if self._used or self._beside or jax.process_count() > 1:
             self.free()
         if self._params is not None:
             self._params = jax.tree.map(
@@ -125,45 +154,42 @@ class Weights:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
         homes, form = mapping.leaves(self._homes[name]), self.config.quantized
         wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
-        if self.config.quantized and self._used and name == "transformer":
-            return self._fused_and_quantized(wanted, config)
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
+        if name == "transformer":
+            found = ((p, place(p.path, array, offload=self._offload)) for p, array in found)
         return mapping.tree(found)
 
-    def _fused_and_quantized(self, wanted: list[mapping.Parameter], config: Any) -> dict[Any, Any]:
-        """The transformer with LoRAs in it, rounded when they are: a stack at a time is whole."""
-        whole = [dataclasses.replace(p, form=None) for p in wanted]
-        forms = {p.path: p.form for p in wanted}
-
-        def dtype(p: mapping.Parameter) -> Any:
-            return config.dtype if forms[p.path] else p.leaf.dtype
-
-        stream = self._release.stream("transformer", whole, dtype, progress="transformer")
-        values: dict[Any, Any] = {}
-        for parameter, weight in fuse_stream(stream, parts(self._used), config):
-            if (form := forms[parameter.path]) is None:
-                values[parameter.path] = weight
-                continue
-            scale = (*parameter.path[:-1], "scale")
-            values[parameter.path], values[scale] = quantized_there(weight, form)
-        return mapping.nested(values)
+    @cached_property
+    def _graph(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return ltx2.graph(self.config)
 
     @cached_property
     def _homes(self) -> dict[str, Any]:
         return ltx2.abstract_params(self.config, self.mesh, for_sampling=True)
 
 
+def _adapters_in(transformer: dict[Any, Any]) -> dict[Any, Any]:
+    """The adapters beside its weights, by the paths of its linear maps."""
+    found = mapping.leaves(transformer).items()
+    return mapping.nested({(*p[:-2], p[-1]): leaf for p, leaf in found if ADAPTER in p})
+
+
 class RunWeights:
     """Weights that somebody else holds: those of a training run."""
 
     def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh, graph: Any):
-        self.config, self.mesh, self.graph, self._params = config, mesh, graph, params
+        self.config, self.mesh, self._graph, self._params = config, mesh, graph, params
 
     def params(self, loras: Used = ()) -> Any:
         if loras:
             raise UserError("LoRAs: for released models; convert merges one into a run's")
         return self._params
+
+    def graph(self, loras: Used = ()) -> Any:
+        """`ltx2.graph` of the model."""
+        return self._graph
 
     def free(self) -> None:
         """They stay."""
@@ -284,15 +310,17 @@ class Files:
         return load_codec(*paths, devices=_here(mesh), dtype=dtype)
 
     def texts(
-        self, mesh: jax.sharding.Mesh, dtype: str, cache: Any, form: str | None = None
+        self,
+        mesh: jax.sharding.Mesh,
+        dtype: str,
+        cache: Any,
+        form: str | None = None,
+        offload: bool = False,
     ) -> Texts:
         checkpoint, here = self.release.networks["connectors"].file.path, _here(mesh)
         mesh = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
-        return Texts(
-            lambda: released_encoder(
-                checkpoint, self.text_encoder, cache=cache, mesh=mesh, dtype=dtype, quantize=form
-            )
-        )
+        how = {"mesh": mesh, "dtype": dtype, "quantize": form, "offload": offload}
+        return Texts(lambda: released_encoder(checkpoint, self.text_encoder, cache=cache, **how))
 
     def load_upsampler(self, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
         """What makes [B, F', 2 H', 2 W', C] of normalised video latents [B, F', H', W', C]."""
@@ -355,15 +383,28 @@ def device_bytes() -> int | None:
     return stats.get("bytes_limit") or chips.hbm_bytes(device.device_kind)
 
 
-def weight_bytes(release: Release, *networks: str, form: str | None = None) -> int:
-    """Of networks in bfloat16, the matrices of their blocks quantised if a form is given."""
+def weight_bytes(
+    release: Release, *networks: str, form: str | None = None, blocks: int | None = None
+) -> int:
+    """Of networks in bfloat16, the matrices of their blocks quantised if a form is given.
 
-    def bits(name: str, shape: tuple[int, ...]) -> float:
-        matrix = len(shape) == 2 and re.search(r"(blocks|layers)\.\d+\..*weight$", name)
+    Of the transformer's blocks only the first so many are counted, if `blocks` says how many.
+    """
+
+    def bits(network: str, name: str, shape: tuple[int, ...]) -> float:
+        of_block = re.search(r"(?:blocks|layers)\.(\d+)\..*weight$", name)
+        matrix = len(shape) == 2 and of_block
+        if (
+            matrix
+            and network == "transformer"
+            and blocks is not None
+            and int(of_block[1]) >= blocks
+        ):
+            return 0
         return FORMS[form][2] if form and matrix else 16
 
     return sum(
-        int(np.prod(shape) * bits(name, shape) / 8)
+        int(np.prod(shape) * bits(network, name, shape) / 8)
         for network in networks
         if network in release.networks
         for name, shape in release.networks[network].shapes.items()
@@ -376,6 +417,8 @@ def fitting_mesh(
     free: int | None = None,
     *,
     form: str | None = None,
+    offload: bool = False,
+    adapters: int = 0,
     rows: Sequence[int] = (),
     tokens: Sequence[int] = (),
 ) -> jax.sharding.Mesh:
@@ -386,28 +429,45 @@ def fitting_mesh(
       heads: of its transformer, which are split.
       free: bytes of a device; None asks.
       form: in which the weights are quantised.
+      offload: whether the transformer's blocks wait in the host's memory, but for two.
+      adapters: bytes of LoRAs beside the weights, whole on every device.
       rows: of every stage, clips times guidance passes.
       tokens: of video, that are split.
 
     Raises:
       UserError: the weights do not fit on all devices together.
     """
-    needed = weight_bytes(release, "transformer", "connectors", form=form)
-    room = device_bytes() if free is None else free
+    blocks = 2 if offload else None
+    needed = weight_bytes(release, "transformer", "connectors", form=form, blocks=blocks)
+    room = (device_bytes() if free is None else free) or math.inf
+    room -= 0 if offload else adapters / SHARE
     slices = len({getattr(device, "slice_index", None) or 0 for device in jax.devices()})
     count = jax.device_count() // slices
     sizes = meshes.choose(count, heads=heads, weights=needed, room=room, rows=rows, tokens=tokens)
     split = sizes[1]
-    if room is not None and needed / split > SHARE * room:
-        missing = needed / split - SHARE * room
-        helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
+    if needed / split <= SHARE * room:
+        return make_mesh(*sizes)
+    missing = needed / split - SHARE * room
+    helps = {None: ["quantised weights (--quantize)"], "int4": []}.get(form, ["int4"])
+    helps += [] if offload else ["weights in the host's memory (--offload)"]
+    raise UserError(
+        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+        f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
+        f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
+        f"missing; {', or '.join(['use more devices', *helps])}"
+    )
+
+
+def check_host(release: Release, mesh: jax.sharding.Mesh, form: str | None) -> None:
+    """UserError unless this host's memory can hold the transformer for all of its devices."""
+    here = len(_here(mesh))
+    needed = weight_bytes(release, "transformer", form=form) * here / mesh.shape["model"]
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > room:
         raise UserError(
-            f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
-            f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
-            f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
-            f"missing; use more devices{helps}"
+            f"--offload: {needed / GIB:.1f} GiB of weights, for {here} device{'s'[: here > 1]}, do "
+            f"not fit into the {room / GIB:.1f} GiB of this host"
         )
-    return make_mesh(*sizes)
 
 
 def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None) -> bool:

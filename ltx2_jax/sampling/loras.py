@@ -111,3 +111,8 @@ def adapter(lora: Lora, strength: Any = 1.0) -> Adapter:
     if found.scales is not None and len(strengths) == 1:
         found = Adapter(lora, (*strengths, OFF))
     return found
+
+
+def lora_bytes(lora: Lora) -> int:
+    """Of its matrices in bfloat16."""
+    return 2 * sum(target.a.size + target.b.size for target in lora.targets.values())

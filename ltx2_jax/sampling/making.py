@@ -77,13 +77,10 @@ class Maker:
 
     def _trace(self) -> None:
         """The sampler for the mesh."""
+        marked = self.weights.config.transformer.keyframe_embedding
         with jax.set_mesh(self.mesh):
-            self._program = stages.Program(
-                make_sampler(),
-                self.weights.graph,
-                self.mesh,
-                self.weights.config.transformer.keyframe_embedding,
-            )
+            sampler = make_sampler()
+        self._program = stages.Program(sampler, self.weights.graph(), self.mesh, marked)
 
     @property
     def codec(self) -> Codec:
@@ -409,12 +406,14 @@ class Maker:
         for number, stage in enumerate(plan.stages):
             if number:
                 found = self._between(plan, number, found)
+            loras = self._loras(plan, number)
             with self.phase("loading weights"):
-                params = self.weights.params(self._loras(plan, number))
+                params = self.weights.params(loras)
+                program = dataclasses.replace(self._program, graph=self.weights.graph(loras))
             with self.phase(f"stage {number + 1}"):
                 found = stages.run(
                     stage,
-                    self._program,
+                    program,
                     params,
                     shapes[number],
                     task,
@@ -523,5 +522,6 @@ def _explain(error: Exception, name: str) -> None:
     needs = f" ({asked[1]} more were asked for)" if asked else ""
     raise UserError(
         f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
-        "devices (--mesh), clips one at a time (--max-batch-size 1) or quantised weights need less"
+        "devices (--mesh), clips one at a time (--max-batch-size 1), quantised weights "
+        "(--quantize) or weights on the host (--offload) need less"
     ) from None

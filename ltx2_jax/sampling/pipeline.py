@@ -41,8 +41,15 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models.quantized import check_form
-from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
-from ltx2_jax.sampling.loras import adapter
+from ltx2_jax.sampling.loading import (
+    Files,
+    RunWeights,
+    Weights,
+    check_host,
+    fit_together,
+    fitting_mesh,
+)
+from ltx2_jax.sampling.loras import adapter, lora_bytes
 from ltx2_jax.sampling.making import Maker
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
@@ -130,6 +137,7 @@ class Pipeline:
         keep: bool | None = None,
         dtype: str = "bfloat16",
         quantize: str | None = None,
+        offload: bool = False,
     ) -> "Released":
         """A released model. Headers are read and checked; weights are when they are first used.
 
@@ -150,6 +158,8 @@ class Pipeline:
           dtype: "bfloat16" or "float32", of activations and matrices.
           quantize: "int8", "fp8" or "int4": the matrices of all blocks of transformer, connectors
             and text encoder are kept so.
+          offload: the layers of transformer and text encoder wait in the memory of the host, and
+            each comes to the devices ahead of its use.
 
         Raises:
           UserError: what is missing, damaged, of another release, or too large.
@@ -158,8 +168,6 @@ class Pipeline:
         found = Files.open(files, text_encoder, upsampler, kind)
         networks = dataclasses.replace(found.networks(dtype), quantized=quantize)
         heads = networks.transformer.num_heads
-        best = None if mesh else partial(fitting_mesh, found.release, heads, form=quantize)
-        mesh = mesh or best()
         adapters = []
         for given in several(loras):
             source, *strength = given if isinstance(given, tuple) else (given,)
@@ -169,16 +177,23 @@ class Pipeline:
             pair = isinstance(distilled_lora, tuple | list)
             source, *share = distilled_lora if pair else (distilled_lora,)
             distilled = found.lora(source, networks), *(share or [1.0])
+        every = [one.lora for one in adapters] + ([distilled[0]] if distilled else [])
+        beside = sum(map(lora_bytes, every)) if quantize else 0
+        kept = {"form": quantize, "offload": offload, "adapters": beside}
+        best = None if mesh else partial(fitting_mesh, found.release, heads, **kept)
+        mesh = mesh or best()
+        if offload:
+            check_host(found.release, mesh, quantize)
         maker = Maker(
-            Weights(found.release, networks, mesh),
-            found.texts(mesh, dtype, text_cache, quantize),
+            Weights(found.release, networks, mesh, offload=offload),
+            found.texts(mesh, dtype, text_cache, quantize, offload),
             lambda: found.codec(mesh, dtype),
             mesh,
             found,
             dtype,
             tuple(adapters),
             distilled,
-            keep=fit_together(found, mesh, quantize) if keep is None else keep,
+            keep=not offload and fit_together(found, mesh, quantize) if keep is None else keep,
             spread=best,
         )
         return Released(maker)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.streamed import place
 from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.sharding import batch_shards, make_mesh, pin, sharding_of
 from ltx2_jax.tokenizer import Tokenizer
@@ -103,6 +104,7 @@ class TextEncoder:
         connect: bool = True,
         tokenizer: str | os.PathLike | None = None,
         quantize: str | None = None,
+        offload: bool = False,
         **settings: Any,
     ) -> "TextEncoder":
         """The encoder of a released model. Nothing large is read before all that is small fits.
@@ -119,6 +121,7 @@ class TextEncoder:
           connect: False leaves the connectors on disk: then it has `features` only.
           tokenizer: where it is, if not with the text encoder; see `Tokenizer`.
           quantize: a form of `models.quantized` in which the language model's matrices are kept.
+          offload: keeps them in the memory of the host; see `models.streamed`.
           settings: `length`, `batch_size`.
 
         Raises:
@@ -145,7 +148,11 @@ class TextEncoder:
                 dtype=dtype,
                 last_layer_only=last_layer_only,
             )
-            gemma = language.module("gemma", mesh, config=config, param_dtype=stored_dtype(dtype))
+            kept = {
+                "param_dtype": stored_dtype(dtype),
+                "then": partial(place, offload=True) if offload else None,
+            }
+            gemma = language.module("gemma", mesh, config=config, **kept)
             encoder = cls(tokenizer, TextModel(gemma, features, connectors), mesh=mesh, **settings)
             encoder.release = release.release_of("connectors")
         encoder._files = checkpoint.resolve(), text_encoder.resolve()

@@ -8,7 +8,7 @@ The weight becomes W + strength (alpha / r) B A; `lora_files.py` reads and write
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -185,6 +185,7 @@ def adapters(
     where: Any = None,
     *,
     dtype: Any = "bfloat16",
+    then: Callable[[Sequence[Any], jax.Array], jax.Array] | None = None,
 ) -> dict[Any, Any]:
     """LoRAs as adapters beside the weights, for `models.lora.attach`; strengths are in b.
 
@@ -193,6 +194,7 @@ def adapters(
       config: of the transformer.
       where: mesh, sharding or None, as for the weights; the adapters are replicated.
       dtype: of the adapters.
+      then: what becomes of the array at a path as soon as it is there, such as a move.
 
     Raises:
       UserError: a LoRA that does not fit; see `check`.
@@ -203,8 +205,8 @@ def adapters(
     tree: dict[Any, Any] = {}
     for parameter in matrices(config):
         for name, value in zip("ab", _stacked(parameter, loras) or (), strict=False):
-            value = jax.device_put(value.astype(dtype), home)
-            mapping.insert(tree, (*parameter.path[:-1], name), value)
+            path, value = (*parameter.path[:-1], name), jax.device_put(value.astype(dtype), home)
+            mapping.insert(tree, path, value if then is None else then(path, value))
     return tree
 
 

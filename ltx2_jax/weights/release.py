@@ -12,7 +12,7 @@ Source: `ltx_core/model/*/model_configurator.py` (prefixes), `ltx_core/loader` (
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -233,6 +233,7 @@ class Release:
         config: Any = None,
         param_dtype: Any = None,
         progress: bool = False,
+        then: Callable[[Sequence[Any], jax.Array], jax.Array] | None = None,
         **overrides: Any,
     ) -> tuple[Any, dict[Any, Any]]:
         """Config and parameter tree of a network; nothing large is read before all of it fits.
@@ -245,6 +246,7 @@ class Release:
           param_dtype: of the parameters, or a function of `Parameter` that gives it; None keeps
             what is stored (bfloat16 for float8).
           progress: show a bar.
+          then: what becomes of the array at a path as soon as it is there, such as a move.
           overrides: our own fields of the config.
 
         Raises:
@@ -256,7 +258,10 @@ class Release:
         config = config or self.config(network, **overrides)
         wanted = self.parameters(network, config, where)
         label = network if progress else None
-        return config, mapping.tree(self.stream(network, wanted, param_dtype, progress=label))
+        found = self.stream(network, wanted, param_dtype, progress=label)
+        if then is not None:
+            found = ((parameter, then(parameter.path, array)) for parameter, array in found)
+        return config, mapping.tree(found)
 
     def stream(
         self,

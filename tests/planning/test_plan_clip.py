@@ -112,7 +112,7 @@ def programs(monkeypatch):
 
     monkeypatch.setattr(clip, "tpu_devices", lambda name: jax.devices())
     monkeypatch.setattr(clip, "compile_facts", compile_facts)
-    monkeypatch.setattr(clip, "plan_text", lambda *_, mesh: facts(0.125))
+    monkeypatch.setattr(clip, "plan_text", lambda *_, mesh, connect: facts(0.125))
     monkeypatch.setattr(clip, "plan_vae", lambda *_: facts(0.0625) | {"tiles": 4})
     return lowered
 
@@ -151,7 +151,7 @@ def test_a_program_that_does_not_fit_is_named_and_no_time_is_told():
     task = clip.Task(9, 64, 64, 24.0)
     where = clip.one_slice("v6e:2x4", "clip")
     made = [("text encoder", 1, fine), ("stage 1", 1, large)]
-    facts = clip._facts(ONE, task, where, make_mesh(), made)
+    facts = clip._facts(ONE, None, task, where, make_mesh(), made)
     assert (facts["fits"], facts["seconds"]) == (False, None)
     table = reports.describe(facts)
     assert "stage 1" in table
@@ -217,7 +217,7 @@ def test_the_command_names_recipe_release_and_size(command):
     code, given, _ = command(*flags, "--mesh=2,2,2")
     assert code == 1  # as it does not fit
     ((networks, recipe, size, topology), named) = given[0]
-    assert networks is clip.CLIPS["2.0"]
+    assert networks == clip.CLIPS["2.0"]
     assert (recipe.name, recipe.stages[0].steps) == ("two_stage", 40)
     assert (size, topology, named["sizes"]) == ((9, 512, 768), "v6e:2x4", (2, 2, 2))
 

@@ -82,15 +82,20 @@ def test_what_a_mesh_exchanges_decides_not_the_bytes():
     assert searched("v6e:4x4", quantize="fp8")["rows"][0]["mesh"] == [1, 1, 16]
 
 
-def test_shards_of_model_are_neighbours_on_small_slices():
-    for name in ("v6e:2x4", "v5e:2x2", "v5p:2x2x2", "tpu7x:2x2x1"):
-        places = topology.places(topology.slice_of(name))
-        for sequence in (2, len(places) // 2):
-            mesh = make_mesh(-1, 2, sequence, devices=places)
-            for first, second in np.moveaxis(mesh.devices, 1, -1).reshape(-1, 2):
-                apart = np.subtract(second.coords, first.coords)
-                assert np.abs(apart).sum() <= 1  # 0: two cores of a chip
-            assert len(set(mesh.devices.flat)) == len(places)
+@pytest.mark.parametrize("name", ["v6e:2x4", "v5e:2x2", "v5p:2x2x1", "v5p:2x2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("model", [2, 4])
+def test_shards_of_model_are_neighbours_on_small_slices(name, model):
+    """On one link, or the two cores of a chip."""
+    places = topology.places(topology.slice_of(name))
+    for sequence in (1, 2, 4):
+        if len(places) % (model * sequence):
+            continue
+        mesh = make_mesh(-1, model, sequence, devices=places)
+        shards = np.moveaxis(mesh.devices, 1, -1).reshape(-1, model)
+        coords = np.array([[device.coords for device in row] for row in shards])
+        if model < len(places):
+            assert np.abs(np.diff(coords, axis=1)).sum(-1).max() <= 1
+        assert set(mesh.devices.flat) == set(places)
 
 
 def test_the_fastest_by_estimate_are_compiled_and_ranked_again(monkeypatch):

@@ -17,29 +17,34 @@ from safetensors.numpy import load_file, save_file
 from ltx2_jax import sample
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import dequantized, quantized
 from ltx2_jax.sampling import pipeline
 from ltx2_jax.sampling.loading import Files, Weights
 from ltx2_jax.sampling.loras import Strength
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.encoder import TextEncoder
 from ltx2_jax.weights import loading, mapping
-from ltx2_jax.weights.lora import fuse
 from ltx2_jax.weights.sources import open_release
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-V23 = GOLDEN / "v2.3"
+V23 = Path(__file__).parents[1] / "golden" / "v2.3"
 
 
 def files(folder=V23, checkpoint="checkpoint.safetensors"):
     return Files.open([folder / checkpoint], folder / "gemma", None, None)
 
 
-def weights(form, found=None, mesh=None):
+def weights(form, found=None, mesh=None, **how):
     found = found or files()
     config = dataclasses.replace(found.networks("float32"), quantized=form)
-    return Weights(found.release, config, mesh or make_mesh(devices=jax.devices()[:1]))
+    return Weights(found.release, config, mesh or make_mesh(devices=jax.devices()[:1]), **how)
+
+
+def velocities(held, case, loras=()):
+    """Of both streams, by the transformer alone."""
+    params = held.params(loras)
+    model = nnx.merge(held.graph(loras), params).transformer
+    return forward(*nnx.split(model), *streams(case.inputs()), None)
 
 
 def relative(got, want):
@@ -59,10 +64,7 @@ def case():
     ("form", "least", "most"), [("int8", 5e-4, 0.02), ("fp8", 2e-3, 0.08), ("int4", 0.02, 0.3)]
 )
 def test_velocities_stay_near_the_reference(form, least, most, case):
-    held = weights(form)
-    graph = ltx2.graph(held.config)
-    model = nnx.merge(graph, held.params()).transformer
-    v, a = forward(*nnx.split(model), *streams(case.inputs()), None)
+    v, a = velocities(weights(form), case)
     for got, name in ((v, "v_velocity"), (a, "a_velocity")):
         error = relative(got, case.expected()[name])
         print(f"{form} {name}: relative error {error:.2%}")
@@ -134,38 +136,81 @@ def test_scaled_float8_stays_as_stored(float8):
     np.testing.assert_array_equal(other["scale"], meant[1])
 
 
-def test_a_lora_is_added_before_the_rounding():
-    """And the weights without it come back."""
-    found = files(GOLDEN / "v2.0")
-    held, plain = weights("int8", found), weights(None, found)
-    lora = found.lora(GOLDEN / "v2.0" / "lora.safetensors", held.config)
-    before = held.params()
-    got = mapping.leaves(held.params(((lora, Strength()),))["transformer"])
-    fused, changed = fuse(plain.params()["transformer"], [(lora, 1.0)], plain.config.transformer)
-    assert changed
-    for path, weight in mapping.leaves(fused).items():
-        scale = got.get((*path[:-1], "scale"))
-        rounded = scale is not None and path[-1] == "weight"
-        want = quantized(weight, "int8")[0] if rounded else weight
-        np.testing.assert_array_equal(got[path], want)
-    jax.tree.map(np.testing.assert_array_equal, held.params(), before)
+def test_loras_beside_the_weights_do_what_fused_ones_do(case):
+    """With a strength for each stream; beside weights on the host, which are not copied for it."""
+    found = files()
+    fused, held = weights(None, found), weights(None, found, offload=True)
+    lora = found.lora(V23 / "lora.safetensors", held.config)
+    plain = velocities(held, case)
+    first = held.params()["transformer"]["blocks"]["video_self"]["to_q"]["weight"]
+    assert first.sharding.memory_kind == "pinned_host"
+    for strength in (Strength(1, 0.5, 0.25), Strength(0.25, 2, -1)):
+        loras = ((lora, strength),)
+        got, want = velocities(held, case, loras), velocities(fused, case, loras)
+        for have, expect, before in zip(got, want, plain, strict=True):
+            np.testing.assert_allclose(have, expect, atol=1e-5, rtol=1e-5)
+            assert relative(have, before) > 1e-3
+        now = held.params(loras)["transformer"]["blocks"]["video_self"]["to_q"]
+        assert now["weight"] is first
+    jax.tree.map(np.testing.assert_array_equal, velocities(held, case), plain)
+
+
+def test_a_lora_beside_quantised_weights_is_not_rounded():
+    found = files()
+    held = weights("int4", found)
+    lora = found.lora(V23 / "lora.safetensors", held.config)
+    before = mapping.leaves(held.params()["transformer"])
+    after = mapping.leaves(held.params(((lora, Strength(0.5, 0.5, 0.5)),))["transformer"])
+    added = {path: leaf for path, leaf in after.items() if "adapter" in path}
+    assert all(after[path] is leaf for path, leaf in before.items())
+    for i, layer in enumerate(added[("blocks", "video_self", "to_q", "adapter", "b")]):
+        target = lora.targets.get(f"transformer_blocks.{i}.attn1.to_q")
+        if target is not None:
+            want = np.float32(0.5 * target.scale) * target.b.astype(np.float32)
+            np.testing.assert_array_equal(layer[:, : target.rank], want)
+    assert {leaf.dtype for leaf in added.values()} == {jnp.dtype("float32")}
+    assert set(mapping.leaves(held.params()["transformer"])) == set(before)
+
+
+@pytest.mark.parametrize("form", [None, "int4"])
+def test_weights_on_the_host_give_the_same_velocities_bit_for_bit(form, case):
+    got, want = velocities(weights(form, offload=True), case), velocities(weights(form), case)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_text_encoder_on_the_host_gives_the_same_features_bit_for_bit():
+    def features(offload):
+        given = {"connect": False, "dtype": "float32", "quantize": "int8", "offload": offload}
+        encoder = TextEncoder.load(V23 / "checkpoint.safetensors", V23 / "gemma", **given)
+        return encoder.features(["a dog barks", ""])
+
+    jax.tree.map(np.testing.assert_array_equal, features(True), features(False))
 
 
 def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys, monkeypatch):
-    """Of transformer and text encoder, by the command; what made it is remembered."""
+    """Of transformer and text encoder, on the host, with a LoRA beside them; it is remembered."""
     one = make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(pipeline, "fitting_mesh", lambda *_, **__: one)
     out = tmp_path / "clip.mp4"
     argv = [str(V23 / "checkpoint.safetensors"), "a dog barks", f"--gemma-root={V23 / 'gemma'}"]
-    argv += ["--quantize=int8", "--num-frames=9", "--height=64", "--width=64", "--stage1.steps=2"]
+    argv += [
+        "--quantize=int8",
+        "--offload",
+        f"--lora={V23 / 'lora.safetensors'}",
+        "--num-frames=9",
+        "--height=64",
+        "--width=64",
+        "--stage1.steps=2",
+    ]
     argv += ["--recipe=one_stage", "--dtype=float32", f"--output-path={out}"]
     assert sample.cli(argv) == 0, capsys.readouterr().err
     assert media.read_clip(out).video.shape == (9, 64, 64, 3)
     assert json.loads(media.read_about(out))["command"]["quantize"] == "int8"
 
 
-def test_a_training_is_not_quantised(capsys):
-    assert sample.cli(["--workdir=w", "--quantize=int8"]) == 2
+@pytest.mark.parametrize("flag", ["--quantize=int8", "--offload"])
+def test_a_training_is_not_quantised_and_stays_on_the_devices(flag, capsys):
+    assert sample.cli(["--workdir=w", flag]) == 2
     assert capsys.readouterr().err.strip().endswith("not for what train left in a workdir")
 
 

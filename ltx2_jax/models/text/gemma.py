@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from ltx2_jax.models import streamed
 from ltx2_jax.models.layers import parameter
 from ltx2_jax.models.quantized import quantize
 from ltx2_jax.models.text.gemma_layers import (
@@ -215,7 +216,7 @@ class Gemma(nnx.Module):
             indices = first + len(group.pattern) * jnp.arange(repeats, dtype=jnp.int32)
             body = partial(_run_pattern, step, graphdef)
             with jax.named_scope("layers"):
-                carry, out = jax.lax.scan(body, carry, (weights, indices, cache))
+                carry, out = streamed.scan(body, carry, (weights, indices, cache))
             kept.append(out)
             first += len(group.pattern) * repeats
         return carry, tuple(kept)

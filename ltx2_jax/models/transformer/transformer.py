@@ -32,6 +32,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from ltx2_jax.models import streamed
 from ltx2_jax.models.layers import FeedForward, modulate, parameter, rms_norm
 from ltx2_jax.models.remat import BLOCK_INPUT, REMAT_POLICIES
 from ltx2_jax.models.transformer.attention import Attention, KeysValues
@@ -328,7 +329,7 @@ class LTX2Transformer(nnx.Module):
             return None, nnx.merge(graphdef, weights).text_keys_values(*contexts)
 
         with jax.named_scope("layers"):
-            _, keys_values = jax.lax.scan(body, None, state)
+            _, keys_values = streamed.scan(body, None, state)
         return tuple(
             None if stream is None else dataclasses.replace(stream, keys_values=kv)
             for stream, kv in zip(prepared, keys_values, strict=True)
@@ -360,7 +361,7 @@ class LTX2Transformer(nnx.Module):
         *,
         step: Callable[..., tuple[Array | None, Array | None]] = Block.__call__,
     ) -> tuple[Array | None, Array | None]:  # [B, T, Dv], [B, A, Da]
-        """All blocks in one `lax.scan`, or one `step` of theirs, to time it."""
+        """All blocks in one scan, or one `step` of theirs, to time it."""
         graphdef, state = nnx.split(self.blocks)
         conds = video_cond, audio_cond
         keys_values = [None if cond is None else cond.prepared.keys_values for cond in conds]
@@ -378,7 +379,7 @@ class LTX2Transformer(nnx.Module):
             policy = REMAT_POLICIES[self.cfg.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         with jax.named_scope("layers"):  # a name by which plan tells this loop from others
-            (v, a), _ = jax.lax.scan(body, (v, a), (state, keep, *keys_values))
+            (v, a), _ = streamed.scan(body, (v, a), (state, keep, *keys_values))
         return v, a
 
 
