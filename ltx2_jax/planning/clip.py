@@ -32,8 +32,8 @@ from ltx2_jax.planning.reports import compile_facts
 from ltx2_jax.planning.text import TEXT_ENCODERS, TextConfig, plan_text
 from ltx2_jax.planning.topology import one_slice, tpu_devices
 from ltx2_jax.planning.vae import VAES, plan_vae
-from ltx2_jax.sampling import stages, tasks
-from ltx2_jax.sampling.loading import SHARE, upsampled
+from ltx2_jax.sampling import meshes, stages, tasks
+from ltx2_jax.sampling.loading import upsampled
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
 from ltx2_jax.sampling.tasks import Asked, Task
@@ -104,8 +104,7 @@ def plan_clip(
       recipe: how.
       size: of the clip.
       topology: the slice.
-      sizes: data, model, sequence of the mesh; None splits the weights as far as they need it and
-        the tokens over the other devices.
+      sizes: data, model, sequence of the mesh; None takes that which `Pipeline` would choose.
       offload: whether the layers of transformer and text encoder wait in the host's memory.
 
     Raises:
@@ -117,7 +116,7 @@ def plan_clip(
     shapes = [_shapes(recipe, number, task, codec) for number in range(len(recipe.stages))]
     if sizes is None:
         room = where.chip.device_hbm_bytes
-        sizes = _sizes(networks, shapes, len(devices), room, offload=offload)
+        sizes = _sizes(networks, recipe, shapes, len(devices), room, offload=offload)
     mesh = make_mesh(*sizes, devices=devices)
     for shape in shapes:
         check_mesh(networks.transformer.num_heads, math.prod(shape.video), mesh)
@@ -222,21 +221,24 @@ def _shapes(recipe: Recipe, number: int, task: Task, codec: ReleasedCodec) -> st
 
 def _sizes(
     networks: Networks,
+    recipe: Recipe,
     shapes: list[stages.Shapes],
     devices: int,
     room: float,
     *,
     offload: bool = False,
-) -> tuple[int, int, int]:
-    """Data, model, sequence for one clip: weights that fit, and tokens over the rest."""
+) -> meshes.Sizes:
+    """Of the mesh that `Pipeline` chooses for one clip."""
     how = {"for_sampling": True, "offload": offload}
     weights = jax.tree.leaves(ltx2.abstract_params(networks.sampled, abstract_mesh(1, 1, 1), **how))
-    weights = [leaf for leaf in weights if leaf.sharding.memory_kind != HOST]
-    needed, heads = bytes_per_chip(weights), networks.transformer.num_heads
-    splits = [n for n in range(1, devices + 1) if devices % n == 0 and heads % n == 0]
-    model = next((n for n in splits if needed / n <= SHARE * room), splits[-1])
-    sequence = math.gcd(devices // model, *(math.prod(shape.video) for shape in shapes))
-    return devices // (model * sequence), model, sequence
+    return meshes.choose(
+        devices,
+        heads=networks.transformer.num_heads,
+        weights=bytes_per_chip([x for x in weights if x.sharding.memory_kind != HOST]),
+        room=room,
+        rows=[1 + len(stages.passes(stage, None)[0]) for stage in recipe.stages],
+        tokens=[math.prod(shape.video) for shape in shapes],
+    )
 
 
 def _alone(device: jax.Device) -> jax.sharding.Mesh:

@@ -7,7 +7,6 @@ them fit.
 
 import dataclasses
 import gc
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -30,7 +29,9 @@ from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.models.streamed import place
 from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.sampling import meshes
 from ltx2_jax.sampling.loras import Used, parts, same
+from ltx2_jax.sampling.meshes import SHARE
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
 from ltx2_jax.training.trainable import ADAPTER
@@ -43,7 +44,6 @@ from ltx2_jax.weights.sources import open_release
 
 GIB = 2**30
 CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
-SHARE = 0.75  # of a chip's memory that weights may take; activations need the rest
 
 
 class Weights:
@@ -122,6 +122,24 @@ class Weights:
     def free(self) -> None:
         self._params, self._used, self._originals = None, (), {}
         gc.collect()
+
+    def move(self, mesh: jax.sharding.Mesh) -> None:
+        """To another mesh: what is loaded, from device to device.
+
+        On several hosts, with LoRAs in it, quantised or offloaded, it is read again when it is used
+        next.
+        """
+        self.mesh = mesh
+        for cached in ("_homes", "_graph"):
+            vars(self).pop(cached, None)
+        if self._used or self._beside or jax.process_count() > 1:
+            self.free()
+        if self._params is not None:
+            self._params = jax.tree.map(
+                lambda x, home: jax.device_put(x, home.sharding, donate=True),
+                self._params,
+                self._homes,
+            )
 
     def _load(self) -> dict[str, Any]:
         config = self.config
@@ -412,8 +430,10 @@ def fitting_mesh(
     form: str | None = None,
     offload: bool = False,
     adapters: int = 0,
+    rows: Sequence[int] = (),
+    tokens: Sequence[int] = (),
 ) -> jax.sharding.Mesh:
-    """The mesh of all devices whose `model` axis is just long enough for the weights to fit.
+    """The mesh of all devices for what `meshes.choose` is told.
 
     Args:
       release: the model.
@@ -422,29 +442,32 @@ def fitting_mesh(
       form: in which the weights are quantised.
       offload: whether the transformer's blocks wait in the host's memory, but for two.
       adapters: bytes of LoRAs beside the weights, whole on every device.
+      rows: of every stage, clips times guidance passes.
+      tokens: of video, that are split.
 
     Raises:
-      UserError: they do not fit on all devices together.
+      UserError: the weights do not fit on all devices together.
     """
     blocks = 2 if offload else None
     needed = weight_bytes(release, "transformer", "connectors", form=form, blocks=blocks)
-    count = jax.device_count()
-    room = (device_bytes() if free is None else free) or math.inf
-    room -= 0 if offload else adapters / SHARE
-    sizes = [n for n in range(1, count + 1) if count % n == 0 and heads % n == 0]
-    for model in sizes:
-        if needed / model <= SHARE * room:
-            return make_mesh(-1, model, 1)
-    largest = max(sizes)
-    missing = needed / largest - SHARE * room
-    helps = {None: ["quantised weights (--quantize)"], "int4": []}.get(form, ["int4"])
-    helps += [] if offload else ["weights in the host's memory (--offload)"]
-    raise UserError(
-        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
-        f"{largest} device{'s' if largest > 1 else ''} of {room / GIB:.1f} GiB can hold "
-        f"{SHARE * room * largest / GIB:.1f} GiB of weights: {missing * largest / GIB:.1f} GiB are "
-        f"missing; {', or '.join(['use more devices', *helps])}"
-    )
+    room = device_bytes() if free is None else free
+    if room is not None and not offload:
+        room -= adapters / SHARE
+    slices = len({getattr(device, "slice_index", None) or 0 for device in jax.devices()})
+    count = jax.device_count() // slices
+    sizes = meshes.choose(count, heads=heads, weights=needed, room=room, rows=rows, tokens=tokens)
+    split = sizes[1]
+    if room is not None and needed / split > SHARE * room:
+        missing = needed / split - SHARE * room
+        helps = {None: ["quantised weights (--quantize)"], "int4": []}.get(form, ["int4"])
+        helps += [] if offload else ["weights in the host's memory (--offload)"]
+        raise UserError(
+            f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+            f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
+            f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
+            f"missing; {', or '.join(['use more devices', *helps])}"
+        )
+    return make_mesh(*sizes)
 
 
 def check_host(release: Release, mesh: jax.sharding.Mesh, form: str | None) -> None:

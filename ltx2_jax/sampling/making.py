@@ -67,9 +67,15 @@ class Maker:
     frames: int | None = None
     seed: int = SEED
     seconds: dict[str, float] = field(default_factory=dict)  # of the phases, since the last `make`
+    # The best mesh for (rows=, tokens=), as `meshes.choose` has them, where none was asked for.
+    spread: Callable[..., jax.sharding.Mesh] | None = None
     _codec: Codec | None = None
 
     def __post_init__(self):
+        self._trace()
+
+    def _trace(self) -> None:
+        """The sampler for the mesh."""
         marked = self.weights.config.transformer.keyframe_embedding
         with jax.set_mesh(self.mesh):
             sampler = make_sampler()
@@ -149,6 +155,7 @@ class Maker:
             again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
                      "skip_stage_2": skip_stage_2}  # fmt: skip
             return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
+        self._settle(plan, task, len(prompts))
         self._tell(plan, task, seeds)
         text = self._text([*prompts, negative])
         if not self.keep and hasattr(self.texts, "free"):
@@ -195,10 +202,6 @@ class Maker:
 
     def _check(self, task: Task, plan: Recipe) -> None:
         config = self.weights.config.transformer
-        if task.picture:
-            for size in _sizes(plan, task):
-                tokens = math.prod(stages.Shapes.of(task, self.codec, *size).video)
-                check_mesh(config.num_heads, tokens, self.mesh)
         for adapter in self.adapters:
             if adapter.scales is not None and adapter.scales != (1, 1) and not task.references:
                 raise UserError(
@@ -211,6 +214,24 @@ class Maker:
             raise UserError("generated keyframes: only for models of LTX-2 2.5")
         if not config.audio_video_attention and task.partial:
             raise UserError("this model was trained without attention between sound and picture")
+
+    def _settle(self, plan: Recipe, task: Task, clips: int) -> None:
+        """Moves to the best mesh for the work, if none was asked for.
+
+        Raises:
+          UserError: the one that was asked for does not divide heads and tokens.
+        """
+        shapes = [stages.Shapes.of(task, self.codec, *size) for size in _sizes(plan, task)]
+        tokens = [math.prod(shape.video) for shape in shapes] if task.picture else []
+        if self.spread is not None:
+            rows = [clips * (1 + len(stages.passes(stage, None)[0])) for stage in plan.stages]
+            best = self.spread(rows=rows, tokens=tokens + stages.beside(task, shapes))
+            if best != self.mesh:
+                self.mesh = best
+                self.weights.move(best)
+                self._trace()
+        for count in tokens:
+            check_mesh(self.weights.config.transformer.num_heads, count, self.mesh)
 
     def _tell(self, plan: Recipe, task: Task, seeds: Sequence[int]) -> None:
         """What is going to be made, before the work begins."""

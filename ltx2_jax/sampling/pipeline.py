@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Pipeline:
           files: a checkpoint, or the files of the split pack, or a folder of them, here or on the
             Hugging Face Hub; LoRAs, upsampler and text encoder likewise.
           text_encoder: a Gemma folder or a packed text encoder; None if `files` have one.
-          mesh: None takes all devices, and as many for the `model` axis as the weights need.
+          mesh: None takes all devices, and for every call the mesh that `sampling.meshes` chooses.
           loras: one or a list of files, or of (file, strength): a number, a `Strength` of the
             streams, or a list of those, one a stage; or as text "VIDEO,AUDIO,CROSS" and
             "STAGE1/STAGE2".
@@ -167,11 +167,11 @@ class Pipeline:
             pair = isinstance(distilled_lora, tuple | list)
             source, *share = distilled_lora if pair else (distilled_lora,)
             distilled = found.lora(source, networks), *(share or [1.0])
-        if mesh is None:
-            every = [one.lora for one in adapters] + ([distilled[0]] if distilled else [])
-            beside = sum(map(lora_bytes, every)) if quantize else 0
-            kept = {"form": quantize, "offload": offload, "adapters": beside}
-            mesh = fitting_mesh(found.release, heads, **kept)
+        every = [one.lora for one in adapters] + ([distilled[0]] if distilled else [])
+        beside = sum(map(lora_bytes, every)) if quantize else 0
+        kept = {"form": quantize, "offload": offload, "adapters": beside}
+        best = None if mesh else partial(fitting_mesh, found.release, heads, **kept)
+        mesh = mesh or best()
         if offload:
             check_host(found.release, mesh, quantize)
         maker = Maker(
@@ -184,6 +184,7 @@ class Pipeline:
             tuple(adapters),
             distilled,
             keep=not offload and fit_together(found, mesh, quantize) if keep is None else keep,
+            spread=best,
         )
         return Released(maker)
 
@@ -388,7 +389,7 @@ class Released(Pipeline):
     """A released model; `Pipeline.from_pretrained` makes it."""
 
     def __init__(self, maker: Maker):
-        self.maker, self.mesh = maker, maker.mesh
+        self.maker = maker
 
     def __call__(self, prompts: str | Sequence[str], **wishes: Any) -> Clip | list[Clip]:
         """One clip per prompt; a single prompt gives a single clip. For `wishes` see `make`."""
@@ -397,6 +398,11 @@ class Released(Pipeline):
         made = self.make(prompts, **wishes)
         with self.phase("decoding"):
             return [one.clip(self.codec) for one in made]
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """On which the last clips were made."""
+        return self.maker.mesh
 
     @property
     def codec(self) -> Codec:

@@ -91,6 +91,20 @@ def conditions(
     return Given(video, audio)
 
 
+def beside(task: Task, shapes: Sequence[Shapes]) -> list[int]:
+    """Numbers of video tokens of which some are put beside those of the clip, in any stage.
+
+    A mesh that divides these, too, divides all that a stage is given.
+    """
+    found = []
+    if task.keyframes or task.slots or any(image.frame for image in task.images):
+        found += [math.prod(shape.video[1:]) for shape in shapes]
+    for read in task.references:
+        rows, columns = shapes[0].video[1:]
+        found.append(rows // read.downscale * (columns // read.downscale))
+    return found
+
+
 def _known(c: Conditions) -> bool:
     return c.frozen or c.strength is not None or c.clip_tokens < c.clean.shape[1]
 

@@ -285,8 +285,6 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:3x4"], "v5p slices have three sizes; slices are v5p:2x2x1, "),
         (["--topology=v9:2x2"], "no such slice; slices are named GENERATION:SHAPE"),
         (["--topology=v5p:32x32x32"], "the largest is of 6,144 chips; slices are v5p:2x2x1, "),
-        (["--topology=v5p:2x2x2", "--what=sample", "--search"],
-         "--search is not of --what=sample, but of train"),
         (["--topology=v5p:2x2x2", "--batch=8"], "--batch is not of --what=train, but of sample an"),
         (["--topology=v5p:2x2x2", "--compile=8"], "--compile is a number of the rows of --search"),
         (["--topology=v5p:2x2x2", "--search", "--mesh=8,1,1"], "--search tries all meshes"),
