@@ -7,6 +7,7 @@ them fit.
 
 import dataclasses
 import gc
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -450,24 +451,23 @@ def fitting_mesh(
     """
     blocks = 2 if offload else None
     needed = weight_bytes(release, "transformer", "connectors", form=form, blocks=blocks)
-    room = device_bytes() if free is None else free
-    if room is not None and not offload:
-        room -= adapters / SHARE
+    room = (device_bytes() if free is None else free) or math.inf
+    room -= 0 if offload else adapters / SHARE
     slices = len({getattr(device, "slice_index", None) or 0 for device in jax.devices()})
     count = jax.device_count() // slices
     sizes = meshes.choose(count, heads=heads, weights=needed, room=room, rows=rows, tokens=tokens)
     split = sizes[1]
-    if room is not None and needed / split > SHARE * room:
-        missing = needed / split - SHARE * room
-        helps = {None: ["quantised weights (--quantize)"], "int4": []}.get(form, ["int4"])
-        helps += [] if offload else ["weights in the host's memory (--offload)"]
-        raise UserError(
-            f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
-            f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
-            f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
-            f"missing; {', or '.join(['use more devices', *helps])}"
-        )
-    return make_mesh(*sizes)
+    if needed / split <= SHARE * room:
+        return make_mesh(*sizes)
+    missing = needed / split - SHARE * room
+    helps = {None: ["quantised weights (--quantize)"], "int4": []}.get(form, ["int4"])
+    helps += [] if offload else ["weights in the host's memory (--offload)"]
+    raise UserError(
+        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+        f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
+        f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
+        f"missing; {', or '.join(['use more devices', *helps])}"
+    )
 
 
 def check_host(release: Release, mesh: jax.sharding.Mesh, form: str | None) -> None:
