@@ -126,12 +126,12 @@ class Weights:
     def move(self, mesh: jax.sharding.Mesh) -> None:
         """To another mesh: what is loaded, from device to device.
 
-        On several hosts, with LoRAs in it, quantised or on the host it is read again when it is
-        used next.
+        On several hosts, with LoRAs in it, quantised or offloaded, it is read again when it is used
+        next.
         """
         self.mesh = mesh
-        for known in ("_homes", "_graph"):
-            vars(self).pop(known, None)
+        for cached in ("_homes", "_graph"):
+            vars(self).pop(cached, None)
         if self._used or self._beside or jax.process_count() > 1:
             self.free()
         if self._params is not None:
