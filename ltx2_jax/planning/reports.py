@@ -139,7 +139,7 @@ def _uncompiled(facts: dict[str, Any]) -> list[str]:
         f"  estimate       {guess['step']:.3g} s a step, {guess['mfu']:.1%} MFU at practical rates "
         f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g}"
         f"{between})",
-        f"  not compiled   {NO_COMPILER}; these are estimates",
+        f"  not compiled   {facts['why']}; these are estimates",
     ]
 
 
@@ -171,7 +171,7 @@ def _search(facts: dict[str, Any], most: int = 12) -> str:
     if len(facts["rows"]) > most:
         lines.append(f"  and {len(facts['rows']) - most} more that should fit")
     if not facts["compiled"]:
-        lines.append(f"  not compiled   {NO_COMPILER}")
+        lines.append(f"  not compiled   {facts['why']}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from ltx2_jax.planning.changes import changed, mesh_of
 from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.reports import GIB
-from ltx2_jax.planning.topology import has_compiler, slice_of
+from ltx2_jax.planning.topology import A_GPU, NO_COMPILER, has_compiler, slice_of
 from ltx2_jax.planning.transformer import plan_train
 from ltx2_jax.sampling.programs import Request
 
@@ -55,7 +55,8 @@ def search_plans(
             f"{topology}{need}"
         )
     rows.sort(key=lambda row: (-round(row["estimate"]["mfu"], 3), row["estimate"]["peak"]))
-    for row in rows[: compiled if has_compiler() else 0]:
+    compiles = has_compiler() and where.chip.torus > 0
+    for row in rows[: compiled if compiles else 0]:
         row["plan"] = plan_train(_option(config, row), request, topology)
     done, rest = ([row for row in rows if bool(row["plan"]) == yes] for yes in (True, False))
     fit, failed = ([row for row in done if row["plan"]["fits"] == yes] for yes in (True, False))
@@ -64,7 +65,8 @@ def search_plans(
         "what": "search",
         "topology": topology,
         "devices": where.devices,
-        "compiled": has_compiler(),
+        "compiled": compiles,
+        "why": NO_COMPILER if where.chip.torus else A_GPU,
         "fits": bool(fit) or not done,
         "rows": fit + rest + failed,
     }
