@@ -22,7 +22,8 @@ DESCRIPTION = """\
 Compile the real program for a TPU slice and say what it needs, on any machine.
 
 Nothing runs and no weights are read: the TPU compiler, which comes with the `tpu` extra, works
-without a TPU. Without it, train and sample print what arithmetic can tell. --what is the program:
+without a TPU. Without it, train and sample print what arithmetic can tell, and train does for GPUs
+(--topology=h100:1). --what is the program:
 
   train    one step of a config's training, for a whole batch of clips
   sample   a batch of clips from text features to latents, with a config's model and mesh

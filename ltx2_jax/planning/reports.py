@@ -139,7 +139,7 @@ def _uncompiled(facts: dict[str, Any]) -> list[str]:
         f"  estimate       {guess['step']:.3g} s a step, {guess['mfu']:.1%} MFU at practical rates "
         f"(compute {guess['compute']:.3g} s, HBM {guess['hbm']:.3g}, links {guess['links']:.3g}"
         f"{between})",
-        f"  not compiled   {NO_COMPILER}; these are estimates",
+        f"  not compiled   {facts['why']}; these are estimates",
     ]
 
 
@@ -192,7 +192,7 @@ def _unshown(facts: dict[str, Any], most: int) -> list[str]:
     """Lines about what a table of a search leaves out."""
     more = len(facts["rows"]) - most
     lines = [f"  and {more} more that should fit"] if more > 0 else []
-    return lines + ([] if facts["compiled"] else [f"  not compiled   {NO_COMPILER}"])
+    return lines + ([] if facts["compiled"] else [f"  not compiled   {facts['why']}"])
 
 
 BOUNDS = {"compute": "FLOPs", "hbm": "HBM", "waited": "links", "stalled": "copies"}

@@ -16,7 +16,15 @@ from ltx2_jax.planning.estimate import POLICIES, estimate
 from ltx2_jax.planning.programs import check
 from ltx2_jax.planning.reports import GIB, counted
 from ltx2_jax.planning.sampling_estimate import estimate_sample
-from ltx2_jax.planning.topology import Slice, has_compiler, one_slice, places, slice_of
+from ltx2_jax.planning.topology import (
+    A_GPU,
+    NO_COMPILER,
+    Slice,
+    has_compiler,
+    one_slice,
+    places,
+    slice_of,
+)
 from ltx2_jax.planning.transformer import plan_sample, plan_train
 from ltx2_jax.sampling import meshes
 from ltx2_jax.sampling.programs import Request
@@ -60,7 +68,7 @@ def search_plans(
     if not rows:
         raise _nothing_fits(topology, room, least)
     rows.sort(key=lambda row: (-round(row["estimate"]["mfu"], 3), row["estimate"]["peak"]))
-    for row in rows[: compiled if has_compiler() else 0]:
+    for row in rows[: compiled if _compiles(where) else 0]:
         row["plan"] = plan_train(_option(config, row), request, topology)
     return _facts("train", where, rows, lambda times: -times["mfu"])
 
@@ -81,9 +89,11 @@ def search_samples(
     {"rows": [{"mesh", "estimate", "plan": facts of `plan_sample` or None}]}, the fastest first.
 
     Raises:
-      UserError: no such slice, or several; nothing fits; no mesh divides clips, heads and tokens.
+      UserError: no such slice, several, or GPUs; nothing fits; no mesh divides clips, heads and tokens.
     """
     where = one_slice(topology, "sample")
+    if not where.chip.torus:
+        raise UserError(f"--topology={topology}: {A_GPU} for --what=train")
     devices, room, rows, least = places(where), where.chip.device_hbm_bytes, [], None
     networks = dataclasses.replace(config.networks, quantized=quantize)
     tokens = math.prod(request.video_shape)
@@ -99,13 +109,18 @@ def search_samples(
         raise _nothing_fits(topology, room, least)
     rows.sort(key=lambda row: (round(row["estimate"]["step"], 4), row["estimate"]["peak"]))
     counts = {"batch": batch, "passes": passes, "steps": steps, "quantize": quantize}
-    for row in rows[: compiled if has_compiler() else 0]:
+    for row in rows[: compiled if _compiles(where) else 0]:
         option = changed(config, {"mesh": row["mesh"]})
         row["plan"] = plan_sample(option, request, topology, **counts)
     work = f"{counted(batch, 'clip')}, {counted(passes, 'pass')}"
     return _facts("sample", where, rows, lambda times: times["step"]) | {
         "work": f"{work}, {counted(tokens, 'video token')} a clip", "steps": steps
     }  # fmt: skip
+
+
+def _compiles(where: Slice) -> bool:
+    """Whether programs can be compiled for it here."""
+    return has_compiler() and where.chip.torus > 0
 
 
 def _nothing_fits(topology: str, room: float, least: float | None) -> UserError:
@@ -129,7 +144,8 @@ def _facts(
         "of": of,
         "topology": where.name,
         "devices": where.devices,
-        "compiled": has_compiler(),
+        "compiled": _compiles(where),
+        "why": NO_COMPILER if where.chip.torus else A_GPU,
         "fits": bool(fit) or not done,
         "rows": fit + rest + failed,
     }

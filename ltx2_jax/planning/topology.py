@@ -36,6 +36,8 @@ _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+GPUS = tuple(name for name, chip in chips.CHIPS.items() if not chip.torus)
+A_GPU = "the compiler at hand is for TPUs; of GPUs plan knows what arithmetic can tell"
 NO_COMPILER = "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
 # What jax calls a device of each.
 _KINDS = {
@@ -77,7 +79,13 @@ class Place:
 
 
 def slice_of(topology: str) -> Slice:
-    """What is named, "v5p:2x2x1" or "2xv5p:2x2x1"; asks no compiler. UserError if there is none."""
+    """What is named, "v5p:2x2x1" or "2xv5p:2x2x1"; asks no compiler. UserError if there is none.
+
+    "h100:1" to "h100:8" are the GPUs of one host, for which nothing is compiled.
+    """
+    name, _, cards = topology.partition(":")
+    if name in GPUS and re.fullmatch("[1-8]", cards):
+        return Slice(topology, chips.CHIPS[name], (int(cards),))
 
     def refused(reason: str) -> UserError:
         return UserError(f"--topology={topology}: {reason}; {_valid(generation)}")
@@ -133,6 +141,8 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     where = slice_of(topology)
+    if not where.chip.torus:
+        raise UserError(f"--topology={topology}: {A_GPU} for --what=train")
     name = where.name.removeprefix(f"{where.count}x")
     generation = name.split(":")[0]
     # Left alone, libtpu takes every slice for a mesh without closed rings.

@@ -17,7 +17,14 @@ from ltx2_jax.planning.programs import (
     train_program,
 )
 from ltx2_jax.planning.reports import compile_facts, counted
-from ltx2_jax.planning.topology import Slice, has_compiler, slice_of, tpu_devices
+from ltx2_jax.planning.topology import (
+    A_GPU,
+    NO_COMPILER,
+    Slice,
+    has_compiler,
+    slice_of,
+    tpu_devices,
+)
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, replicated
 from ltx2_jax.training import checks, trainable
@@ -44,13 +51,14 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
         "model_flops": facts["batch"] * trainable.train_flops(config, *tokens[:2]),
         "estimate": guess.facts(),
     }
-    if has_compiler():
+    if has_compiler() and where.chip.torus:
         mesh = make_mesh(*sizes_of(config), slices=where.count, devices=tpu_devices(topology))
         lowered, state = train_program(config, request, mesh)
         facts["replicated"] = replicated(state, WHOLE) if mesh.size > 1 else []
         facts |= compile_facts(lowered, mesh, facts["model_flops"])
     else:
         facts |= {"compiled": False, "fits": guess.peak <= where.chip.device_hbm_bytes}
+        facts["why"] = NO_COMPILER if where.chip.torus else A_GPU
     return _with_help(facts, what_helps_training, config, request, where)
 
 

@@ -188,7 +188,9 @@ def as_sampled(trained: Params, frozen: Params, config: Config) -> Params:
     """
     if config.tune is None or config.tune.quantize is None:
         return trained if config.tune is None else merged(trained, frozen, config)
-    return join(trained, frozen, constants(without_dropout(config)))
+    # As numpy arrays, which a program takes on any mesh of any number of hosts.
+    beside = {("transformer", *path, ADAPTER, "scale"): x for path, x in scales(config).items()}
+    return join(trained, frozen, mapping.nested(beside))
 
 
 def sampled_graph(config: Config) -> Any:

@@ -129,3 +129,13 @@ def test_every_slice_of_the_list_is_known_to_the_compiler(generation):
         assert len(devices) == count * chip.devices
         assert topology.chips.of_kind(devices[0].device_kind) == chip
         assert {d.core_on_chip for d in devices} == set(range(chip.devices))
+
+
+def test_of_gpus_there_is_arithmetic_alone():
+    where = topology.slice_of("h100:8")
+    assert (where.chip.name, where.devices, where.count) == ("h100", 8, 1)
+    with pytest.raises(UserError, match=r"^--topology=h100:8: the compiler at hand is for TPUs"):
+        topology.tpu_devices("h100:8")
+    for name in ("h100:9", "h100:0", "h100", "2xh100:1", "v5p:4"):
+        with pytest.raises(UserError, match=f"^--topology={name}: no such slice"):
+            topology.slice_of(name)
