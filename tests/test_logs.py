@@ -42,7 +42,15 @@ def test_one_process_keeps_no_log(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "_log", logs._Log())
     hosts.note("to nobody")
     hosts.keep_log(tmp_path, 0)
+    logs.note_stacks()
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_host_that_hangs_it_has_what_the_threads_were_doing(started, tmp_path):
+    started()
+    hosts.keep_log(tmp_path, 0)
+    logs.note_stacks()
+    assert "in test_of_a_host_that_hangs" in (tmp_path / "logs" / "host-00.log").read_text()
 
 
 def test_in_a_bucket_it_is_sent_whole_when_a_process_ends_at_once(started, monkeypatch):

@@ -130,8 +130,9 @@ class Watch:
             if self._beats.get(process, (-1, 0))[0] != row["beat"]:
                 self._beats[process] = (row["beat"], time.monotonic())
         for key, text in client().key_value_dir_get(f"{ROOM}/reports/"):
-            say(f"{name(int(key.split('/')[-2]))}: {text}")
             client().key_value_delete(key)
+            with contextlib.suppress(OSError):  # nobody reads on: no reason to be taken for lost
+                say(f"{name(int(key.split('/')[-2]))}: {text}")
 
     def _check(self) -> None:
         while True:
