@@ -1,5 +1,6 @@
 """Datasets of a bucket come to the disk whole, once, and never half."""
 
+import contextlib
 import shutil
 
 import fake_bucket
@@ -10,6 +11,7 @@ from ltx2_jax.data import fetching
 from ltx2_jax.data.fetching import local_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import locked
 
 URL = "gs://bucket/sets/clips"
 
@@ -65,6 +67,17 @@ def test_another_dataset_at_the_same_place_gets_a_folder_of_its_own(tmp_path, bu
     put(bucket, tmp_path / "other", 4)
     second = local_dataset(URL, str(tmp_path / "cache"))
     assert (len(open_records(first)), len(open_records(second))) == (5, 4)
+
+
+def test_processes_that_share_a_disk_wait_for_each_other(tmp_path, bucket, monkeypatch):
+    put(bucket, tmp_path / "set")
+    folder = local_dataset(URL, str(tmp_path / "cache"))
+    slept = []
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(locked(folder))
+        monkeypatch.setattr(fetching.time, "sleep", lambda _: slept.append(other.close()))
+        assert local_dataset(URL, str(tmp_path / "cache")) == folder
+    assert len(slept) == 1
 
 
 def test_what_cannot_be_copied_is_one_line(tmp_path, bucket, monkeypatch):
