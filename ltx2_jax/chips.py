@@ -164,6 +164,13 @@ _ON_SPARSE_CORES = {
 # Otherwise the stacked weights of a v7x are copied into another layout before the loop over them.
 _STORED_LAYOUT = {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
 Options = dict[str, bool | int]
+# libtpu's checker of silent faults: what a core computes it computes again, and one that got other
+# bits halts. By its own words alone: no chip has run it here, so that its price is not known.
+_CHECKED: Options = {
+    "xla_tpu_enable_sdc_checker": True,
+    "xla_tpu_sdc_check_repeat_count": 1,
+    "xla_tpu_sdc_check_halt_on_detection": True,
+}
 SAMPLING: dict[str, Options] = {"v7x": _STORED_LAYOUT}
 TRAINING: dict[str, Options] = {
     "v5p": _ON_SPARSE_CORES,
@@ -172,8 +179,10 @@ TRAINING: dict[str, Options] = {
 }
 
 
-def compiler_options(*, training: bool) -> Options | None:
+def compiler_options(*, training: bool, checked: bool = False) -> Options | None:
     """For the `compiler_options` of `jax.jit`, by the chip of the mesh in context; None: defaults.
+
+    `checked` puts the checker of silent faults into the program, on a TPU.
 
     To be called under the `jax.set_mesh` that the program runs under. A sampler gathers no weights,
     and what it sends, the next instruction waits for.
@@ -182,7 +191,8 @@ def compiler_options(*, training: bool) -> Options | None:
     chip = of_kind(kind)
     if platform != "tpu" or chip is None:
         return None
-    return (TRAINING if training else SAMPLING).get(chip.name)
+    options = (TRAINING if training else SAMPLING).get(chip.name)
+    return (options or {}) | _CHECKED if checked else options
 
 
 def one_run_options() -> Options | None:

@@ -153,6 +153,34 @@ def local_folder(folder: str | os.PathLike) -> Path:
     return copy
 
 
+def bucket_files(folder: epath.Path) -> dict[str, int]:
+    """Names of the files of a bucket's folder, and not of the folders in it, with their bytes.
+
+    Raises:
+      OSError: the bucket does not say.
+    """
+    import fsspec
+
+    try:
+        found = fsspec.filesystem("gs").ls(os.fspath(folder), detail=True)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # each library has its own
+        raise OSError(reason(error)) from error
+    files = {entry["name"].rpartition("/")[2]: entry for entry in found if entry["type"] == "file"}
+    return {name: entry["size"] for name, entry in files.items() if name}
+
+
+def download(place: epath.Path, target: Path) -> None:
+    """A file of a bucket onto a disk, in pieces; OSError if it cannot."""
+    import fsspec
+
+    try:
+        fsspec.filesystem("gs").get_file(os.fspath(place), os.fspath(target))
+    except Exception as error:  # each library has its own
+        raise OSError(reason(error)) from error
+
+
 class Mirror:
     """A local folder for files that grow, and a folder that gets them, which may be in a bucket.
 

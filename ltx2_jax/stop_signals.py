@@ -107,6 +107,7 @@ def _listen(pipe: int) -> None:
             if number == signal.SIGINT and _state.heard:
                 hosts.fail(hosts.INTERRUPTED, "interrupted twice: ended at once")
             _state.heard += 1
+            hosts.note(f"heard {signal.Signals(number).name}")
             # In a thread of its own: process 0 may not answer, and a second Ctrl-C must be heard.
             tell = threading.Thread(target=hosts.tell, args=("stop", str(number)), daemon=True)
             tell.start()

@@ -5,7 +5,9 @@ process 1 gets a signal once step 5 is logged. What else may happen then is in `
 """
 
 import dataclasses
+import functools
 import os
+import resource
 import signal
 import time
 
@@ -18,7 +20,7 @@ from ltx2_jax import hosts
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh, pin
-from ltx2_jax.training import loop
+from ltx2_jax.training import loop, workdir
 from ltx2_jax.training.metrics import MetricsLogger
 
 
@@ -28,10 +30,11 @@ def init_state(key, config):
 
 
 def make_train_step(config, strides, clock, *, donate=True):
-    """Weights that follow the mean of the examples' ids of all hosts, as real ones would."""
+    """Weights that follow the examples of all hosts and their order, as real ones would."""
 
     def step(state, batch, null_text):
-        value = jnp.mean(batch["video"].astype(jnp.float32)) + 1
+        rows = jnp.mean(batch["video"].astype(jnp.float32), axis=(1, 2, 3, 4))
+        value = jnp.mean(rows * jnp.arange(1, rows.shape[0] + 1)) + 1
         weight = state["params"]["a"]["weight"] * 0.9 + value * (state["step"] + 1)
         new = {"params": {"a": {"weight": weight}}, "step": state["step"] + 1}
         bad = jnp.where(new["step"] >= NAN_AT, jnp.nan, 1.0)
@@ -62,7 +65,27 @@ def fail():
     raise RuntimeError("a bug")
 
 
-EVENTS = {"refuse": refuse, "fail": fail, "sleep": lambda: time.sleep(1000)}
+def full():
+    """No file of this process can grow any more."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def free():
+    """They can again."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+
+
+def on_a_disk_of_its_own():
+    """A relative workdir is another one in every process."""
+    folder = f"disk-{hosts.index()}"
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    loop.opened = functools.partial(workdir.opened, seconds=1.0)
+
+
+EVENTS = {"refuse": refuse, "fail": fail, "full": full, "free": free,
+          "sleep": lambda: time.sleep(1000)}  # fmt: skip
 
 
 def event_after(process, step, name):
@@ -117,6 +140,8 @@ def get_config(arg: str | None = None) -> Config:
             loop.make_mesh = interleaved
         elif word == "slow":
             slowly()
+        elif word == "apart":
+            on_a_disk_of_its_own()
         elif word.startswith("nan"):
             nan_from(int(word[3:]))
         elif word:

@@ -1,16 +1,18 @@
 """What hosts tell each other, without devices: run by `test_hosts.py` in two processes.
 
-The first argument says what happens: "talk", "stuck", "stopped", "apart".
+The first argument says what happens: "talk", "stuck", "stopped", "meshes", "told".
 """
 
+import dataclasses
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from ltx2_jax import command, hosts
+from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
+from ltx2_jax.training import loop
 
 
 def refused(check):
@@ -68,11 +70,25 @@ def stopped():
     time.sleep(60)
 
 
-def apart():
-    """Each host with a disk of its own."""
-    from ltx2_jax.training.workdir import opened
+def meshes():
+    """One training after the other, each on a mesh of its own: how they are named, sizes, slices.
 
-    opened(Path(sys.argv[2]) / str(hosts.index()), seconds=0.5)
+    Arguments: a dataset, a folder for the workdirs, and such meshes as "interleaved,2,2,1,1".
+    """
+    import hosts_config
+
+    config = hosts_config.get_config("drill")
+    records, folder, *names = (word for word in sys.argv[2:] if not word.startswith("--"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=records))
+    usual = loop.make_mesh
+    for name in names:
+        order, *sizes = name.split(",")
+        loop.make_mesh = hosts_config.interleaved if order == "interleaved" else usual
+        mesh = MeshConfig(*map(int, sizes))
+        loop.train(
+            dataclasses.replace(config, mesh=mesh, workdir=f"{folder}/{name}", num_steps=6),
+            make_clips=lambda *_: None,
+        )
 
 
 def told():
@@ -83,7 +99,7 @@ def told():
     hosts.barrier("waiting")
 
 
-WHAT = {f.__name__: f for f in (talk, stuck, stopped, apart, told)}
+WHAT = {f.__name__: f for f in (talk, stuck, stopped, meshes, told)}
 
 if __name__ == "__main__":
     work = WHAT[sys.argv[1]]

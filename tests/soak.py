@@ -16,6 +16,12 @@ ends are the real ones. After each kill the next processes go on, in the same la
 does the same with two processes that prepare 200 films. One of them, or both, are killed after so
 many more files of what is done, and the same command goes on, beside the other one if that still
 works. Every dataset that they come to equals that of a calm run, file by file and record by record.
+
+    python tests/soak.py --real
+
+trains the small model itself instead, on meshes of several hosts that share rows, on two slices of
+two processes each, with a process that is killed, and with hosts whose workdirs are on disks of
+their own (mount namespaces: for root).
 """
 
 import argparse
@@ -36,7 +42,9 @@ from pathlib import Path
 
 import film
 import numpy as np
-from pod import TESTS, environment, free_port
+from pod import TESTS, environment, free_port, pod
+
+from ltx2_jax.training.metrics import read_metrics
 
 LAYOUTS = ((2, 2), (1, 4), (4, 1))
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP")
@@ -255,16 +263,84 @@ def soak_prepare(kills: int, chance: random.Random) -> None:
     shutil.rmtree(root)
 
 
+# ---- the model itself ----------------------------------------------------------------------------
+
+# Processes, devices of each, sizes of the mesh: data, model, sequence, slices.
+REAL = (
+    (1, 4, (4, 1, 1, 1)),
+    (2, 2, (2, 2, 1, 1)),
+    (2, 2, (2, 1, 2, 1)),
+    (2, 2, (1, 2, 2, 1)),
+    (4, 1, (2, 2, 1, 1)),
+    (4, 1, (2, 1, 1, 2)),
+)
+
+
+def train_small(root: Path, data: Path, name: str, processes: int, devices: int, *flags: str):
+    """A training of the small model: its workdir, and how it ended."""
+    flags = f"--config.workdir={root / name}", f"--config.data.path={data}", *flags
+    command = "-m", "ltx2_jax.train", *flags
+    if processes > 1:
+        return root / name, pod(root / f"{name}-log", processes, devices, *command)
+    run = subprocess.run([sys.executable, *command], env=environment(devices), check=True)
+    return root / name, run
+
+
+def real(root: Path, data: Path) -> None:
+    """What the stand-in cannot show: losses of the model itself, and the end of its run."""
+    config, reference = f"--config={TESTS / 'hosts_config.py'}", None
+    for processes, devices, sizes in REAL:
+        names = ("data", "model", "sequence", "slices")
+        flags = [f"--config.mesh.{n}={size}" for n, size in zip(names, sizes, strict=True)]
+        flags += [config, "--config.num_steps=6", "--config.sample.num_clips=1"]
+        name = f"{processes}x{devices}-" + "-".join(map(str, sizes))
+        workdir, ended = train_small(root, data, name, processes, devices, *flags)
+        assert processes == 1 or not any(ended.codes), ended.err
+        losses = np.array([row["loss"] for row in read_metrics(workdir)])
+        reference = losses if reference is None else reference
+        difference = np.abs(losses - reference).max()
+        print(
+            f"{name}: losses differ by {difference:.1e}, the last is {losses[-1]:.6f}", flush=True
+        )
+        assert len(losses) == 6
+        assert difference < 2e-6 * np.abs(reference).max(), losses - reference
+    _, ended = train_small(root, data, "killed", 2, 1, f"{config}:1,5,SIGKILL", "--heartbeat=6")
+    assert ended.codes == [42, -signal.SIGKILL], ended.codes
+    assert re.search(r"host-1 \(.*\): lost in \"\w+\" of step \d+", ended.lines()[0])
+    print(f"killed: {ended.lines()[0]}, {ended.seconds:.0f} s after it", flush=True)
+
+
+def own_disks(root: Path, data: Path) -> None:
+    """Each process sees another folder at the place of the workdir, as on disks of their own."""
+    workdir, running, port = root / "apart", [], free_port()
+    workdir.mkdir()
+    for index in range(2):
+        (root / f"disk-{index}").mkdir()
+        mount = f"mount --bind {root / f'disk-{index}'} {workdir} && exec "
+        flags = f"--config={TESTS / 'hosts_config.py'}:drill --config.data.path={data} "
+        flags += f"--config.workdir={workdir} --coordinator=127.0.0.1:{port} --num-processes=2 "
+        command = f"{mount}{sys.executable} -m ltx2_jax.train {flags} --process-id={index}"
+        given = {"env": environment(1), "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(["unshare", "-m", "sh", "-c", command], **given))
+    began = time.monotonic()
+    errors = [process.communicate()[1] for process in running]
+    print(f"own disks: {errors[0].strip()}, after {time.monotonic() - began:.0f} s", flush=True)
+    assert [process.returncode for process in running] == [2, 2]
+    assert re.search(r"host-1 \(.*\): .*is not shared: this host does not see what", errors[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", action="store_true", help="another layout after each kill")
     parser.add_argument("--prepare", action="store_true", help="of prepare, not of train")
+    parser.add_argument("--real", action="store_true", help="the small model, and no kills")
     args = parser.parse_args()
     if args.prepare:
         return soak_prepare(args.kills, random.Random(args.seed))
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.setdefault("XLA_FLAGS", flags)
     import resume_config
 
     from ltx2_jax.training import loop
@@ -273,6 +349,11 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     config = dataclasses.replace(resume_config.get_config(), workdir=str(root / "data"))
     data, run = loop.dataset(config).folder, root / "run"
+    if args.real:
+        real(root, data)
+        own_disks(root, data)
+        shutil.rmtree(root)
+        return
     assert set(attempt(root / "calm", data, LAYOUTS[0], root / "calm-log", steps, None)) == {0}
     for kill in range(args.kills):
         layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]

@@ -1,8 +1,12 @@
 """One table of chips, found by the kind of a jax device."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from ltx2_jax import chips
+from ltx2_jax.planning.topology import tpu_devices
+from ltx2_jax.sharding import make_mesh
 
 GIB = 2**30
 
@@ -73,3 +77,22 @@ def test_narrow_heads_are_slower():
     for chip in chips.CHIPS.values():
         assert chip.attention(128) == chip.attention(256) == chip.attention_128
         assert chip.attention(64) == chip.attention_64 < chip.attention_128 < 1
+
+
+@pytest.mark.parametrize("slice_", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_of_every_tpu_takes_the_options_and_puts_the_checker_in(slice_):
+    def bytes_of_code(**checked):
+        options = chips.compiler_options(training=True, **checked)
+        program = jax.jit(lambda x: jnp.tanh(x @ x), compiler_options=options)
+        found = program.lower(jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)).compile()
+        return found.memory_analysis().generated_code_size_in_bytes
+
+    with jax.set_mesh(make_mesh(devices=tpu_devices(slice_))):
+        assert bytes_of_code(checked=True) > bytes_of_code()
+
+
+def test_an_option_that_no_compiler_knows_is_refused_by_it():
+    with jax.set_mesh(make_mesh(devices=tpu_devices("v5p:2x2x1"))):
+        program = jax.jit(jnp.sin, compiler_options={"xla_tpu_no_such_checker": True})
+        with pytest.raises(Exception, match="xla_tpu_no_such_checker"):
+            program.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()

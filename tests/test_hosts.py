@@ -119,8 +119,8 @@ def test_importing_the_commands_touches_no_device():
     assert subprocess.run([sys.executable, "-c", code], env=environment(1)).returncode == 0
 
 
-def drill(folder, *what):
-    return pod(folder, 2, 1, str(TESTS / "hosts_drill.py"), *map(str, what))
+def drill(folder, *what, processes=2, devices=1):
+    return pod(folder, processes, devices, str(TESTS / "hosts_drill.py"), *map(str, what))
 
 
 def test_a_host_too_few_is_told_and_to_be_started_again(tmp_path):
@@ -153,16 +153,6 @@ def test_the_host_that_is_behind_is_named_and_all_show_what_they_do(tmp_path, wh
     first, *stacks = ended.lines()
     assert re.match(rf"drill: error: host-1 \(.*\): {message}", first)
     assert any(f"in {what}" in line for line in stacks)
-
-
-def test_a_workdir_on_a_disk_of_each_host_is_refused(tmp_path):
-    ended = drill(tmp_path / "logs", "apart", tmp_path)
-    assert ended.codes == [2, 2]
-    (line,) = ended.lines()
-    assert re.search(
-        r"host-1 \(.*\): .*1: is not shared: this host does not see what host 0 wrote", line
-    )
-    assert not ended.lines(1)
 
 
 def test_a_signal_to_one_host_ends_those_that_wait_for_it(tmp_path):
@@ -244,6 +234,30 @@ def test_stopped_on_any_host_all_save_one_step_and_another_layout_goes_on(
     np.testing.assert_allclose(resumed, reference, rtol=2e-6)
 
 
+def log(workdir, process):
+    return (workdir / "logs" / f"host-{process:02d}.log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "names"),
+    [
+        # In the order of the devices hosts share no rows where model is inside of a host.
+        (2, 2, ("usual,2,2,1", "usual,1,2,2", "interleaved,2,2,1", "interleaved,2,1,2")),
+        (4, 1, ("usual,2,1,1,2", "usual,1,2,1,2")),
+    ],
+    ids=["2x2: hosts share rows", "4x1: two slices"],
+)
+def test_on_any_mesh_of_several_hosts_the_losses_are_those_of_one_process(
+    processes, devices, names, records, monkeypatch, tmp_path
+):
+    layout = {"processes": processes, "devices": devices}
+    ended = drill(tmp_path / "logs", "meshes", records, tmp_path, *names, **layout)
+    assert ended.codes == [0] * processes, ended.err
+    reference = on_one_process(tmp_path / "one", records, monkeypatch, 1, 6)
+    for name in names:
+        np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=2e-6, err_msg=name)
+
+
 ONE = r"host-1 \(.*\): "
 
 
@@ -263,6 +277,16 @@ def test_what_goes_wrong_on_one_host_ends_all_in_one_line(trained, what, own, co
     (line,) = ended.lines()
     assert re.fullmatch(f"train: error: {message}", line)
     assert not ended.lines(1)
+    if what == "1,3,refuse":  # the file of that host says where, process 0 only what
+        noted = log(trained.workdir, 1)
+        assert re.match(r"\S+ \S+ UTC  start, host-1 \(.*\) of 2, process \d+$", noted[0])
+        assert "Traceback (most recent call last):" in "".join(noted)
+        assert 'UTC  "compile"' in "".join(noted)
+        assert re.search(
+            rf'UTC  ends with 2 in "\w+" of step \d: train: error: {message}', noted[-1]
+        )
+        told = noted[-1].partition(": ")[2]
+        assert any(line.endswith(told) for line in log(trained.workdir, 0))
 
 
 def test_a_host_that_is_killed_is_named_and_the_others_end(trained):
@@ -271,3 +295,26 @@ def test_a_host_that_is_killed_is_named_and_the_others_end(trained):
     assert ended.seconds < 20
     line = ended.lines()[0]
     assert re.search(r"host-1 \(.*\): lost in .* of step \d+, .*; the same command resumes", line)
+    assert line in "\n".join(log(trained.workdir, 0))
+
+
+def test_disks_of_their_own_are_refused_before_the_first_step(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = trained(2, 1, "apart", workdir="run")
+    assert ended.codes == [2, 2], ended.err
+    (line,) = ended.lines()
+    assert re.search(ONE + "run: is not shared: this host does not see what host 0 wrote", line)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_save_that_fails_on_one_host_is_told_at_once_and_holds_nobody_up(trained):
+    ended = trained(
+        2, 1, "slow;1,45,full;1,60,free", num_steps=105, **{"checkpoint.every_steps": 50}
+    )
+    assert ended.codes == [0, 0], ended.err
+    told, decided = (line for line in ended.out[0].splitlines() if "checkpoint 50" in line)
+    assert re.fullmatch(ONE + r"checkpoint 50 cannot be written \(.+\)", told)
+    assert "checkpoint 50 cannot be written (host 1: " in decided
+    noted = "\n".join(log(trained.workdir, 0))
+    assert noted.index(told) < noted.index('"save" of step 100') < noted.index(decided)
+    assert {path.name for path in (trained.workdir / "checkpoints").iterdir()} == {"100", "105"}

@@ -41,6 +41,7 @@ class DataConfig:
     """What is trained on: a folder written by `prepare`, or a synthetic set rendered first."""
 
     path: str | None = None  # dataset folder; None: rendered and prepared under the workdir
+    cache: str | None = None  # folder on a disk of every host, for the copy of one in a bucket
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if path is None
     codec: LinearCodecConfig = field(default_factory=LinearCodecConfig)  # fitted to it
     release: str = "linear"  # whose latents: of a linear codec, or of "2.0", "2.3", "2.5"
@@ -309,9 +310,10 @@ class CheckConfig:
 
     compare_every: int = 100  # steps after which hosts compare what they have done; 0: never
     replay_every: int = 0  # steps after which one is run twice and compared; 0: never
+    sdc_every: int = 0  # TPUs: steps after which one has libtpu's checker in its program; 0: never
 
     def __post_init__(self):
-        check_least(self, compare_every=0, replay_every=0)
+        check_least(self, compare_every=0, replay_every=0, sdc_every=0)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ltx2_jax.hosts.agreement import (
     same_everywhere,
     say,
     tell,
+    told,
     whole,
 )
 from ltx2_jax.hosts.ending import (
@@ -37,11 +38,13 @@ from ltx2_jax.hosts.ending import (
     fail,
     leaving,
     progress,
+    report,
     slowest,
     together,
     watched,
 )
 from ltx2_jax.hosts.joining import DETECTORS, start
+from ltx2_jax.hosts.logs import keep_log, note
 
 __all__ = [
     "AGAIN",
@@ -62,9 +65,12 @@ __all__ = [
     "gather",
     "hear",
     "index",
+    "keep_log",
     "leaving",
     "name",
+    "note",
     "progress",
+    "report",
     "rows_of_host",
     "same_everywhere",
     "say",
@@ -72,6 +78,7 @@ __all__ = [
     "start",
     "tell",
     "together",
+    "told",
     "watched",
     "whole",
 ]

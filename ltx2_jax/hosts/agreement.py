@@ -13,6 +13,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.hosts.logs import note
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ def name(process: int) -> str:
 
 
 def say(text: str) -> None:
-    """Prints on process 0."""
+    """Prints on process 0; the others put it into their logs."""
+    note(text)
     if index() == 0:
         print(text, flush=True)
 
@@ -130,6 +132,13 @@ def tell(key: str, value: str) -> None:
     """Says something once; what another host said before stays."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client().key_value_set(f"{ROOM}/{key}", value)
+
+
+def told(key: str) -> str | None:
+    """What a host has told; None if none has."""
+    with contextlib.suppress(Exception):  # of jaxlib, with a type of its own
+        return client().key_value_try_get(f"{ROOM}/{key}")
+    return None
 
 
 def hear(key: str) -> str:

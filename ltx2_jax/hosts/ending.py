@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import jax
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import last_words
+from ltx2_jax.hosts import logs
 from ltx2_jax.hosts.agreement import (
     AGAIN,
     LOST,
@@ -30,12 +32,14 @@ from ltx2_jax.hosts.agreement import (
     hear,
     index,
     name,
+    say,
     tell,
 )
 
 BEAT = 2.0  # seconds between two signs of life of a host, at most
 
 _command = ""
+_reports = itertools.count()
 
 
 # ---------------------------------------------------------------------------- signs of life
@@ -57,6 +61,7 @@ class _Progress:
 
 # Phases in which a host waits for the others, if these are behind.
 WAITING = ("step", "save", "sample", "wait", "end")
+OF_A_STEP = ("data", "step")  # too many for a log
 _progress = _Progress()
 _of_all: dict[int, dict[str, Any]] = {}  # on process 0: the last signs of life
 
@@ -69,6 +74,8 @@ def progress(
     `numbers` are told to process 0 with it, see `slowest`.
     """
     global _progress
+    if phase not in OF_A_STEP and phase != _progress.phase:
+        logs.note(_Progress(phase, step).text())
     _progress = _Progress(phase, step, seconds, numbers=_progress.numbers | numbers)
 
 
@@ -76,6 +83,15 @@ def slowest(number: str) -> tuple[int, float] | None:
     """On process 0: who told the largest number of this name lately, and which."""
     told = {p: row["numbers"][number] for p, row in _of_all.items() if number in row["numbers"]}
     return max(told.items(), key=lambda item: item[1]) if told else None
+
+
+def report(text: str) -> None:
+    """What process 0 says of this host within seconds; for threads, too, and waits for nobody."""
+    if index() == 0:
+        say(f"{name(0)}: {text}" if count() > 1 else text)
+        return
+    logs.note(text)
+    tell(f"reports/{index()}/{next(_reports)}", text)
 
 
 class Watch:
@@ -113,6 +129,10 @@ class Watch:
             _of_all[process] = row
             if self._beats.get(process, (-1, 0))[0] != row["beat"]:
                 self._beats[process] = (row["beat"], time.monotonic())
+        for key, text in client().key_value_dir_get(f"{ROOM}/reports/"):
+            client().key_value_delete(key)
+            with contextlib.suppress(OSError):  # nobody reads on: no reason to be taken for lost
+                say(f"{name(int(key.split('/')[-2]))}: {text}")
 
     def _check(self) -> None:
         while True:
@@ -192,6 +212,8 @@ def catch_aborts() -> None:
             where = f"host-{index()}, in {_progress.text()}"
             text = f"JAX ended this process ({where}), as it does where host-0 is lost; {AGAIN}\n"
             os.write(2, text.encode())
+            with contextlib.suppress(Exception):  # it may have been cut off in its own writing
+                logs.note(text.rstrip())
         os._exit(LOST if _ending.code is None else _ending.code)
 
     catch_aborts.kept = aborted  # or Python would free it
@@ -251,13 +273,17 @@ def _leave(code: int, line: str = "", stacks: bool = False, patience: float = 5)
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
         print("\n" * bool(getattr(bars, "_instances", ())) + line, file=sys.stderr, flush=True)
     _ending.code = code
+    logs.note(f"ends with {code} in {_progress.text()}" + (f": {line}" if line else ""))
     if stacks:
         faulthandler.dump_traceback(all_threads=True)
+        logs.note_stacks()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     if code:
         last_words(line, seconds=3)
+    else:
+        logs.close()
     if not work_is_done:
         _wait_for_leavers(patience)
     if count() > 1 and index() == 0:
@@ -298,6 +324,7 @@ def together(command: str = "") -> Iterator[None]:
 
 def fail_of(error: Exception) -> NoReturn:
     """Ends all hosts because of what was raised on this one."""
+    logs.note("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, LostError):
         fail(LOST, _error(str(error)))
     if isinstance(error, UserError):

@@ -13,7 +13,7 @@ import jax
 from jax._src import clusters, compilation_cache, compiler, distributed
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.hosts import ending
+from ltx2_jax.hosts import ending, logs
 from ltx2_jax.hosts.agreement import (
     INTERRUPTED,
     LOST,
@@ -23,6 +23,7 @@ from ltx2_jax.hosts.agreement import (
     count,
     gather,
     index,
+    name,
     names,
 )
 
@@ -192,6 +193,8 @@ def _meet(processes: int, seconds: float) -> None:
         refuse = f"--num-processes={processes} on host-{index()} ({socket.gethostname()})"
         raise UserError(f"{refuse}, but {expected} on host-0")
     names[:] = gather(socket.gethostname(), seconds)
+    logs.begin()
+    logs.note(f"start, {name(index())} of {count()}, process {os.getpid()}")
 
 
 def _cache_on_every_process() -> None:

@@ -9,15 +9,18 @@ they go on alike, and process 0 alone removes and renames.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
-import re
+import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from ltx2_jax import hosts
@@ -25,7 +28,8 @@ from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.files import in_bucket, location
-from ltx2_jax.training import saved
+from ltx2_jax.training import saved, saving
+from ltx2_jax.training.saving import first_said, reason
 
 # In a workdir: train states, and codec, text encoder and schema of the dataset.
 FOLDER, ASSETS = saved.FOLDER, "assets"
@@ -81,14 +85,14 @@ class Checkpoints:
         except UserError:
             raise
         except OSError as error:
-            raise UserError(f"{workdir}: cannot be a workdir ({_reason(error)})") from None
+            raise UserError(f"{workdir}: cannot be a workdir ({reason(error)})") from None
         self._keep, self._keep_every, self._check = keep, keep_every, check
         self._best, self._scores = best, {}
         self._max_failures, self._failures = max_failures, 0
         self._writes = False
         # What is being saved: what `save` was given.
         self._last: tuple[int, Any, Config, dict[str, float]] | None = None
-        self._pending, self._failed = None, ""
+        self._attempt = saving.Attempt()
 
     def __enter__(self) -> "Checkpoints":
         if self._keep is not None:
@@ -145,12 +149,14 @@ class Checkpoints:
         metadata = {"config": json.loads(to_json(config)), "data": {"next_index": step}}
         metadata["scores"] = self._scores[step]
         self._last = step, state, config, self._scores[step]
+        self._attempt.begin(step)
         try:
-            self._pending = self._checkpointer.save_async(
+            pending = self._checkpointer.save_async(
                 step, state, force=True, custom_metadata=metadata | {"made_by": saved.made_by()}
             )
+            self._attempt.follow(pending)
         except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-            self._failed = _reason(error)
+            self._attempt.fail(reason(error))
 
     def wait(self) -> None:
         """Returns when the checkpoint of the last `save` is on disk; it is tried twice.
@@ -170,19 +176,13 @@ class Checkpoints:
         """Waits for the pending save and learns from all hosts how it went: whether it is there."""
         if self._last is None:
             return True
-        failed = self._failed
-        if self._pending is not None:
-            try:
-                self._pending.result()
-            except Exception as error:  # a full disk is a ValueError, a bucket has its own errors
-                failed = _reason(error)
-        self._pending, self._failed = None, ""
-        found = _first(hosts.gather(failed, _LONG))
+        failed, ended = self._attempt.end()
+        found = first_said(hosts.gather(failed, _LONG))
         if not found:
             self._last, self._failures = None, 0
             return True
         step, *_ = self._last
-        self._reopen()
+        self._reopen(leave=not ended)
         self._failures += 1
         if self._failures > self._max_failures:
             self._last = None
@@ -206,13 +206,15 @@ class Checkpoints:
             self._reopen()
             self._scores = {step: self.scores(step) for step in self.steps}
 
-    def _reopen(self) -> None:
+    def _reopen(self, leave: bool = False) -> None:
         """Forgets what failed, and removes what is half-written, now or by a run that was killed.
 
         Orbax can remove it too; in a bucket that would take all folders without its last file.
+        `leave`: it waits for a host that will not come, and cannot end well.
         """
         with contextlib.suppress(Exception):  # what has failed fails again
-            self._checkpointer.close()
+            if not leave:
+                self._checkpointer.close()
         if hosts.index() == 0:
             for path in saved.half_written(self.folder):
                 with contextlib.suppress(Exception):  # no harm but its size
@@ -225,7 +227,9 @@ class Checkpoints:
         if self._best is not None:
             stay.append(_Lowest(self))
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder, preservation_policy=policies.AnyPreservationPolicy(stay)
+            self.folder,
+            context=ocp.Context(async_options=_Options()) if hosts.count() > 1 else None,
+            preservation_policy=policies.AnyPreservationPolicy(stay),
         )
 
     def best_of(self, steps: Iterable[int]) -> int | None:
@@ -255,7 +259,7 @@ class Checkpoints:
                 why = self._metadata(step) and self._stored(step) and ""
             except DamagedCheckpoint as error:
                 why = error.why
-            found = _first(hosts.gather(why))
+            found = first_said(hosts.gather(why))
             if not found:
                 return
             self._put_aside(step, found)
@@ -280,7 +284,7 @@ class Checkpoints:
             except Exception as error:  # a bucket has its own
                 raise UserError(
                     f"{self.folder / str(step)}: damaged checkpoint ({why}) that cannot be renamed "
-                    f"({_reason(error)})"
+                    f"({reason(error)})"
                 ) from None
             hosts.say(
                 f"{self.folder / str(step)}: damaged checkpoint ({why}): kept as {aside.name}, and "
@@ -389,7 +393,7 @@ class Checkpoints:
             damaged = error.why
         except UserError as error:
             refused = str(error)
-        damaged, refused = (_first(hosts.gather(text, _LONG)) for text in (damaged, refused))
+        damaged, refused = (first_said(hosts.gather(text, _LONG)) for text in (damaged, refused))
         if damaged:
             raise self._damaged(step, damaged)
         if refused:
@@ -406,10 +410,24 @@ class Checkpoints:
                 state = ocp.load_checkpointables(self.folder / str(step), {"state": abstract})
             return state["state"]
         except (ValueError, KeyError, OSError) as error:
-            why, _ = _reason(error), self._stored(step)
+            why, _ = reason(error), self._stored(step)
             if why.startswith(_DAMAGE):
                 raise self._damaged(step, why) from error
             raise UserError(f"{self.folder / str(step)} does not hold {what}: {why}") from error
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """The barrier of Orbax's threads; one whose save has failed goes by, on its way out."""
+    failed = sys.exc_info()[1] is not None  # as in a `finally`
+    if not failed or threading.current_thread() is threading.main_thread():
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+class _Options(ocp.options.AsyncOptions):
+    """Orbax's, with a barrier of ours, for which its newer options have no name."""
+
+    def v0(self) -> Any:
+        return dataclasses.replace(super().v0(), barrier_sync_fn=_meet)
 
 
 class _Lowest:
@@ -421,24 +439,3 @@ class _Lowest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         best = self._checkpoints.best_of(found.step for found in checkpoints)
         return [found.step == best for found in checkpoints]
-
-
-def _first(found: list[str]) -> str:
-    """What the first host says that says something, with its number if there are several.
-
-    Where one fails the others may wait for it in vain: that they did comes last.
-    """
-    said = [(host, text) for host, text in enumerate(found) if text]
-    if not said:
-        return ""
-    host, text = min(said, key=lambda pair: "timed out" in pair[1].lower())
-    return text if len(found) == 1 else f"host {host}: {text}"
-
-
-def _reason(error: BaseException) -> str:
-    """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    line = line or type(error).__name__
-    return re.sub(r" \[\w+='.*", "", line)[:400]  # TensorStore ends with all its settings

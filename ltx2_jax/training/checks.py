@@ -40,6 +40,8 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
 
     def fits() -> None:
         check_batch(config, mesh)
+        if config.check.sdc_every and mesh.devices.flat[0].platform != "tpu":
+            raise UserError("check.sdc_every: the checker is the TPU compiler's; no TPU is here")
         check_text(config)
         if config.data.path is None:
             check_synthetic(config, mesh)

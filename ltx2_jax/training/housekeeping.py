@@ -71,6 +71,7 @@ class Reader:
                 if pause is None or (isinstance(error, UserError) and pause > RETRIES[0]):
                     text = " ".join(str(error).split())[:300]
                     raise UserError(f"the data of step {step} cannot be read: {text}") from error
+                hosts.note(f"the data of step {step} is read again: {error!r:.300}")
                 time.sleep(pause)
                 self._iterator = self._batches(self.position)
         self.position += 1
@@ -165,6 +166,29 @@ class ForSizes:
 def _size(batch: dict[str, Any]) -> tuple[Any, ...]:
     """What tells batches apart that one program cannot take."""
     return tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+
+
+class Steps:
+    """The compiled train step, and now and then the same with libtpu's checker in it."""
+
+    def __init__(
+        self,
+        config: Config,
+        make_step: Callable[..., Any],
+        args: tuple[Any, ...],
+        batches: Sequence[Any] = (),
+    ):
+        """`make_step` makes the jitted step, with `checked=True` the one with the checker."""
+        self._every = config.check.sdc_every
+        self._usual = ForSizes("the train step", config, make_step(), args, batches)
+        if self._every:
+            checked = make_step(checked=True)
+            self._checked = ForSizes("the checked step", config, checked, args, batches)
+
+    def __call__(self, step: int, *args: Any) -> Any:
+        """`step`, by the program whose turn it is."""
+        turn = self._every and step % self._every == 0
+        return (self._checked if turn else self._usual)(*args)
 
 
 class Replay:

@@ -4,6 +4,7 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
+from ltx2_jax.data.fetching import local_dataset
 from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.records import INDEX_NAME, Records, open_records
 from ltx2_jax.demo import synthetic
@@ -38,11 +40,11 @@ from ltx2_jax.training.boards import Shown, WeightsAndBiases, weights_and_biases
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.housekeeping import (
-    ForSizes,
     Profile,
     Reader,
     Replay,
     Rows,
+    Steps,
     compiled,
     on_all_devices,
     programs_kept,
@@ -79,9 +81,11 @@ def train(
     hosts.progress("checks", seconds=long)
     checks.same_run_everywhere(config)
     workdir, sizes = opened(config.workdir), config.mesh
+    hosts.keep_log(workdir, hosts.index())
     mesh = hosts.agree(
         lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     )
+    config = with_data_here(config)
     checks.before_work(config, mesh)
     validation.check(config, mesh)
     with contextlib.ExitStack() as stack:
@@ -194,7 +198,7 @@ def take_steps(
         args = state, place(batch, mesh), *beside
         with goodput.part("compile"):
             sizes = batches_of(records, config.data.batch_size, mesh)
-            train_step = ForSizes("the train step", config, make_step(), args, sizes)
+            train_step = Steps(config, make_step, args, sizes)
             again = Replay(config, make_step, args, sizes)
             finite = compiled("the check of the weights", config, finite_program(), state)
             checked = validation.Validation(config, records, codec, mesh, state, *beside)
@@ -203,7 +207,7 @@ def take_steps(
             while step < config.num_steps:
                 profile.before(step + 1)
                 again.before(step + 1, args)
-                state, metrics = train_step(*args)
+                state, metrics = train_step(step + 1, *args)
                 step += 1
                 rows = Rows.of(batch, numbers, reader)
                 # While the devices work: the next batch, then the log of the step before.
@@ -303,6 +307,22 @@ def last_clips(
 
 
 # ------------------------------------------------------------------------------------ data, state
+
+
+def with_data_here(config: Config) -> Config:
+    """The config, its datasets in buckets copied to this host and named as they are here."""
+
+    def fetched(part: Any) -> Any:
+        if part.path is None:
+            return part
+        return dataclasses.replace(part, path=local_dataset(part.path, config.data.cache))
+
+    def fetch() -> dict[str, Any]:
+        return {name: fetched(getattr(config, name)) for name in ("data", "validation")}
+
+    hosts.progress("fetch", seconds=config.watchdog.long_seconds)
+    here = hosts.agree(fetch, config.watchdog.long_seconds, "the dataset is copied to all hosts")
+    return dataclasses.replace(config, **here)
 
 
 def dataset(config: Config, anew: bool = False) -> Records:

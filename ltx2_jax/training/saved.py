@@ -89,7 +89,8 @@ def _revision() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        command = ("git", "-C", str(root), *words)
+        # Killed while it refreshed the index, it would leave a lock in the user's repository.
+        command = ("git", "--no-optional-locks", "-C", str(root), *words)
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout

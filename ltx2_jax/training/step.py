@@ -28,12 +28,13 @@ def make_train_step(
     clock: AudioClock = AUDIO_CLOCK,
     *,
     donate: bool = True,
+    checked: bool = False,
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted step: (state, batch, null_text, frozen) -> (state, metrics).
 
     A stream that a batch lacks is absent from the step, its loss too.
-    The state is donated, or not. `frozen` are the weights that are not trained; left out, there are
-    none.
+    The state is donated, or not; `checked` is of `chips.compiler_options`. `frozen` are the weights
+    that are not trained; left out, there are none.
 
     `strides` are the video codec's, `clock` is the audio codec's, `null_text` holds the text fields
     [S, ...] of the empty caption.
@@ -93,7 +94,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnames="state" if donate else None,
-        compiler_options=compiler_options(training=True),
+        compiler_options=compiler_options(training=True, checked=checked),
     )
 
 

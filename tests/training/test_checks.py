@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from resume_config import get_config
 
-from ltx2_jax.config import Condition, FlowConfig, StreamConfig
+from ltx2_jax.config import CheckConfig, Condition, FlowConfig, StreamConfig
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
+from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checks
 
 
@@ -35,6 +37,12 @@ def test_a_run_that_is_lost_says_which_checkpoint_to_remove_if_that_is_at_fault(
         check(41, loss=float("nan"))
     with pytest.raises(UserError, match=r"grad_norm is inf at step 42: lower optim.learning_rate"):
         check(42, grad_norm=float("inf"))
+
+
+def test_the_checker_of_a_tpu_is_refused_where_there_is_none():
+    config = replace(get_config(), check=CheckConfig(sdc_every=100))
+    with pytest.raises(UserError, match=r"^check\.sdc_every: .* no TPU is here$"):
+        checks.before_work(config, make_mesh(devices=jax.devices()[:1]))
 
 
 def schema_of(**shapes):

@@ -16,7 +16,7 @@ from ltx2_jax.config import CheckConfig, ProfileConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checks, housekeeping
-from ltx2_jax.training.housekeeping import Profile, Reader, Replay, Rows
+from ltx2_jax.training.housekeeping import Profile, Reader, Replay, Rows, Steps
 
 
 @pytest.fixture
@@ -78,6 +78,19 @@ def test_a_replayed_step_that_gives_other_bits_ends_the_run():
         replay.before(4, (state, {}))
         with pytest.raises(hosts.LostError, match=r"step 8 gave other bits .*, on this machine"):
             replay.before(8, (state, {}))
+
+
+def test_the_checked_program_takes_its_turn_and_is_compiled_only_if_asked_for():
+    def make_step(checked=False):
+        made.append(checked)
+        return lambda state, batch: (state, checked)
+
+    made = []
+    steps = Steps(tiny.config(check=CheckConfig(sdc_every=3)), make_step, ({}, {}))
+    assert [steps(step, {}, {})[1] for step in range(1, 8)] == [0, 0, 1, 0, 0, 1, 0]
+    assert made == [False, True]
+    Steps(tiny.config(), make_step, ({}, {}))
+    assert made == [False, True, False]
 
 
 def test_hosts_that_hold_the_same_row_show_the_same_example(monkeypatch):
