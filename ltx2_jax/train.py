@@ -10,7 +10,7 @@ import jax
 from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Records
+from ltx2_jax.data.mixtures import Dataset
 from ltx2_jax.demo import synthetic
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.evaluation.sync import sync_report
@@ -53,7 +53,7 @@ def main(config: Config) -> int:
     started = time.perf_counter()
     given = validation.prompts_of(config)
 
-    def make_clips(weights: Any, records: Records, step: int) -> None:
+    def make_clips(weights: Any, records: Dataset, step: int) -> None:
         workdir, mesh = location(config.workdir), jax.sharding.get_mesh()
         # A released text encoder is loaded for the first clips, and for those after them no more.
         cached = config.text.release != "random" and not in_bucket(workdir)
@@ -86,7 +86,7 @@ def preview(pipeline: Pipeline, prompts: list[str], step: int) -> None:
         write_clips(clips, prompts, workdir / "validation" / f"step-{step:06d}")
 
 
-def show(pipeline: Pipeline, prompts: list[str], records: Records) -> None:
+def show(pipeline: Pipeline, prompts: list[str], records: Dataset) -> None:
     """Clips at the end: files, a contact sheet, and how well sound and picture agree."""
     config, workdir = pipeline.config, location(pipeline.config.workdir)
     clips = pipeline(prompts)
@@ -94,7 +94,7 @@ def show(pipeline: Pipeline, prompts: list[str], records: Records) -> None:
         return
     write_clips(clips, prompts, workdir)
     # The measure is made for the synthetic clips.
-    if config.data.path is None and config.validation.prompts is None:
+    if not config.data.folders and config.validation.prompts is None:
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
         shown = [records[i] for i in range(min(len(clips), len(records)))]
@@ -104,9 +104,9 @@ def show(pipeline: Pipeline, prompts: list[str], records: Records) -> None:
         print("real clips:     ", sync_report(real, kinds=kinds))
 
 
-def fresh_prompts(config: Config, records: Records) -> list[str]:
+def fresh_prompts(config: Config, records: Dataset) -> list[str]:
     """Captions of the synthetic clips' grammar, or the first ones of the dataset."""
-    if config.data.path is None:
+    if not config.data.folders:
         clips, seed = config.data.synthetic, config.sample.seed
         return synthetic.captions(clips, config.sample.num_clips, seed)
     return [records[i]["caption"] for i in range(min(config.sample.num_clips, len(records)))]
