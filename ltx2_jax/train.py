@@ -1,5 +1,6 @@
 """Train from a config file, resume, and end with clips: python -m ltx2_jax.train --help."""
 
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import jax
 from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
 from ltx2_jax.config import Config
-from ltx2_jax.data.mixtures import Dataset
+from ltx2_jax.data.mixtures import Dataset, sources_of
 from ltx2_jax.demo import synthetic
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.evaluation.sync import sync_report
@@ -105,11 +106,13 @@ def show(pipeline: Pipeline, prompts: list[str], records: Dataset) -> None:
 
 
 def fresh_prompts(config: Config, records: Dataset) -> list[str]:
-    """Captions of the synthetic clips' grammar, or the first ones of the dataset."""
+    """Captions of the synthetic clips' grammar, or the first ones of every dataset, in turns."""
     if not config.data.folders:
         clips, seed = config.data.synthetic, config.sample.seed
         return synthetic.captions(clips, config.sample.num_clips, seed)
-    return [records[i]["caption"] for i in range(min(config.sample.num_clips, len(records)))]
+    sources, count = sources_of(records), config.sample.num_clips
+    turns = ((source, i) for i in range(count) for source in sources if i < len(source))
+    return [source[i]["caption"] for source, i in itertools.islice(turns, count)]
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -42,8 +42,9 @@ def request_of(config: Config, **given: int | None) -> Request:
       UserError: a size that the codec cannot encode; a dataset or a codec whose latents or text
         features the model does not take.
     """
-    codec, synthetic, schema = config.data.codec, config.data.synthetic, _schema(config)
+    codec, synthetic = config.data.codec, config.data.synthetic
     checks.check_text(config)
+    schema = _schema(config)
     if not config.data.folders:
         checks.check_codec(config)
         size = ClipSize(synthetic.num_frames, synthetic.height, synthetic.width, synthetic.fps)

@@ -20,7 +20,7 @@ import jax
 from ltx2_jax import hosts
 from ltx2_jax.config import Config
 from ltx2_jax.data.mixtures import Dataset, Mixture, index_of, open_datasets, sources_of
-from ltx2_jax.data.records import open_records, read_schema
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import DivergedError, UserError
@@ -62,11 +62,11 @@ def check_data(config: Config, mesh: jax.sharding.Mesh) -> None:
     for folder, _ in config.data.folders:
         if "://" in folder:
             raise UserError(f"data.{name}={folder}: a dataset is read from a folder alone")
-        records = open_records(folder)
-        check_records(config, records, mesh, whole=name == "path")
+    data = open_datasets(config.data.folders)
+    for records in sources_of(data):
+        check_records(config, records, mesh, whole=not config.data.mixture)
         if len(records):
             records[0]
-    data = open_datasets(config.data.folders)
     if config.data.mixture:
         check_schema(config, data.schema, "data.mixture")
     examples.Examples(config, data, mesh)  # every size has a batch
