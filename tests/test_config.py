@@ -294,7 +294,7 @@ def test_a_mixture_is_datasets_and_their_shares():
         ({"mixture": "('a', 1.5), ('b', -0.5)"}, "mixture: the share -0.5 of 'b' is not above 0"),
         ({"mixture": "('a', 1), ('b', 0)"}, "mixture: the share 0 of 'b' is not above 0"),
         ({"mixture": "('a', 0.5), ('a/', 0.5)"}, "mixture: 'a' is named twice"),
-        ({"mixture": MIXTURE, "path": "d"}, "path=d: with a mixture there is none; name all"),
+        ({"mixture": MIXTURE, "path": "d"}, "path=d: with a mixture it is None; name all"),
         ({"batch_tokens": "0"}, "batch_tokens=0 must be at least 1"),
     ],
 )

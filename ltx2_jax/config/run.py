@@ -60,7 +60,7 @@ class DataConfig:
             return
         if self.path is not None:
             raise UserError(
-                f"path={self.path}: with a mixture there is none; name all datasets in mixture"
+                f"path={self.path}: with a mixture it is None; name all datasets in mixture"
             )
         for folder, share in self.mixture:
             if not 0 < share < math.inf:
