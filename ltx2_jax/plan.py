@@ -139,6 +139,8 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
     request = planning.request_of(
         config, num_frames=args.frames, height=args.height, width=args.width
     )
+    if args.what == "train":
+        config = planning.for_clips(config, request)
     if args.hosts:
         return planning.plan_hosts(config, request, args.topology)
     rows = TO_COMPILE if args.compile is None else args.compile

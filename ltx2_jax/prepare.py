@@ -67,9 +67,11 @@ example:
 
 def main(args: argparse.Namespace) -> int:
     """Prepare, by all processes; or what one of them does alone."""
+    made = not (args.inspect or args.verify or args.from_precomputed or args.to_precomputed)
     for flag, given, where in (
         ("--sheet", args.sheet and not (args.inspect or args.verify), "--inspect or --verify"),
         ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
+        ("--trigger", args.trigger is not None and not made, "a TABLE of captions"),
     ):
         if given:
             raise UserError(f"{flag}: only with {where}")
@@ -140,6 +142,7 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
         incomplete=args.incomplete,
         reference_downscale=args.reference_downscale,
         reference_slowdown=args.reference_slowdown,
+        trigger=args.trigger,
     )
 
 
@@ -342,6 +345,12 @@ def _caption_flags(parser: argparse.ArgumentParser) -> None:
         help="keeps features of captions; a released text encoder is loaded for new ones only",
     )
     text.add_argument(
+        "--trigger",
+        metavar="WORD",
+        type=_word,
+        help="put before every caption, for a LoRA that is to hear it; dropped captions are empty",
+    )
+    text.add_argument(
         "--text-length", type=count, help=f"tokens (32; {LENGTH} with a released text encoder)"
     )
     text.add_argument("--vocab-size", type=count, help="at most, of the small one (512)")
@@ -403,6 +412,12 @@ def _official_flags(parser: argparse.ArgumentParser) -> None:
         help="of --from-precomputed: a clip needs a file in each (default: those there are of "
         "latents, audio_latents and conditions)",
     )
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a word is needed")
+    return text.strip()
 
 
 def _part(text: str) -> tuple[int, int]:

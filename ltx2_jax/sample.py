@@ -264,9 +264,10 @@ def all_prompts(
       UserError: no prompts for a model of other clips than the synthetic ones; too few clips.
     """
     if not prompts:
-        if config.data.path is not None:
+        if config.data.folders:
+            given = ", ".join(folder for folder, _ in config.data.folders)
             raise UserError(
-                f"give a prompt: this model was trained on {config.data.path}, and only for the "
+                f"give a prompt: this model was trained on {given}, and only for the "
                 "synthetic clips can captions be made up"
             )
         return synthetic.captions(config.data.synthetic, settings.num_clips, settings.seed)

@@ -1,6 +1,7 @@
 """Train from a config file, resume, and end with clips: python -m ltx2_jax.train --help."""
 
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import SYNC_LAG, Config
-from ltx2_jax.data.records import Records
+from ltx2_jax.data.mixtures import Dataset, sources_of
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
@@ -62,7 +63,7 @@ def main(config: Config) -> int:
     started = time.perf_counter()
     given = wishes_of(config)
 
-    def make_clips(weights: Any, records: Records, step: int) -> Shown | None:
+    def make_clips(weights: Any, records: Dataset, step: int) -> Shown | None:
         workdir, mesh = location(config.workdir), jax.sharding.get_mesh()
         # A released text encoder is loaded for the first clips, and for those after them no more.
         cached = config.text.release != "random" and not in_bucket(workdir)
@@ -82,7 +83,7 @@ def main(config: Config) -> int:
             sheet = on_the_way(config, clips, prompts, step)
         return shown(clips, prompts, sheet)
 
-    def check_clips(records: Records) -> None:
+    def check_clips(records: Dataset) -> None:
         if given and any(wish.given for wish in given):
             codec, schema = load_codec(records.codec_path), records.schema
             size, reads = ClipSize.of(schema), references_of(config, schema)
@@ -129,12 +130,12 @@ def on_the_way(
 
 
 def at_the_end(
-    config: Config, clips: list[Clip], prompts: list[str], records: Records
+    config: Config, clips: list[Clip], prompts: list[str], records: Dataset
 ) -> epath.Path | None:
     """The last clips: files, a contact sheet, and how well sound and picture agree."""
     sheet = write_clips(clips, prompts, location(config.workdir))
     # The measure is made for the synthetic clips.
-    if config.data.path is None and config.validation.prompts is None:
+    if not config.data.folders and config.validation.prompts is None:
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
         seen = [records[i] for i in range(min(len(clips), len(records)))]
@@ -168,12 +169,14 @@ def wishes_of(config: Config) -> list[Wish] | None:
     return asked
 
 
-def fresh_prompts(config: Config, records: Records) -> list[str]:
-    """Captions of the synthetic clips' grammar, or the first ones of the dataset."""
-    if config.data.path is None:
+def fresh_prompts(config: Config, records: Dataset) -> list[str]:
+    """Captions of the synthetic clips' grammar, or the first ones of every dataset, in turns."""
+    if not config.data.folders:
         clips, seed = config.data.synthetic, config.sample.seed
         return synthetic.captions(clips, config.sample.num_clips, seed)
-    return [records[i]["caption"] for i in range(min(config.sample.num_clips, len(records)))]
+    sources, count = sources_of(records), config.sample.num_clips
+    turns = ((source, i) for i in range(count) for source in sources if i < len(source))
+    return [source[i]["caption"] for source, i in itertools.islice(turns, count)]
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

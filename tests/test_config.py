@@ -272,6 +272,45 @@ def test_a_flag_that_would_not_be_read_is_refused(flags, why):
     assert f"is not used: {why}" in refused(lambda: change(**flags))
 
 
+MIXTURE = "('a/b', 0.75), ('c', 0.25)"
+
+
+def test_a_mixture_is_datasets_and_their_shares():
+    data = change(data__mixture=MIXTURE, data__batch_tokens="5000").data
+    assert data.mixture == data.folders == (("a/b", 0.75), ("c", 0.25))
+    assert data.batch_tokens == 5000
+    assert change(data__path="a/b").data.folders == (("a/b", 1.0),)
+    assert change().data.folders == ()
+    # What a training at the moment reads of itself: three thirds, and whole numbers.
+    assert change(data__mixture="[('a', 0.333), ('b', 0.333), ('c', 0.333)]").data.mixture
+    assert change(data__mixture="('a', 1),").data.mixture == (("a", 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixture": "('a', 3), ('b', 1)"}, "mixture: the shares add up to 4, not to 1"),
+        ({"mixture": "('a', 0.5), ('b', 0.6)"}, "mixture: the shares add up to 1.1, not to 1"),
+        ({"mixture": "('a', 1.5), ('b', -0.5)"}, "mixture: the share -0.5 of 'b' is not above 0"),
+        ({"mixture": "('a', 1), ('b', 0)"}, "mixture: the share 0 of 'b' is not above 0"),
+        ({"mixture": "('a', 0.5), ('a/', 0.5)"}, "mixture: 'a' is named twice"),
+        ({"mixture": MIXTURE, "path": "d"}, "path=d: with a mixture it is None; name all"),
+        ({"batch_tokens": "0"}, "batch_tokens=0 must be at least 1"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_by_field(fields, message):
+    flags = {f"data.{name}": text for name, text in fields.items()}
+    assert refused(load, QUICKSTART, flags).startswith(f"--config.data: {message}")
+
+
+def test_a_mixture_is_a_given_dataset():
+    flags = {"data__mixture": MIXTURE, "data__codec__video_channels": "3"}
+    why = "is not used: the dataset is given (data.mixture=a/b, c)"
+    assert refused(lambda: change(**flags)).endswith(why)
+    message = refused(load, QUICKSTART, {"data.mixture": "'a', 'b'"})
+    assert message.endswith("expected tuple[tuple[str, float], ...]")
+
+
 def test_a_config_made_from_another_says_its_mistake_once():
     path = str(Path(QUICKSTART).with_name("ltx2_5_22b.py"))
     message = refused(load, f"{path}:v4")

@@ -49,9 +49,11 @@ def changed(config: Config, overrides: dict[str, str]) -> Config:
 def _check_used(config: Config, overrides: dict[str, str]) -> None:
     """UserError for a flag that this config would accept and never read."""
     idle = {}
-    if config.data.path is not None:
+    if config.data.folders:
         made = ("data.synthetic.", "data.codec.", "text.encoder.")
-        idle = dict.fromkeys(made, f"the dataset is given (data.path={config.data.path})")
+        given = ", ".join(folder for folder, _ in config.data.folders)
+        name = "path" if config.data.path is not None else "mixture"
+        idle = dict.fromkeys(made, f"the dataset is given (data.{name}={given})")
     for name, readers in {
         "start_fraction": ("linear",),
         "final_fraction": ("linear", "cosine", "cosine_with_restarts"),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
@@ -38,18 +39,45 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: a folder written by `prepare`, or a synthetic set rendered first."""
+    """What is trained on: folders written by `prepare`, or a synthetic set rendered first."""
 
     path: str | None = None  # dataset folder; None: rendered and prepared under the workdir
+    # In place of path, several folders, and what share of the examples comes from each; together 1.
+    mixture: tuple[tuple[str, float], ...] = ()
     cache: str | None = None  # folder on a disk of every host, for the copy of one in a bucket
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if path is None
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if no folder is given
     codec: LinearCodecConfig = field(default_factory=LinearCodecConfig)  # fitted to it
     release: str = "linear"  # whose latents: of a linear codec, or of "2.0", "2.3", "2.5"
     batch_size: int = 16  # clips per step over all hosts
+    # Of video and audio in a step, at most: every size of clips has batches of its own, of as many
+    # times batch_size clips as fit. None: batch_size clips, of whatever size.
+    batch_tokens: int | None = None
     read_threads: int = 2
 
     def __post_init__(self):
         check_least(self, batch_size=1, read_threads=0)
+        if self.batch_tokens is not None:
+            check_least(self, batch_tokens=1)
+        if not self.mixture:
+            return
+        if self.path is not None:
+            raise UserError(
+                f"path={self.path}: with a mixture it is None; name all datasets in mixture"
+            )
+        for folder, share in self.mixture:
+            if not 0 < share < math.inf:
+                raise UserError(f"mixture: the share {share:g} of {folder!r} is not above 0")
+        names = [str(Path(folder)) for folder, _ in self.mixture]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"mixture: {twice[0]!r} is named twice; give it one share")
+        total = sum(share for _, share in self.mixture)
+        if abs(total - 1) > 0.005:  # such as three times 0.333
+            raise UserError(f"mixture: the shares add up to {total:g}, not to 1")
+
+    @property
+    def folders(self) -> tuple[tuple[str, float], ...]:
+        """The datasets that are given, and the share of each; none if clips are synthetic."""
+        return self.mixture if self.path is None else ((self.path, 1.0),)
 
 
 @dataclass(frozen=True)

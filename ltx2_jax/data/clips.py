@@ -50,6 +50,7 @@ class PrepareConfig:
       incomplete: takes clips that lack a stream: silent films, sound alone, images.
       reference_downscale, reference_slowdown: how many times smaller, and slower, `reference_video`
         is than its clip.
+      trigger: a word put before every caption of the table.
     """
 
     num_frames: int
@@ -66,6 +67,7 @@ class PrepareConfig:
     incomplete: bool = False
     reference_downscale: int = 1
     reference_slowdown: int = 1
+    trigger: str | None = None
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:

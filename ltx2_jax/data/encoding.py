@@ -90,7 +90,8 @@ def prepare_dataset(
             if process == 0:
                 print(f"{out}: {len(made)} records are there already, made with the same settings")
             return made
-    work = Work(rows, config, codec, text_encoder, process, processes)
+    read = [row.triggered(config.trigger) for row in rows]
+    work = Work(read, config, codec, text_encoder, process, processes)
     with Staging(out, settings, process=process, overwrite=overwrite) as staging:
         try:
             if process == 0 and made is not None and staging.read_json(READY) is None:
@@ -158,7 +159,7 @@ def checked(config: PrepareConfig, codec: Codec | LinearCodecConfig) -> PrepareC
 
 
 _ONCE = {"buckets": (), "stride": None, "scenes": False, "incomplete": False,
-         "reference_downscale": 1, "reference_slowdown": 1}  # fmt: skip
+         "reference_downscale": 1, "reference_slowdown": 1, "trigger": None}  # fmt: skip
 
 
 def _settings(

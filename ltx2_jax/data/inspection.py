@@ -38,6 +38,8 @@ def describe(records: Dataset) -> Iterator[str]:
         )
         if lacking:
             yield f"{lacking} records without {stream}"
+    if (trigger := records.settings.get("trigger")) is not None:
+        yield f"every caption begins with {trigger!r}"
     lengths = _text_lengths(records)
     if len(lengths):
         low, middle, high = (int(np.percentile(lengths, p)) for p in (0, 50, 100))

@@ -18,7 +18,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from ltx2_jax.data.order import BatchSize, Mixture, Order, Source
+from ltx2_jax.data.mixtures import Mixture, Source
+from ltx2_jax.data.order import BatchSize, Order
 from ltx2_jax.data.records import open_records
 
 
@@ -51,7 +52,7 @@ def make_dataset(
       threads: that read ahead; 0 reads in the caller's thread.
 
     Raises:
-      UserError: `open_records` refuses the folder, it is empty, or a batch size is below 1.
+      UserError: `open_records` refuses the folder, it is empty, or a batch has no clips.
     """
     records = open_records(source) if isinstance(source, str | os.PathLike) else source
     order = Order(records, batch_size, seed, shuffle)

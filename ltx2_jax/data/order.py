@@ -7,60 +7,23 @@ step knows the batch, whatever the number of hosts and wherever the run began.
 """
 
 import dataclasses
-import itertools
+import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import ml_dtypes  # noqa: F401  (names bfloat16 to numpy)
 import numpy as np
 
+from ltx2_jax.data.mixtures import Mixture, Source, name_of
 from ltx2_jax.data.schema import BucketFields
 from ltx2_jax.errors import UserError
 
-Source = Sequence[dict[str, Any]]  # records, such as `data.records.Records`
 BatchSize = int | Callable[[BucketFields], int]
 
 # Multiples of the golden section of a turn, in 2**64ths of it, are spread evenly: any stretch of
 # steps has every kind as often as its share says, give or take one or two.
 _TURN = np.uint64(0x9E3779B97F4A7C15)
-# What all parts of a mixture must have alike, and for which makers if not for all.
-_SAME = {
-    "release": None,
-    "text_release": None,
-    "codec_hash": ("release", "linear"),
-    "text_encoder_hash": ("text_release", "random"),
-}
 _BLOCK = 4096  # steps whose kinds are counted at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """Several datasets, and the share of the examples that comes from each.
-
-    Attributes:
-      sources: the datasets.
-      weights: of each, above 0; only their ratios count.
-    """
-
-    sources: Sequence[Source]
-    weights: Sequence[float]
-
-    def __post_init__(self):
-        if len(self.sources) != len(self.weights) or not self.sources:
-            raise UserError(f"{len(self.weights)} weights for {len(self.sources)} datasets")
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            if not 0 < weight < float("inf"):
-                raise UserError(f"{source!r}: its weight {weight} is not above 0")
-        known = [source for source in self.sources if getattr(source, "schema", None) is not None]
-        for (name, made), source in itertools.product(_SAME.items(), known):
-            ours, first = (getattr(x.schema, name) for x in (source, known[0]))
-            # A file that names released ones says where they lie: that may differ.
-            if ours != first and (made is None or getattr(source.schema, made[0]) == made[1]):
-                raise UserError(
-                    f"{source!r}: its {name} is {ours!r}, that of {known[0]!r} is {first!r}: "
-                    "they cannot be mixed"
-                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +59,7 @@ class Order:
           seed, shuffle: False keeps the order of the records within a kind.
 
         Raises:
-          UserError: a dataset has no records; a batch size is below 1.
+          UserError: a dataset has no records; a batch has no clips.
         """
         if not isinstance(data, Mixture):
             data = Mixture([data], [1.0])
@@ -104,7 +67,7 @@ class Order:
         steps = []
         for source, weight in zip(data.sources, data.weights, strict=True):
             if len(source) == 0:
-                raise UserError(f"{source!r}: the dataset has no records")
+                raise UserError(f"{name_of(source)}: the dataset has no records")
             for kind in _kinds(source, batch_size):
                 self.kinds.append(kind)
                 # A dataset's examples are shared by its sizes as its records are.
@@ -129,6 +92,10 @@ class Order:
         size = kind.batch_size
         rows = self._rows(number, np.arange(place * size, (place + 1) * size))
         return kind, rows, _draws(size, self._seed, 1, step)
+
+    def kind(self, step: int) -> Kind:
+        """What the batch of a step is of."""
+        return self.kinds[self._place(step)[0]]
 
     def _place(self, step: int) -> tuple[int, int]:
         """The kind of a step, and which of its batches it takes."""
@@ -186,9 +153,12 @@ def _kinds(source: Source, batch_size: BatchSize) -> list[Kind]:
     kinds = []
     for bucket, records in parts:
         if len(records):
-            size = batch_size(bucket) if callable(batch_size) else batch_size
+            try:
+                size = batch_size(bucket) if callable(batch_size) else batch_size
+            except UserError as error:
+                raise UserError(f"{name_of(source)}: {error}") from None
             if size < 1:
-                raise UserError(f"batch_size {size} is not above 0")
+                raise UserError(f"{name_of(source)}: batch_size {size} is not above 0")
             kinds.append(Kind(source, records, size, bucket))
     return kinds
 
@@ -203,18 +173,33 @@ def _draws(count: int, seed: int, purpose: int, *place: int) -> np.ndarray:  # [
     return np.random.Generator(generator).random(count)
 
 
-def by_tokens(tokens: int, multiple: int = 1) -> Callable[[BucketFields], int]:
-    """Batch sizes with about so many tokens, of video and audio together, in every batch.
+def clip_tokens(bucket: BucketFields) -> int:
+    """Of video and audio together."""
+    video = bucket.fields["video"].shape[:3] if "video" in bucket.fields else (0,)
+    audio = bucket.fields["audio"].shape[0] if "audio" in bucket.fields else 0
+    return math.prod(video) + audio
+
+
+def by_tokens(
+    tokens: int, multiple: int = 1, count: Callable[[BucketFields], int] = clip_tokens
+) -> Callable[[BucketFields], int]:
+    """Batch sizes with so many tokens in every batch, or as few less as can be.
 
     Args:
-      tokens: of a batch; it has at least `multiple` clips, however long these are.
-      multiple: what batch sizes must divide by: the mesh's data axis times the micro-batches.
+      tokens: of a batch, at most.
+      multiple: what batch sizes divide by. Where that does not depend on the mesh, such as a
+        multiple of its data axis times the micro-batches, the batches do not either.
+      count: tokens of a clip.
+
+    The function that is returned raises UserError where so many tokens make no batch.
     """
 
     def size(bucket: BucketFields) -> int:
-        video = bucket.fields["video"].shape[:3] if "video" in bucket.fields else (0,)
-        audio = bucket.fields["audio"].shape[0] if "audio" in bucket.fields else 0
-        clip = int(np.prod(video)) + audio
-        return max(1, tokens // (clip * multiple)) * multiple
+        least = multiple * count(bucket)
+        if tokens < least:
+            raise UserError(
+                f"{multiple} clips of {bucket} have {least:,} tokens, a batch has {tokens:,}"
+            )
+        return tokens // least * multiple
 
     return size

@@ -46,6 +46,13 @@ class Row:
         """All texts, with their weights."""
         return (self.caption, self.weight), *self.more_captions
 
+    def triggered(self, word: str | None) -> "Row":
+        """With a word before each of its texts, as the official script puts it there."""
+        if word is None:
+            return self
+        more = tuple((f"{word} {text}", weight) for text, weight in self.more_captions)
+        return dataclasses.replace(self, caption=f"{word} {self.caption}", more_captions=more)
+
     @property
     def has_more(self) -> bool:
         """Whether it says more than a film and a caption."""

@@ -11,7 +11,7 @@ The one door: `BENCHES` are behind `python -m ltx2_jax.bench`, all else behind
 from ltx2_jax.planning.bench import BENCHES
 from ltx2_jax.planning.clip import CLIPS, plan_clip
 from ltx2_jax.planning.hosts import plan_hosts
-from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
+from ltx2_jax.planning.programs import DEFAULT_SIZE, for_clips, request_of
 from ltx2_jax.planning.reports import describe
 from ltx2_jax.planning.search import search_plans, search_samples
 from ltx2_jax.planning.text import TEXT_ENCODERS, plan_text
@@ -25,6 +25,7 @@ __all__ = [
     "TEXT_ENCODERS",
     "VAES",
     "describe",
+    "for_clips",
     "plan_clip",
     "plan_hosts",
     "plan_sample",

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ltx2_jax.config import Config
+from ltx2_jax.data.mixtures import merged
 from ltx2_jax.data.records import read_schema
-from ltx2_jax.data.schema import Schema
+from ltx2_jax.data.schema import BucketFields, Field, Schema
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
@@ -20,6 +21,7 @@ from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, batch_shards, sharding_of
 from ltx2_jax.training import checks, initial
 from ltx2_jax.training.batch import abstract_batch, abstract_text
+from ltx2_jax.training.examples import batch_size
 from ltx2_jax.training.state import State, init_state
 from ltx2_jax.training.step import make_train_step
 
@@ -33,17 +35,17 @@ DEFAULT_SIZE = ClipSize(121, 704, 1280, 24.0)
 def request_of(config: Config, **given: int | None) -> Request:
     """The latents of one clip: of `given` num_frames, height, width, else as the config's data.
 
-    Sizes that are not given are those of the dataset at `data.path` if there is one, of the
-    synthetic clips if there is no path, else 121 frames of 1280x704.
+    Sizes that are not given are the largest of the datasets that the config names, as far as they
+    are here, of the synthetic clips if it names none, else 121 frames of 1280x704.
 
     Raises:
       UserError: a size that the codec cannot encode; a dataset or a codec whose latents or text
         features the model does not take.
     """
-    path, codec = config.data.path, config.data.codec
-    synthetic, schema = config.data.synthetic, _schema(path)
+    codec, synthetic = config.data.codec, config.data.synthetic
     checks.check_text(config)
-    if path is None:
+    schema = _schema(config)
+    if not config.data.folders:
         checks.check_codec(config)
         size = ClipSize(synthetic.num_frames, synthetic.height, synthetic.width, synthetic.fps)
         strides, bins = codec.video_strides, 1
@@ -51,7 +53,6 @@ def request_of(config: Config, **given: int | None) -> Request:
     else:
         size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
     if schema is not None:
-        checks.check_schema(config, schema, Path(path))
         if "video" in schema.fields:
             size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
             frames, rows, columns, _ = schema.fields["video"].shape
@@ -76,8 +77,28 @@ def request_of(config: Config, **given: int | None) -> Request:
     )
 
 
-def _schema(path: str | None) -> Schema | None:
-    return read_schema(path) if path is not None and Path(path).is_dir() else None
+def _schema(config: Config) -> Schema | None:
+    """Of the datasets that are given, as far as they are here; None if none is."""
+    schemas = {folder: read_schema(folder) for folder, _ in config.data.folders
+               if Path(folder).is_dir()}  # fmt: skip
+    for folder, schema in schemas.items():
+        checks.check_schema(config, schema, Path(folder), whole=not config.data.mixture)
+    return merged(list(schemas.values())) if schemas else None
+
+
+def for_clips(config: Config, request: Request) -> Config:
+    """`config` with the batch size that `data.batch_tokens` gives clips of one size.
+
+    Raises:
+      UserError: it gives them none.
+    """
+    if config.data.batch_tokens is None:
+        return config
+    video, audio = Field("float32", request.video_shape), Field("float32", (request.audio_length,))
+    fields = {"video": video, "audio": audio, "video_reference": video, "audio_reference": audio}
+    clips = BucketFields(*pixels_of(request), request.fps, fields)
+    data = dataclasses.replace(config.data, batch_size=batch_size(config)(clips), batch_tokens=None)
+    return dataclasses.replace(config, data=data)
 
 
 def pixels_of(request: Request) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ A stream that is absent from a run need not be in its batches. The text fields
 (`models.ltx2.TEXT_FIELDS`) without their first axis are those of one caption.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ import numpy as np
 from jax import Array
 
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import Records
+from ltx2_jax.data.order import Kind
 from ltx2_jax.data.schema import Field
 from ltx2_jax.sharding import sharding_of
 
@@ -54,22 +54,23 @@ def place(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
 
 
 def batches_of(
-    records: Records, batch_size: int, mesh: jax.sharding.Mesh
+    kinds: Sequence[Kind], mesh: jax.sharding.Mesh
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """What `place` gives of every size of clips in a dataset: shapes, dtypes and shardings."""
+    """What `place` gives of every kind of batches: shapes, dtypes and shardings."""
 
-    def shape(field: Field) -> jax.ShapeDtypeStruct:
+    def shape(field: Field, rows: int) -> jax.ShapeDtypeStruct:
         dtype = jax.dtypes.canonicalize_dtype(field.dtype)
         sharding = sharding_of(mesh, "batch", *[None] * len(field.shape))
-        return jax.ShapeDtypeStruct((batch_size, *field.shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((rows, *field.shape), dtype, sharding=sharding)
 
     return [
         {
-            name: shape(field)
-            for name, field in bucket.fields.items()
+            name: shape(field, kind.batch_size)
+            for name, field in kind.bucket.fields.items()
             if field.dtype != "str" and name != "id"
         }
-        for bucket in records.schema.buckets
+        for kind in kinds
+        if kind.bucket is not None
     ]
 
 

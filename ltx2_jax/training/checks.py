@@ -19,14 +19,15 @@ import jax
 
 from ltx2_jax import hosts
 from ltx2_jax.config import Config
-from ltx2_jax.data.records import INDEX_NAME, Records, open_records, read_schema
+from ltx2_jax.data.mixtures import Dataset, Mixture, index_of, open_datasets, sources_of
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.data.schema import BucketFields, Schema
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.fields import difference, flat
 from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import batch_shards
-from ltx2_jax.training import housekeeping, initial, objective, runs
+from ltx2_jax.training import examples, housekeeping, initial, objective, runs
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -43,15 +44,10 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
         if config.check.sdc_every and mesh.devices.flat[0].platform != "tpu":
             raise UserError("check.sdc_every: the checker is the TPU compiler's; no TPU is here")
         check_text(config)
-        if config.data.path is None:
+        if not config.data.folders:
             check_synthetic(config, mesh)
             return
-        if "://" in config.data.path:
-            raise UserError(f"data.path={config.data.path}: a dataset is read from a folder alone")
-        records = open_records(config.data.path)
-        check_records(config, records, mesh)
-        if len(records):
-            records[0]
+        check_data(config, mesh)
 
     # One after the other: Orbax, which reads the stored config, waits for all hosts itself.
     hosts.agree(fits)
@@ -60,6 +56,18 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
         hosts.agree(lambda: check_same_run(config, stored, config.workdir))
     if stored is None or stored.init_from is None or config.tune is not None:
         hosts.agree(lambda: initial.check(config))
+
+
+def check_data(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the datasets that are given fit the run and each other."""
+    data = open_datasets(config.data.folders)
+    for records in sources_of(data):
+        check_records(config, records, mesh, whole=not config.data.mixture)
+        if len(records):
+            records[0]
+    if config.data.mixture:
+        check_schema(config, data.schema, "data.mixture")
+    examples.Examples(config, data, mesh)  # every size has a batch
 
 
 def check_mesh(heads: int, video_tokens: int, mesh: jax.sharding.Mesh) -> None:
@@ -93,12 +101,13 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
 def check_text(config: Config) -> None:
     """UserError unless text features fit the connectors, and these the transformer."""
     text, model, encoder = config.text, config.model, config.text.encoder
-    if config.data.path is None and config.data.release != "linear":
+    made = not config.data.folders
+    if made and config.data.release != "linear":
         raise UserError(
             f"data.release={config.data.release!r}: synthetic clips have latents of a 'linear' "
             "codec; data.path names a dataset with others"
         )
-    if config.data.path is None and text.release != "random":
+    if made and text.release != "random":
         raise UserError(
             f"text.release={text.release!r}: synthetic clips have 'random' text features; "
             "data.path names a dataset with others"
@@ -111,7 +120,7 @@ def check_text(config: Config) -> None:
         if getattr(model, context) != width:
             raise UserError(f"{connector}, but model.{context}={getattr(model, context)}")
         features = getattr(encoder, f"{stream}_dim") or encoder.video_dim
-        if config.data.path is None and features != width:
+        if made and features != width:
             raise UserError(f"{connector}, but text.encoder.{stream}_dim={features}")
 
 
@@ -137,9 +146,11 @@ def check_codec(config: Config) -> None:
             )
 
 
-def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> None:
+def check_records(
+    config: Config, records: Dataset, mesh: jax.sharding.Mesh, whole: bool = True
+) -> None:
     """UserError unless the records fit the model's channels and text, and the mesh their tokens."""
-    check_schema(config, records.schema, records.folder)
+    check_schema(config, records.schema, records.folder, whole)
     for bucket in records.schema.buckets:
         for name in ("video", "video_reference"):
             if name in bucket.fields and "video" in config.flow.streams:
@@ -147,8 +158,11 @@ def check_records(config: Config, records: Records, mesh: jax.sharding.Mesh) -> 
                 check_mesh(config.model.num_heads, math.prod(grid), mesh)
 
 
-def check_schema(config: Config, schema: Schema, folder: Path) -> None:
-    """UserError unless the records of a dataset fit the model's channels and text."""
+def check_schema(config: Config, schema: Schema, folder: Path | str, whole: bool = True) -> None:
+    """UserError unless the records of a dataset fit the model's channels and text.
+
+    One that is not the `whole`, but a part of a mixture, may lack a stream that others have.
+    """
     factors = set()
     for bucket in schema.buckets:
         shapes = {name: field.shape for name, field in bucket.fields.items()}
@@ -167,7 +181,8 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
             "learns one"
         )
     held = {name for bucket in schema.buckets for name in bucket.fields}
-    if missing := [name for name in config.flow.generated if name not in held]:
+    missing = [name for name in config.flow.generated if name not in held]
+    if whole and missing:
         raise UserError(
             f"{folder}: flow.{missing[0]}.role=generated: there is no {missing[0]} in its records"
         )
@@ -188,7 +203,9 @@ def check_schema(config: Config, schema: Schema, folder: Path) -> None:
     schema.require(folder, **{audio: (text.length, text.audio_connector.width)})
 
 
-def check_channels(config: Config, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def check_channels(
+    config: Config, shapes: Mapping[str, tuple[int, ...]], folder: Path | str
+) -> None:
     """UserError unless latents of these shapes, by stream, have the model's channels."""
     kinds = {"video": (4, 1, "in_channels"), "audio": (3, 2, "audio_in_channels")}
     for name, shape in shapes.items():
@@ -210,7 +227,7 @@ def strides_of(bucket: BucketFields) -> tuple[int, int, int]:
     return 1, bucket.height // rows, bucket.width // columns
 
 
-def check_same_makers(records: Records, assets: Path) -> None:
+def check_same_makers(records: Dataset, assets: Path) -> None:
     """UserError unless the records' latents and features are of the kind trained on so far."""
     schema = read_schema(assets)
     records.require(codec_hash=schema.codec_hash, text_encoder_hash=schema.text_encoder_hash)
@@ -219,7 +236,7 @@ def check_same_makers(records: Records, assets: Path) -> None:
 def check_same_run(config: Config, stored: Config, workdir: str | Path) -> None:
     """UserError if the checkpoint's weights, moments or examples are not those of this config."""
     changed = difference(stored, config)
-    bound = ("model.", "text.", "seed", "data.batch_size", "data.synthetic", "data.codec", "tune")
+    bound = ("model.", "text.", "seed", "data.batch_", "data.synthetic", "data.codec", "tune")
     bound += ("optim.optimizer", "optim.first_moment_dtype")
     free = ("model.remat", "model.dtype", "model.attention", "tune.rates", "tune.resident")
     refused = [line for line in changed if line.startswith(bound) and not line.startswith(free)]
@@ -271,15 +288,19 @@ def _code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def same_dataset(records: Records) -> None:
+def same_dataset(data: Dataset) -> None:
     """UserError unless all hosts read the same index and shards of the same size."""
     if hosts.count() == 1:
         return
-    index = (records.folder / INDEX_NAME).read_bytes()
-    values = {"the index of the dataset": hashlib.sha256(index).hexdigest()[:16]}
-    for path in sorted(records.folder.iterdir()):
-        if path.suffix == ".arrayrecord":
-            values[f"the size of {path.name}"] = str(path.stat().st_size)
+    values, several = {}, isinstance(data, Mixture)
+    for records in sources_of(data):
+        what = str(records.folder) if several else "the dataset"
+        index = hashlib.sha256(index_of(records)).hexdigest()
+        values[f"the index of {what}"] = index[:16]
+        for path in sorted(records.folder.iterdir()):
+            if path.suffix == ".arrayrecord":
+                name = str(path) if several else path.name
+                values[f"the size of {name}"] = str(path.stat().st_size)
     hosts.same_everywhere(values)
 
 
@@ -311,6 +332,8 @@ class Health:
             return
         self.bad, self._in_a_row = self.bad + 1, self._in_a_row + 1
         clips = ", ".join(map(str, all_ids(rows).values()))
+        if "dataset" in rows.labels:
+            clips += f" of {rows.labels['dataset']}"
         hosts.say(
             f"step {step} changed nothing: loss {values['loss']:g}, grad_norm "
             f"{values['grad_norm']:g}; {self.bad} such steps so far; its clips: {clips}"

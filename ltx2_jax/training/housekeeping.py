@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import location
 from ltx2_jax.sharding import sharding_of
+from ltx2_jax.training.examples import Share
 
 # Seconds before a read is tried again.
 RETRIES = (0.5, 1.0, 2.0, 4.0)
@@ -91,13 +92,16 @@ class Rows:
     waited: float  # seconds
     # Of a clip, by field.
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    size: int = 0  # of the global batch
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of its size and dataset
 
     @classmethod
-    def of(cls, batch: dict[str, np.ndarray], numbers: tuple[int, ...], reader: Reader) -> "Rows":
+    def of(cls, batch: dict[str, np.ndarray], share: Share, reader: Reader) -> "Rows":
         """Of what `reader` has just read."""
         ids = tuple(int(i) for i in batch.get("id", ()))
         shapes = {name: np.shape(x)[1:] for name, x in batch.items()}
-        return cls(ids, numbers, reader.position, reader.waited, shapes)
+        place = reader.position, reader.waited
+        return cls(ids, share.numbers, *place, shapes, share.size, share.labels)
 
     def waits(self) -> dict[str, float]:
         """For the log: how long this host waited, and which of all waits longest these days."""

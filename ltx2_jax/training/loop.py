@@ -6,7 +6,6 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -27,18 +26,20 @@ from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
 from ltx2_jax.data.fetching import local_dataset
 from ltx2_jax.data.loader import make_dataset, seek
-from ltx2_jax.data.records import INDEX_NAME, Records, open_records
+from ltx2_jax.data.mixtures import Dataset, index_of, open_datasets, sources_of
+from ltx2_jax.data.records import INDEX_NAME, open_records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacing
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, goodput, initial, objective, trainable, validation
+from ltx2_jax.training import checks, goodput, initial, trainable, validation
 from ltx2_jax.training.batch import batches_of, place
 from ltx2_jax.training.boards import Shown, WeightsAndBiases, weights_and_biases
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
+from ltx2_jax.training.examples import Examples, batch_size, clip_tokens
 from ltx2_jax.training.housekeeping import (
     Profile,
     Reader,
@@ -57,13 +58,13 @@ from ltx2_jax.training.workdir import opened
 
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps. What
 # process 0 gives of them is shown where the metrics are.
-MakeClips = Callable[[Any, Records, int], Shown | None]
+MakeClips = Callable[[Any, Dataset, int], Shown | None]
 
 
 def train(
     config: Config,
     make_clips: MakeClips,
-    check_clips: Callable[[Records], None] = lambda records: None,
+    check_clips: Callable[[Dataset], None] = lambda records: None,
 ) -> int:
     """Trains, resumes, and hands the weights to `make_clips`; see `Config`. Returns an exit code.
 
@@ -158,7 +159,7 @@ def take_steps(
     config: Config,
     state: State,
     start: int,
-    records: Records,
+    records: Dataset,
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     clips: Callable[[State, int], Shown | None],
@@ -172,7 +173,7 @@ def take_steps(
     """
     codec = load_codec(records.codec_path)
     make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
-    numbers = rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size)
+    examples = Examples(config, records, mesh)
     null_text = on_all_devices(records.empty_caption(), mesh)
     taken = checkpoints.data_position(start) if start else 0
     reader = Reader(partial(batches, config, records, mesh), taken, config)
@@ -197,7 +198,7 @@ def take_steps(
             batch = reader.next(step + 1)
         args = state, place(batch, mesh), *beside
         with goodput.part("compile"):
-            sizes = batches_of(records, config.data.batch_size, mesh)
+            sizes = batches_of(examples.kinds, mesh)
             train_step = Steps(config, make_step, args, sizes)
             again = Replay(config, make_step, args, sizes)
             finite = compiled("the check of the weights", config, finite_program(), state)
@@ -209,7 +210,7 @@ def take_steps(
                 again.before(step + 1, args)
                 state, metrics = train_step(step + 1, *args)
                 step += 1
-                rows = Rows.of(batch, numbers, reader)
+                rows = Rows.of(batch, examples.share(reader.position - 1), reader)
                 # While the devices work: the next batch, then the log of the step before.
                 with goodput.waiting_for_data(metrics):
                     batch = reader.next(step + 1)
@@ -266,7 +267,7 @@ def _shown(
 
 
 def _clips(
-    config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
+    config: Config, make_clips: MakeClips, records: Dataset, frozen: Any, state: State, step: int
 ) -> Shown | None:
     weights = _weights(config, state, frozen)
     with goodput.part("sampling"):
@@ -282,7 +283,7 @@ def last_clips(
     config: Config,
     make_clips: MakeClips,
     weights: Any,
-    records: Records,
+    records: Dataset,
     step: int,
     board: WeightsAndBiases | None = None,
 ) -> None:
@@ -312,26 +313,26 @@ def last_clips(
 def with_data_here(config: Config) -> Config:
     """The config, its datasets in buckets copied to this host and named as they are here."""
 
-    def fetched(part: Any) -> Any:
-        if part.path is None:
-            return part
-        return dataclasses.replace(part, path=local_dataset(part.path, config.data.cache))
+    def fetched(folder: str | None) -> str | None:
+        return None if folder is None else local_dataset(folder, config.data.cache)
 
-    def fetch() -> dict[str, Any]:
-        return {name: fetched(getattr(config, name)) for name in ("data", "validation")}
+    def fetch() -> Config:
+        mixture = tuple((fetched(folder), share) for folder, share in config.data.mixture)
+        data = dataclasses.replace(config.data, path=fetched(config.data.path), mixture=mixture)
+        held_out = dataclasses.replace(config.validation, path=fetched(config.validation.path))
+        return dataclasses.replace(config, data=data, validation=held_out)
 
     hosts.progress("fetch", seconds=config.watchdog.long_seconds)
-    here = hosts.agree(fetch, config.watchdog.long_seconds, "the dataset is copied to all hosts")
-    return dataclasses.replace(config, **here)
+    return hosts.agree(fetch, config.watchdog.long_seconds, "the dataset is copied to all hosts")
 
 
-def dataset(config: Config, anew: bool = False) -> Records:
+def dataset(config: Config, anew: bool = False) -> Dataset:
     """The records to train on; the synthetic set is rendered and prepared on the first run.
 
     `anew` allows to replace it where other settings than those of this config made it.
     """
-    if config.data.path is not None:
-        return hosts.agree(lambda: open_records(config.data.path))
+    if config.data.folders:
+        return hosts.agree(lambda: open_datasets(config.data.folders))
     folder, shared = data_folder(config.workdir)
 
     def make() -> None:
@@ -375,25 +376,26 @@ def data_folder(workdir: str) -> tuple[Path, bool]:
     return Path(tempfile.gettempdir()) / f"ltx2-jax-{name}-{hosts.index()}" / "data", False
 
 
-def keep_assets(records: Records, assets: epath.Path) -> None:
+def keep_assets(records: Dataset, assets: epath.Path) -> None:
     """Copies what sampling needs of the dataset into the workdir."""
     if hosts.index() == 0:
-        sources = records.codec_path, records.text_encoder_path, records.folder / INDEX_NAME
-        for source in sources:
+        for source in (records.codec_path, records.text_encoder_path):
             with replacing(assets / source.name) as temporary:
                 shutil.copyfile(source, temporary)
+        with replacing(assets / INDEX_NAME) as temporary:
+            temporary.write_bytes(index_of(records))
 
 
 def batches(
-    config: Config, records: Records, mesh: jax.sharding.Mesh, start: int
+    config: Config, records: Dataset, mesh: jax.sharding.Mesh, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The rows of every global batch from step `start` on that the devices of this host hold."""
     examples = iter(
         make_dataset(
             records,
-            batch_size=config.data.batch_size,
+            batch_size=batch_size(config),
             seed=config.seed,
-            rows=rows_of_host(sharding_of(mesh, "batch"), config.data.batch_size),
+            rows=partial(rows_of_host, sharding_of(mesh, "batch")),
             threads=config.data.read_threads,
         )
     )
@@ -426,23 +428,19 @@ def first_state(
 # ------------------------------------------------------------------------------------------ reports
 
 
-def step_timer(config: Config, records: Records) -> StepTimer:
+def step_timer(config: Config, records: Dataset) -> StepTimer:
     """Tokens and FLOPs of a global batch, for throughput and MFU; of the largest clips at first."""
     shapes = {name: field.shape for name, field in records.schema.fields.items()}
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return StepTimer(
-        **work(config, shapes), peak_flops=None if peak is None else peak * jax.device_count()
+        **work(config, shapes, config.data.batch_size),
+        peak_flops=None if peak is None else peak * jax.device_count(),
     )
 
 
-def work(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-    """Tokens and FLOPs of a step on clips with fields of these shapes."""
-    rows, count = config.data.batch_size, dict.fromkeys(("video", "audio"), 0)
-    flow = objective.flow_of(config.flow, shapes)
-    for name in flow.streams:
-        read = [f"{name}_reference" for x in flow.conditions(name) if x.kind == "reference"]
-        for field in (name, *read):
-            count[name] += math.prod(shapes[field][: 3 if name == "video" else 1])
+def work(config: Config, shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, float]:
+    """Tokens and FLOPs of a step on so many clips with fields of these shapes."""
+    count = clip_tokens(config, shapes)
     return {
         "tokens_per_step": rows * sum(count.values()),
         "flops_per_step": rows * trainable.train_flops(config, *count.values()),
@@ -452,7 +450,7 @@ def work(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, flo
 def log(
     logger: MetricsLogger,
     timer: StepTimer,
-    work: Callable[[Mapping[str, tuple[int, ...]]], dict[str, float]],
+    work: Callable[[Mapping[str, tuple[int, ...]], int], dict[str, float]],
     step: int,
     metrics: dict[str, Any],
     rows: Rows,
@@ -464,15 +462,15 @@ def log(
             values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
         else:
             values[name] = float(value)
-    timer.of(**work(rows.shapes))
-    logger.log(step, values | timer.tick() | rows.waits())
+    timer.of(**work(rows.shapes, rows.size))
+    logger.log(step, rows.labels | values | timer.tick() | rows.waits())
     return values
 
 
 def describe(
-    config: Config, records: Records, abstract: Any, mesh: jax.sharding.Mesh, start: int
+    config: Config, records: Dataset, abstract: Any, mesh: jax.sharding.Mesh, start: int
 ) -> None:
-    """What is about to run, in four lines, while the first step compiles."""
+    """What is about to run, in four lines and more of a mixture, while the first step compiles."""
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     trained = "" if config.tune is None else " trained"
@@ -486,6 +484,7 @@ def describe(
         f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
         f"{' and '.join(str(list(schema.fields[name].shape)) for name in held)}"
         f"{f'; and of {more} more sizes' if more else ''}\n"
+        f"{''.join(_parts(config, records, mesh))}"
         f"model    {parameters / 1e6:,.2f} M parameters{trained}, "
         f"{config.model.num_layers} blocks, "
         f"video {config.model.width} and audio {config.model.audio_width} wide\n"
@@ -493,3 +492,12 @@ def describe(
         f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
         f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling"
     )
+
+
+def _parts(config: Config, records: Dataset, mesh: jax.sharding.Mesh) -> Iterator[str]:
+    """A line for every dataset of a mixture, and one for batches of several sizes."""
+    for (folder, share), source in zip(config.data.mixture, sources_of(records), strict=False):
+        yield f"         {share:.1%} of them from {folder}, which has {len(source)}\n"
+    if config.data.batch_tokens is not None:
+        sizes = [kind.batch_size for kind in Examples(config, records, mesh).kinds]
+        yield f"         in batches of {min(sizes)} to {max(sizes)}\n"

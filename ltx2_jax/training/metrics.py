@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ FILE_NAME = "metrics.jsonl"
 _TAIL = 1 << 16
 # What the progress bar has room for; the files get everything.
 SHOWN = ("loss", "video_loss", "audio_loss", "step_time", "mfu")
+# What boards draw of every size of clips and every dataset too, where there are several.
+BY_KIND = ("loss", "video_loss", "audio_loss")
 
 
 class MetricsLogger:
@@ -76,16 +79,23 @@ class MetricsLogger:
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of `step`: names to floats."""
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Record the metrics of `step`: names to floats, or to words that say what they are of."""
         if self._file is None:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        words = {name: value for name, value in metrics.items() if isinstance(value, str)}
+        values = {name: float(value) for name, value in metrics.items() if name not in words}
         safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
         # One write of one line: a kill between two writes would leave a line without its end.
-        self._write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
+        self._write(json.dumps({"step": step, **words, **safe}, allow_nan=False) + "\n")
+        kind = "/".join(word.strip("/") for word in words.values())
+        of_kind = {
+            re.sub(r"[^-/\w.]", "_", f"{name}/{kind}"): values[name]
+            for name in BY_KIND
+            if words and name in values
+        }
         for board in self._boards:
-            board.log(step, values)
+            board.log(step, values | of_kind)
         if shown := {name: f"{values[name]:.4g}" for name in SHOWN if name in values}:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
@@ -139,8 +149,9 @@ class MetricsLogger:
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of `folder`'s metrics.jsonl, one a step, oldest first; [] without a file.
 
-    Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
-    that was cut off is left out; any other line that is not a row raises UserError.
+    Each is `{"step": int, name: float or None}`, None where the value was not finite, with words
+    for what a step was of. A last line that was cut off is left out; any other line that is not a
+    row raises UserError.
     """
     rows: list[dict[str, Any]] = []
     for line in _lines(location(folder) / FILE_NAME):

@@ -18,7 +18,8 @@ from ltx2_jax import hosts
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import SYNC_LAG, Config
-from ltx2_jax.data.records import Records, open_records
+from ltx2_jax.data.mixtures import Dataset, open_datasets
+from ltx2_jax.data.records import open_records
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.hosts import rows_of_host
@@ -44,7 +45,7 @@ class Validation:
     def __init__(
         self,
         config: Config,
-        records: Records,
+        records: Dataset,
         codec: Codec,
         mesh: jax.sharding.Mesh,
         state: State,
@@ -186,8 +187,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
                     f"validation.path={run.path}: a dataset is read from a folder alone"
                 )
             checks.check_records(config, open_records(run.path), mesh)
-        if config.data.path is not None:
-            held_out = samples_of(config, open_records(config.data.path))
+        if config.data.folders:
+            held_out = samples_of(config, open_datasets(config.data.folders))
             first_samples(config, held_out, mesh)
 
     if run.every or run.best_of_clips:
@@ -218,7 +219,7 @@ def tell_best(config: Config, checkpoints: Checkpoints) -> None:
         )
 
 
-def samples_of(config: Config, records: Records) -> Records:
+def samples_of(config: Config, records: Dataset) -> Dataset:
     """The records to validate on, made by what made `records`, which are trained on.
 
     Raises:
@@ -237,7 +238,7 @@ def samples_of(config: Config, records: Records) -> Records:
 
 
 def first_samples(
-    config: Config, records: Records, mesh: jax.sharding.Mesh
+    config: Config, records: Dataset, mesh: jax.sharding.Mesh
 ) -> dict[str, np.ndarray]:
     """The rows of this host of the first records of one size, in one batch.
 

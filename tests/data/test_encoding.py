@@ -12,6 +12,7 @@ import safetensors.numpy
 from ltx2_jax.data import clips
 from ltx2_jax.data.clips import ClipReader, PrepareConfig, Rates
 from ltx2_jax.data.encoding import prepare_dataset
+from ltx2_jax.data.inspection import describe
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.errors import UserError
@@ -346,6 +347,28 @@ def test_captions_that_fill_the_text_length_are_counted(tmp_path, capsys):
     assert "tokens" not in capsys.readouterr().out
 
 
+def test_a_trigger_stands_before_every_caption_and_not_in_an_empty_one(tmp_path):
+    text = "video,caption,caption_b\nb0.mp4,a cat,a\nb1.mp4,,b\n"
+    path, out = table(tmp_path, "t.csv", text), tmp_path / "set"
+    config = dataclasses.replace(CONFIG, trigger="ohwx")
+    makers = {"codec": Codec(), "text_encoder": Encoder()}
+    made = prepare_dataset(path, out, config, **makers)
+    assert [text for i in (0, 1) for text, _ in made.captions(i)] == [
+        "ohwx a cat", "ohwx a", "ohwx ", "ohwx b",
+    ]  # fmt: skip
+    read = Encoder().features(["ohwx a cat"])
+    np.testing.assert_array_equal(made[0]["video_text"], read[0][0])
+    # What takes the place of a dropped caption is that of a dataset without a trigger.
+    plain = prepare_dataset(path, tmp_path / "plain", CONFIG, **makers)
+    for name, value in plain.empty_caption().items():
+        np.testing.assert_array_equal(made.empty_caption()[name], value)
+    assert "trigger" not in plain.settings
+    assert "every caption begins with 'ohwx'" in describe(made)
+    assert len(prepare_dataset(path, out, config, **makers)) == 2
+    with pytest.raises(UserError, match="a dataset with trigger 'ohwx', not 'zwx'"):
+        prepare_dataset(path, out, dataclasses.replace(CONFIG, trigger="zwx"), **makers)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_records_hold_what_codec_and_text_encoder_made(tmp_path, batch_size):
     names = [f"b{i}.mp4" for i in range(7)]
@@ -468,6 +491,7 @@ def test_the_same_settings_reuse_the_dataset(tmp_path, capsys, files):
         (["b0.mp4"], {"text_encoder": Other()}, "with another text_encoder"),
         (["b1.mp4"], {}, "with another table"),
         (["b0.mp4"], {"codec": Codec(2.0)}, "with another codec"),
+        (["b0.mp4"], {"trigger": "ohwx"}, "with trigger None, not 'ohwx'"),
     ],
 )
 def test_other_settings_are_refused_until_overwrite(tmp_path, names, change, message):

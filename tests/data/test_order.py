@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ltx2_jax.data.loader import make_dataset, seek
-from ltx2_jax.data.order import Mixture, Order, by_tokens
+from ltx2_jax.data.mixtures import Mixture
+from ltx2_jax.data.order import Order, by_tokens
 from ltx2_jax.data.schema import BucketFields, Field
 from ltx2_jax.errors import UserError
 
@@ -48,8 +49,11 @@ def batches(count, source=MIXED, batch_size=SIZE, seed=0, start=0, **options):
 def test_a_batch_has_clips_of_one_size_as_many_as_its_tokens_allow():
     found = {(len(b["video"]), b["video"].shape[1]) for b in batches(60)}
     assert found == {(6, 1), (2, 2), (2, 3)}
-    assert [by_tokens(100, 8)(bucket) for bucket in MIXED.schema.buckets] == [8, 8, 8]
+    # A batch of the largest clips is as large as it may be, or cannot be.
+    assert [by_tokens(480, 8)(bucket) for bucket in MIXED.schema.buckets] == [8, 8, 24]
     assert by_tokens(60)(MIXED.schema.buckets[0]) == 1
+    with pytest.raises(UserError, match="8 clips of 32x32x24 have 480 tokens, a batch has 479"):
+        by_tokens(479, 8)(MIXED.schema.buckets[0])
 
 
 def test_what_batches_hold_is_known_before_the_first():
@@ -81,6 +85,39 @@ def test_any_step_is_found_at_once_and_by_every_host(start):
     parts = [batches(40, seed=3, start=start, rows=rows) for rows in hosts]
     for batch, *shares in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(batch["id"], np.concatenate([s["id"] for s in shares]))
+
+
+SOURCES = {
+    "one": MIXED,
+    "two": Mixture([MIXED, Sizes([1, 2, 2], first=100)], [0.3, 0.7]),
+    "three": Mixture([MIXED, Sizes([4] * 5, first=100), Sizes([1], first=200)], [0.6, 0.3, 0.1]),
+}
+
+
+@pytest.mark.parametrize("size", [8, by_tokens(640, multiple=8)], ids=["clips", "tokens"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_two_and_four_hosts_take_the_same_batches_and_go_on_with_each_others(source, size):
+    """Hosts whose rows lie together, and apart; in mid-epoch another number of them goes on."""
+    whole = [batch["id"].tolist() for batch in batches(24, SOURCES[source], size, seed=5)]
+    assert len({len(ids) for ids in whole}) > 1 or size == 8
+
+    def parts(hosts, apart, start, count):
+        found = []
+        for host in range(hosts):
+
+            def rows(size, host=host):
+                each = size // hosts
+                return range(host, size, hosts) if apart else range(host * each, (host + 1) * each)
+
+            read = batches(count, SOURCES[source], size, seed=5, start=start, rows=rows)
+            found.append([batch["id"].tolist() for batch in read])
+        order = zip if apart else (lambda *x: x)
+        return [list(itertools.chain(*order(*step))) for step in zip(*found, strict=True)]
+
+    for hosts, apart in ((1, False), (2, False), (4, True)):
+        assert parts(hosts, apart, 0, 11) == whole[:11]
+    for hosts, apart in ((4, False), (2, True), (1, False)):
+        assert parts(hosts, apart, 11, 13) == whole[11:]
 
 
 def test_the_steps_before_a_step_count_for_its_place():

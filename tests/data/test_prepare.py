@@ -234,7 +234,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing(clips, tmp_path, capsys, chang
 
 
 @pytest.mark.parametrize(
-    "change", [["--height", "x"], ["--video-strides", "4,8"], ["--text-widths", "4"], ["--bogus"]]
+    "change",
+    [
+        ["--height", "x"],
+        ["--video-strides", "4,8"],
+        ["--text-widths", "4"],
+        ["--bogus"],
+        ["--trigger", " "],
+    ],
 )
 def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
     command = [str(clips / "captions.csv"), str(tmp_path / "set"), *SIZE, *change]
@@ -251,6 +258,7 @@ def test_what_is_to_be_made_must_be_said(clips, tmp_path, capsys):
         ([table, "out", *SIZE[:4]], "--width: give the size"),
         ([table, *SIZE], "OUT: give the folder to make"),
         ([table, "out", *SIZE, "--sheet", "a.png"], "--sheet: only with --inspect or --verify"),
+        ([table, "--inspect", "--trigger", "ohwx"], "--trigger: only with a TABLE of captions"),
         ([table, "out", "--buckets", "16x16"], "bucket '16x16': not width x height x frames"),
     ):
         assert prepare.cli(flags) == 2

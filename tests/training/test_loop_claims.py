@@ -90,9 +90,8 @@ class Run:
 
     def __call__(self, start=0, **changes):
         config = tiny.config(workdir=str(self.folder), **changes)
-        codec, records = MagicMock(), MagicMock()
+        codec, records = MagicMock(), Source()
         codec.video.strides, codec.audio.clock = "strides", "clock"
-        records.empty_caption.return_value = {"text_mask": np.array([False, True])}
 
         def examples(config, records, mesh, start):
             for k in itertools.count(start):
@@ -402,9 +401,13 @@ class Source:
     """Records in memory."""
 
     folder = "memory"
+    codec_path = schema = None
 
     def __len__(self):
         return 40
+
+    def empty_caption(self):
+        return {"text_mask": np.array([False, True])}
 
     def __getitem__(self, index):
         return {"id": np.int64(index), "caption": "text"}
@@ -523,7 +526,8 @@ def test_synthetic_clips_are_prepared_in_the_size_they_are_rendered_in(monkeypat
     assert (sizes.num_frames, sizes.height, sizes.width, sizes.text_length) == (17, 24, 16, 16)
     assert calls["makers"] == {"codec": config.data.codec, "text_encoder": config.text.encoder}
     given = dataclasses.replace(config, data=dataclasses.replace(data, path="given"))
-    assert loop.dataset(given) == "given"
+    monkeypatch.setattr(loop, "open_datasets", lambda parts: parts)
+    assert loop.dataset(given) == (("given", 1.0),)
 
 
 # --------------------------------------------------------------------------------- what is refused

@@ -38,6 +38,25 @@ def test_rows_come_back_as_logged(tmp_path):
     assert read_metrics(tmp_path / "new" / "folder") == want
 
 
+def test_losses_can_be_followed_by_size_and_dataset(tmp_path, monkeypatch):
+    scalars = []
+    module = ModuleType("tensorboardX")
+    module.SummaryWriter = lambda *_, **__: SimpleNamespace(
+        add_scalar=lambda *scalar: scalars.append(scalar), close=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    run(tmp_path, 1, 1, dataset="/data/my films", bucket="768x512x121-silent", mfu=0.5)
+    (row,) = read_metrics(tmp_path)
+    assert (row["dataset"], row["bucket"]) == ("/data/my films", "768x512x121-silent")
+    assert scalars == [
+        ("loss", 1.0, 1), ("loss/data/my_films/768x512x121-silent", 1.0, 1), ("mfu", 0.5, 1),
+    ]  # fmt: skip
+    run(tmp_path, 2, 2, bucket="sound-126", video_loss=0.25)
+    assert scalars[4:] == [
+        ("loss/sound-126", 0.5, 2), ("video_loss", 0.25, 2), ("video_loss/sound-126", 0.25, 2),
+    ]  # fmt: skip
+
+
 def test_each_row_is_on_disk_when_log_returns(tmp_path):
     with MetricsLogger(tmp_path, total_steps=3) as logger:
         logger.log(1, {"loss": 0.5})

@@ -1,4 +1,4 @@
-"""One run on clips of several sizes, of which some have no sound and some no picture."""
+"""One run on clips of several sizes and datasets, some of them without sound or picture."""
 
 import dataclasses
 import json
@@ -11,19 +11,27 @@ import jax
 import pytest
 from resume_config import get_config
 
-from ltx2_jax.config import StreamConfig
+from ltx2_jax import planning
+from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.config import StreamConfig, load
 from ltx2_jax.data.buckets import Bucket
 from ltx2_jax.data.encoding import PrepareConfig, prepare_dataset
+from ltx2_jax.data.records import read_schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import read_clip
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.captions import load_caption_encoder
 from ltx2_jax.training import checks, loop
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("films")
+
+
+@pytest.fixture(scope="module")
+def records(folder):
     """A film with sound, one of another size without, and sound alone."""
-    folder = tmp_path_factory.mktemp("films")
     film.write_film(folder / "wide.mp4", film.numbered(25, 16, 32), tones=[440])
     film.write_film(folder / "silent.mp4", film.numbered(9, 32, 16))
     read_clip(folder / "wide.mp4", num_frames=9).save(folder / "hum.wav")
@@ -35,6 +43,20 @@ def records(tmp_path_factory):
     )  # fmt: skip
     makers = {"codec": data.codec, "text_encoder": text.encoder}
     return prepare_dataset(folder / "t.csv", folder / "set", sizes, **makers)
+
+
+@pytest.fixture(scope="module")
+def silent(folder, records):
+    """The silent film again, in a dataset of its own by the same codec and text encoder."""
+    (folder / "u.csv").write_text("video,caption\nsilent.mp4,b\n")
+    sizes = PrepareConfig(
+        num_frames=9, height=32, width=16, text_length=get_config().text.length, incomplete=True
+    )
+    makers = {
+        "codec": load_codec(records.codec_path),
+        "text_encoder": load_caption_encoder(records.text_encoder_path),
+    }
+    return prepare_dataset(folder / "u.csv", folder / "silent", sizes, **makers)
 
 
 def config(records, workdir):
@@ -71,6 +93,82 @@ def test_a_stream_that_a_batch_lacks_has_no_loss_and_the_rest_is_learned(
     assert [row["loss"] for row in train(config(records, tmp_path), monkeypatch)] == [
         row["loss"] for row in whole
     ]
+
+
+def test_a_mixture_with_batches_by_tokens_is_learned_and_goes_on_exactly(
+    records, silent, folder, tmp_path, capsys, monkeypatch
+):
+    """From a config file and flags, as the command has them; rows say what a step was of."""
+    file = Path(__file__).parents[1] / "resume_config.py"
+    shares = f"('{records.folder}', 0.4), ('{silent.folder}', 0.6)"
+    flags = {
+        "workdir": str(tmp_path), "data.mixture": shares, "data.batch_size": "2",
+        "data.batch_tokens": "120", "num_steps": "12",
+    }  # fmt: skip
+    run = load(str(file), flags)
+    whole = train(run, monkeypatch)
+    told = capsys.readouterr().out
+    assert "compiling the train step for 3 sizes of clips" in told
+    assert f"60.0% of them from {silent.folder}, which has 1" in told
+    rows = {(row["dataset"], row["bucket"]): row for row in whole}
+    assert rows.keys() == {
+        (str(records.folder), "32x16x9"),
+        (str(records.folder), "16x32x9-silent"),
+        (str(records.folder), f"sound-{records[len(records) - 1]['audio'].shape[0]}"),
+        (str(silent.folder), "16x32x9-silent"),
+    }
+    for (_, bucket), row in rows.items():
+        assert ("audio_loss" in row) == ("silent" not in bucket)
+        assert ("video_loss" in row) == ("sound" not in bucket)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    again = train(run, monkeypatch)
+    timed = ("step_time", "tokens_per_second", "data_wait")
+    for row, other in zip(again, whole, strict=True):
+        for name in row.keys() - set(timed):
+            assert row[name] == other[name]
+    # What is planned without a topology that says otherwise: the largest clips of both.
+    request = planning.request_of(run)
+    assert (request.video_shape, request.audio_length) == ((5, 2, 4), 9)
+    assert planning.for_clips(run, request).data.batch_size == 2
+    small = planning.request_of(run, height=16, width=16)
+    assert planning.for_clips(run, small).data.batch_size == 2 * (120 // (2 * (5 * 2 * 2 + 9)))
+    # What sampling reads in the workdir: the largest clips, and what made them.
+    schema = read_schema(tmp_path / "assets")
+    assert (schema.num_frames, len(schema.buckets)) == (9, 3)
+    # Another mixture is told, as another dataset is; other sizes of batches are another run.
+    other = load(str(file), flags | {"data.mixture": shares.replace("0.4", "0.41")})
+    capsys.readouterr()
+    checks.check_same_run(other, run, tmp_path)
+    assert "changed since the checkpoint: data.mixture: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another config \(data.batch_tokens: 120 -> 240\)"):
+        train(load(str(file), flags | {"data.batch_tokens": "240"}), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"data.mixture": "('SILENT', 0.5), ('none', 0.5)"}, "none: no dataset here"),
+        ({"data.mixture": "('gs://a/b', 1.0),"}, "data.mixture=gs://a/b: a dataset is read from a"),
+        (
+            {"data.batch_tokens": "70"},
+            r"films.*: data.batch_tokens=70: data.batch_size=2 clips of "
+            r"32x16x9 have 98 tokens, a batch has 70; give more tokens",
+        ),
+        ({"data.batch_tokens": "200", "data.batch_size": "3"}, "data.batch_size=3 is not a mult"),
+    ],
+)
+def test_a_mixture_that_does_not_fit_is_refused_before_any_work(
+    records, silent, tmp_path, flags, message
+):
+    file = Path(__file__).parents[1] / "resume_config.py"
+    shares = f"('{records.folder}', 0.4), ('SILENT', 0.6)"
+    given = {"workdir": str(tmp_path / "run"), "data.mixture": shares, "data.batch_size": "2"}
+    given |= flags
+    given["data.mixture"] = given["data.mixture"].replace("SILENT", str(silent.folder))
+    mesh = make_mesh(devices=jax.devices()[:2])
+    with pytest.raises(UserError, match=message):
+        checks.before_work(load(str(file), given), mesh)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_mode_reads_must_be_in_every_size(records, tmp_path):
