@@ -5,7 +5,6 @@ they follow one another: what comes next is loaded after what came before is fre
 them fit.
 """
 
-import dataclasses
 import gc
 import math
 import os
@@ -153,14 +152,8 @@ class Weights:
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
-        homes = mapping.leaves(self._homes[name])
-
-        def placed(p: mapping.Parameter) -> mapping.Parameter:
-            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
-            form = self.config.quantized if rounded else None
-            return dataclasses.replace(p, leaf=homes[p.path], form=form)
-
-        wanted = list(map(placed, self._release.parameters(name, config)))
+        homes, form = mapping.leaves(self._homes[name]), self.config.quantized
+        wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
         if name == "transformer":
@@ -186,8 +179,8 @@ def _adapters_in(transformer: dict[Any, Any]) -> dict[Any, Any]:
 class RunWeights:
     """Weights that somebody else holds: those of a training run."""
 
-    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh):
-        self.config, self.mesh, self._params = config, mesh, params
+    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh, graph: Any):
+        self.config, self.mesh, self._graph, self._params = config, mesh, graph, params
 
     def params(self, loras: Used = ()) -> Any:
         if loras:
@@ -195,13 +188,8 @@ class RunWeights:
         return self._params
 
     def graph(self, loras: Used = ()) -> Any:
-        """`ltx2.graph` of the model."""
+        """What `params` are the weights of."""
         return self._graph
-
-    @cached_property
-    def _graph(self) -> Any:
-        with jax.set_mesh(self.mesh):
-            return ltx2.graph(self.config)
 
     def free(self) -> None:
         """They stay."""
