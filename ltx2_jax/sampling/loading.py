@@ -188,7 +188,7 @@ class RunWeights:
         return self._params
 
     def graph(self, loras: Used = ()) -> Any:
-        """`ltx2.graph` of the model."""
+        """What `params` are the weights of."""
         return self._graph
 
     def free(self) -> None:
@@ -478,3 +478,17 @@ def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None)
     split = weight_bytes(files.release, "transformer", "connectors", form=form) + encoder
     whole = weight_bytes(files.release, *CODEC)
     return room is not None and split / mesh.shape["model"] + whole <= SHARE * room / 2
+
+
+def explain(error: Exception, name: str) -> None:
+    """UserError in the place of an allocator's report."""
+    text = str(error)
+    if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
+        return
+    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
+    needs = f" ({asked[1]} more were asked for)" if asked else ""
+    raise UserError(
+        f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
+        "devices (--mesh), clips one at a time (--max-batch-size 1), quantised weights "
+        "(--quantize) or weights on the host (--offload) need less"
+    ) from None

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,9 @@ from ltx2_jax import __version__, hosts
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.media import Clip
 from ltx2_jax.sampling import recipes, stages, tasks
-from ltx2_jax.sampling.given import encode
-from ltx2_jax.sampling.loading import Files, RunWeights, Weights
+from ltx2_jax.sampling.given import continued, encode, last_frames
+from ltx2_jax.sampling.loading import Files, RunWeights, Weights, explain
 from ltx2_jax.sampling.loras import OFF, Adapter, Used, even
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
@@ -94,7 +92,7 @@ class Maker:
         try:
             yield
         except Exception as error:
-            _explain(error, name)
+            explain(error, name)
             raise
         finally:
             spent = time.perf_counter() - began
@@ -316,11 +314,11 @@ class Maker:
         again["skip_stage_2"] = False
         for part in range(1, parts):
             have = len(clip.video)
-            tail = _last(clip, shared)
+            tail = last_frames(clip, shared)
             seconds = min(most - shared, total - have) / task.fps
             more = {**again, **sizes, "video": tail, "extend": seconds, "sound": task.sound}
             (made,) = self.make([prompt], **more, seed=(seed + 7919 * part) % 2**32)
-            clip = _joined(clip, made.clip(self.codec), shared)
+            clip = continued(clip, made.clip(self.codec), shared)
             spent = {k: spent.get(k, 0) + self.seconds.get(k, 0) for k in {**spent, **self.seconds}}
         self.seconds = spent
         sound = None if clip.audio is None else KnownAudio(clip.audio, clip.sample_rate)
@@ -482,25 +480,6 @@ def _sizes(plan: Recipe, task: Task) -> list[tuple[int, int]]:
     return [(round(task.height * s.size), round(task.width * s.size)) for s in plan.stages]
 
 
-def _last(clip: Clip, frames: int) -> Clip:
-    """The end of a clip."""
-    audio = clip.audio
-    if audio is not None:
-        audio = audio[round((len(clip.video) - frames) / clip.fps * clip.sample_rate) :]
-    return dataclasses.replace(clip, video=clip.video[-frames:], audio=audio)
-
-
-def _joined(clip: Clip, longer: Clip, shared: int) -> Clip:
-    """A clip, and what comes after its last `shared` frames in another one."""
-    audio = clip.audio
-    if audio is not None:
-        rest = longer.audio[round(shared / clip.fps * clip.sample_rate) :]
-        audio = np.concatenate([audio, rest])
-    return dataclasses.replace(
-        clip, video=np.concatenate([clip.video, longer.video[shared:]]), audio=audio
-    )
-
-
 def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:
     """One a clip: the one given and those that follow it, or as many as there are clips."""
     if not clips:
@@ -511,17 +490,3 @@ def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:
     if any(not 0 <= s < 2**32 for s in seeds):
         raise UserError(f"seed={seeds} is not from 0 to {2**32 - 1}")
     return seeds
-
-
-def _explain(error: Exception, name: str) -> None:
-    """UserError in the place of an allocator's report."""
-    text = str(error)
-    if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
-        return
-    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
-    needs = f" ({asked[1]} more were asked for)" if asked else ""
-    raise UserError(
-        f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
-        "devices (--mesh), clips one at a time (--max-batch-size 1), quantised weights "
-        "(--quantize) or weights on the host (--offload) need less"
-    ) from None
