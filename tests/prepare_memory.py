@@ -32,11 +32,8 @@ def long_film(path: Path, minutes: float) -> None:
     """A second of 3840x2160 with sound, encoded once and repeated."""
     second = path.with_name("second.mp4")
     y, x = np.mgrid[:2160, :3840]
-    images = (
-        np.stack([(x // 15 + 9 * k) % 256, (y // 9 + 5 * k) % 256, (x + y) // 24 % 256], axis=-1)
-        for k in range(FPS)
-    )
-    frames = [film.as_frame(image.astype(np.uint8)) for image in images]
+    image = np.stack([x // 15 % 256, y // 9 % 256, (x + y) // 24 % 256], axis=-1).astype(np.uint8)
+    frames = [film.as_frame(np.roll(image, 16 * k, axis=1)) for k in range(FPS)]
     options = {"preset": "ultrafast", "g": str(FPS), "bf": "0", "sc_threshold": "0"}
     film.write_film(second, frames, fps=FPS, options=options)
     times = np.arange(16000, dtype=np.float32) / 16000
