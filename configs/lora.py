@@ -6,7 +6,7 @@
 
     mode              video      audio      given, and how often
     t2v               generated  generated
-    t2v_low_vram      generated  generated  (rank 16, the first moments in bfloat16)
+    t2v_low_vram      generated  generated  (rank 16, first moments in bfloat16, base in int8)
     i2v               generated  generated  first frame, half of the clips
     a2v               generated  frozen     the sound
     v2a               frozen     generated  the video
@@ -28,6 +28,11 @@ official file of the same name: rank 32, a rate of 1e-4 over 2,000 steps, and 2e
 there is a reference or sound alone. Noise levels are drawn for each stream by itself, shifted by
 its length. `:t2v_shared_sigma` is what another public trainer calls the reference recipe: one noise
 level for both streams, uniform, a constant rate of 2e-5, gradients clipped at 10.
+
+Chips, by `python -m ltx2_jax.plan`, for 49 frames of 768x512: the 22 B in bfloat16 need four chips
+of 32 GB (v6e:2x2), eight of 16 GB (v5e:2x4), or one GPU of 80 GB. One v6e chip trains them with
+`--config.tune.quantize=int8`, in 29 of its 31 GiB, half a second a step. docs/adapters.md has the
+rows.
 
 A batch is one clip. More chips want more clips (`--config.data.batch_size=4`), or share the tokens
 of one (`--config.mesh.sequence=4 --config.mesh.data=1`). Masks and references are fields of the
