@@ -134,6 +134,8 @@ def get_config(arg: str | None = None) -> Config:
         if word == "drill":
             loop.init_state, loop.make_train_step = init_state, make_train_step
             loop.last_clips = lambda *_: None
+        elif word == "unsampled":
+            loop.last_clips = lambda *_: None
         elif word == "clips":
             loop.last_clips = clips
         elif word == "interleaved":
