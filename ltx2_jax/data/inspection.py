@@ -52,8 +52,6 @@ def describe(records: Dataset) -> Iterator[str]:
 
 
 def _name(bucket: BucketFields) -> str:
-    if not bucket.num_frames:
-        return "sound alone"
     return str(bucket) + ("" if "audio" in bucket.fields else ", without sound")
 
 

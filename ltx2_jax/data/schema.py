@@ -59,6 +59,8 @@ class BucketFields:
     fields: Mapping[str, Field]
 
     def __str__(self) -> str:
+        if not self.num_frames:
+            return "sound alone"
         return f"{self.width}x{self.height}x{self.num_frames}"
 
     @property
