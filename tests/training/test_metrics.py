@@ -48,13 +48,14 @@ def test_losses_can_be_followed_by_size_and_dataset(tmp_path, monkeypatch):
     run(tmp_path, 1, 1, dataset="/data/my films", bucket="768x512x121-silent", mfu=0.5)
     (row,) = read_metrics(tmp_path)
     assert (row["dataset"], row["bucket"]) == ("/data/my films", "768x512x121-silent")
-    assert scalars == [
+    assert set(scalars) == {
         ("loss", 1.0, 1), ("loss/data/my_films/768x512x121-silent", 1.0, 1), ("mfu", 0.5, 1),
-    ]  # fmt: skip
+    }  # fmt: skip
+    scalars.clear()
     run(tmp_path, 2, 2, bucket="sound-126", video_loss=0.25)
-    assert scalars[4:] == [
+    assert {
         ("loss/sound-126", 0.5, 2), ("video_loss", 0.25, 2), ("video_loss/sound-126", 0.25, 2),
-    ]  # fmt: skip
+    } < set(scalars)  # fmt: skip
 
 
 def test_each_row_is_on_disk_when_log_returns(tmp_path):
