@@ -15,7 +15,7 @@ _HOMES = {
     "Pipeline": "sampling.pipeline",
     "Recipe": "sampling.recipes",
     "Stage": "sampling.recipes",
-    "Strength": "sampling.loading",
+    "Strength": "sampling.loras",
     "TextEncoder": "text.encoder",
     "TransformerConfig": "models.transformer.config",
     "UserError": "errors",

@@ -40,6 +40,7 @@ example:
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=2xv5p:4x4x4
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v5p:4x4x4 --hosts
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:16x16 --search
+  python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:4x4 --search --what=sample
   python -m ltx2_jax.plan --config=configs/ltx2_19b.py --topology=v6e:4x4 --mesh=1,4,4 \\
       --what=sample --height=512 --width=768 --steps=1
   python -m ltx2_jax.plan --what=vae --topology=v6e:2x4 --frames=481 --half=encode --json
@@ -59,8 +60,8 @@ FLAGS = {
     "frames": (("train", "sample", "vae", "clip"), None),
     "height": (("train", "sample", "vae", "clip"), None),
     "width": (("train", "sample", "vae", "clip"), None),
-    "search": (("train",), False),
-    "compile": (("train",), None),
+    "search": (("train", "sample"), False),
+    "compile": (("train", "sample"), None),
     "hosts": (("train",), False),
     "batch": (("sample", "text"), 1),
     "passes": (("sample",), 1),
@@ -138,8 +139,8 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
     )
     if args.hosts:
         return planning.plan_hosts(config, request, args.topology)
-    if args.search:
-        rows = args.compile or TO_COMPILE
+    rows = TO_COMPILE if args.compile is None else args.compile
+    if args.what == "train" and args.search:
         return planning.search_plans(config, request, args.topology, compiled=rows)
     if args.what == "train":
         return planning.plan_train(config, request, args.topology)
@@ -149,6 +150,8 @@ def _of_config(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str,
         "steps": args.steps or config.sample.steps,
         "quantize": args.quantize,
     }
+    if args.search:
+        return planning.search_samples(config, request, args.topology, compiled=rows, **counts)
     return planning.plan_sample(config, request, args.topology, **counts)
 
 
@@ -178,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--search",
         action="store_true",
         default=None,
-        help="rank meshes, remat policies and batch sizes of train, in place of the config's",
+        help="rank meshes in place of the config's, of train with remat policies and batch sizes",
     )
     add("--hosts", action="store_true", default=None, help="the rows of every host, of train")
     add("--compile", type=count, metavar="N", help=f"of them to compile ({TO_COMPILE})")

@@ -86,6 +86,8 @@ def make_mesh(
 
 def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     """The devices of one slice, [data, model, sequence]."""
+    if (near := _neighbours(sizes, devices)) is not None:
+        return near
     try:
         return jax.make_mesh(sizes, IN_SLICE, (AxisType.Explicit,) * 3, devices=devices).devices
     except NotImplementedError:
@@ -95,6 +97,25 @@ def _grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
         data, model, sequence = sizes
         fsdp = create_device_mesh((data * sequence, model), devices, allow_split_physical_axes=True)
         return fsdp.reshape(data, sequence, model).swapaxes(1, 2)
+
+
+def _neighbours(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
+    """The devices of a small slice of TPUs, shards of `model` next to each other; None: another.
+
+    jax lays such a slice out as one ring and cuts it up, whatever the axes: of 2x4 chips, the two
+    shards of model 2, which add up each other's results four times a block, come to lie in opposite
+    corners.
+    """
+    data, model, sequence = sizes
+    if model == 1 or data * sequence == 1 or not hasattr(devices[0], "coords"):
+        return None
+    cores = 1 + max(getattr(device, "core_on_chip", 0) for device in devices)
+    if len(devices) > (8 if cores == 1 else 32):
+        return None
+    near = sorted(devices, key=lambda d: (*reversed(d.coords), getattr(d, "core_on_chip", 0)))
+    placed = np.empty(len(near), object)
+    placed[:] = near
+    return placed.reshape(data, sequence, model).swapaxes(1, 2)
 
 
 def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:

@@ -14,8 +14,9 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.diffusion.sampler import Latents
 from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.sampling import recipes, stages
+from ltx2_jax.sampling.given import Encoded, Placed
 from ltx2_jax.sampling.programs import make_sampler
-from ltx2_jax.sampling.tasks import Encoded, Placed, Task
+from ltx2_jax.sampling.tasks import Task
 from ltx2_jax.sharding import make_mesh
 
 

@@ -13,7 +13,7 @@ from ltx2_jax.planning.clip import CLIPS, plan_clip
 from ltx2_jax.planning.hosts import plan_hosts
 from ltx2_jax.planning.programs import DEFAULT_SIZE, request_of
 from ltx2_jax.planning.reports import describe
-from ltx2_jax.planning.search import search_plans
+from ltx2_jax.planning.search import search_plans, search_samples
 from ltx2_jax.planning.text import TEXT_ENCODERS, plan_text
 from ltx2_jax.planning.transformer import plan_sample, plan_train
 from ltx2_jax.planning.vae import VAES, plan_vae
@@ -33,4 +33,5 @@ __all__ = [
     "plan_vae",
     "request_of",
     "search_plans",
+    "search_samples",
 ]

@@ -31,8 +31,8 @@ from ltx2_jax.planning.reports import compile_facts
 from ltx2_jax.planning.text import TEXT_ENCODERS, TextConfig, plan_text
 from ltx2_jax.planning.topology import one_slice, tpu_devices
 from ltx2_jax.planning.vae import VAES, plan_vae
-from ltx2_jax.sampling import stages, tasks
-from ltx2_jax.sampling.loading import SHARE, upsampled
+from ltx2_jax.sampling import meshes, stages, tasks
+from ltx2_jax.sampling.loading import upsampled
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
 from ltx2_jax.sampling.tasks import Asked, Task
@@ -96,8 +96,7 @@ def plan_clip(
       recipe: how.
       size: of the clip.
       topology: the slice.
-      sizes: data, model, sequence of the mesh; None splits the weights as far as they need it and
-        the tokens over the other devices.
+      sizes: data, model, sequence of the mesh; None takes that which `Pipeline` would choose.
 
     Raises:
       UserError: no such slice, no TPU compiler, an illegal size, a mesh that does not divide.
@@ -107,7 +106,7 @@ def plan_clip(
     task, codec = _task(recipe, size, networks, devices), _codec(networks, devices)
     shapes = [_shapes(recipe, number, task, codec) for number in range(len(recipe.stages))]
     if sizes is None:
-        sizes = _sizes(networks, shapes, len(devices), where.chip.device_hbm_bytes)
+        sizes = _sizes(networks, recipe, shapes, len(devices), where.chip.device_hbm_bytes)
     mesh = make_mesh(*sizes, devices=devices)
     for shape in shapes:
         check_mesh(networks.transformer.num_heads, math.prod(shape.video), mesh)
@@ -207,15 +206,18 @@ def _shapes(recipe: Recipe, number: int, task: Task, codec: ReleasedCodec) -> st
 
 
 def _sizes(
-    networks: Networks, shapes: list[stages.Shapes], devices: int, room: float
-) -> tuple[int, int, int]:
-    """Data, model, sequence for one clip: weights that fit, and tokens over the rest."""
+    networks: Networks, recipe: Recipe, shapes: list[stages.Shapes], devices: int, room: float
+) -> meshes.Sizes:
+    """Of the mesh that `Pipeline` chooses for one clip."""
     weights = ltx2.abstract_params(networks.sampled, abstract_mesh(1, 1, 1), for_sampling=True)
-    needed, heads = bytes_per_chip(weights), networks.transformer.num_heads
-    splits = [n for n in range(1, devices + 1) if devices % n == 0 and heads % n == 0]
-    model = next((n for n in splits if needed / n <= SHARE * room), splits[-1])
-    sequence = math.gcd(devices // model, *(math.prod(shape.video) for shape in shapes))
-    return devices // (model * sequence), model, sequence
+    return meshes.choose(
+        devices,
+        heads=networks.transformer.num_heads,
+        weights=bytes_per_chip(weights),
+        room=room,
+        rows=[1 + len(stages.passes(stage, None)[0]) for stage in recipe.stages],
+        tokens=[math.prod(shape.video) for shape in shapes],
+    )
 
 
 def _alone(device: jax.Device) -> jax.sharding.Mesh:

@@ -42,7 +42,7 @@ def describe(facts: dict[str, Any]) -> str:
     """The facts of a plan or a search as lines for a person."""
     what = facts["what"]
     if what == "search":
-        return _search(facts)
+        return {"train": _search, "sample": _search_samples}[facts["of"]](facts)
     if what == "hosts":
         return describe_hosts(facts)
     if what == "clip":
@@ -168,11 +168,31 @@ def _search(facts: dict[str, Any], most: int = 12) -> str:
             f"  {data:4} {model:5} {sequence:8}  {row['remat']:<17} {row['batch']:6,} "
             f"{guess['peak'] / GIB:17.1f} {guess['mfu']:6.1%}{_compiled(row)}"
         )
-    if len(facts["rows"]) > most:
-        lines.append(f"  and {len(facts['rows']) - most} more that should fit")
-    if not facts["compiled"]:
-        lines.append(f"  not compiled   {facts['why']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_unshown(facts, most)])
+
+
+def _search_samples(facts: dict[str, Any], most: int = 12) -> str:
+    """The fastest meshes of a search as a table, in milliseconds."""
+    lines = [
+        f"sample on {facts['topology']} ({facts['devices']} devices), fastest first: "
+        f"{facts['work']}; the estimates are by arithmetic, and of one step",
+        "  data model sequence    estimated: GiB      ms  products, memory, links    compiled: GiB"
+        f"      ms for {counted(facts['steps'], 'step')}, of them waiting for links",
+    ]
+    for row in facts["rows"][:most]:
+        data, model, sequence = row["mesh"]
+        guess = row["estimate"]
+        parts = ", ".join(f"{guess[k] * 1e3:.3g}" for k in ("products", "memory", "links"))
+        line = f"  {data:4} {model:5} {sequence:8} {guess['peak'] / GIB:17.1f} "
+        lines.append(f"{line}{guess['step'] * 1e3:7.1f}  {parts:<23}{_compiled_sample(row)}")
+    return "\n".join([*lines, *_unshown(facts, most)])
+
+
+def _unshown(facts: dict[str, Any], most: int) -> list[str]:
+    """Lines about what a table of a search leaves out."""
+    more = len(facts["rows"]) - most
+    lines = [f"  and {more} more that should fit"] if more > 0 else []
+    return lines + ([] if facts["compiled"] else [f"  not compiled   {facts['why']}"])
 
 
 BOUNDS = {"compute": "FLOPs", "hbm": "HBM", "waited": "links", "stalled": "copies"}
@@ -215,3 +235,14 @@ def _compiled(row: dict[str, Any]) -> str:
     times = plan["roofline"]["practical"]
     peak = plan["peak_bytes_per_device"] / GIB
     return f"{peak:17.1f} {times['mfu']:6.1%} {row['batch'] / times['step']:8.2f}"
+
+
+def _compiled_sample(row: dict[str, Any]) -> str:
+    plan = row["plan"]
+    if plan is None:
+        return ""
+    if not plan["fits"]:
+        return "    does not fit"
+    times = plan["roofline"]["practical"]
+    peak = plan["peak_bytes_per_device"] / GIB
+    return f"{peak:17.2f} {times['step'] * 1e3:7.1f} {times['waited'] * 1e3:7.1f}"

@@ -5,6 +5,7 @@ The TPU compiler is part of libtpu and runs without a TPU: install the `tpu` ext
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -38,6 +39,14 @@ _NO_TPU = {
 GPUS = tuple(name for name, chip in chips.CHIPS.items() if not chip.torus)
 A_GPU = "the compiler at hand is for TPUs; of GPUs plan knows what arithmetic can tell"
 NO_COMPILER = "the TPU compiler is not installed: pip install 'ltx2-jax[tpu]'"
+# What jax calls a device of each.
+_KINDS = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "v7x": "TPU7x",
+}
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 MOST_SLICES = 256  # that a name may ask for; 199 is the most that one program is known to have used
 
@@ -55,6 +64,18 @@ class Slice:
     def devices(self) -> int:
         """Number of jax devices, of all slices together."""
         return self.count * math.prod(self.shape) * self.chip.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What jax knows of a device: enough to lay out a mesh, not to compile for it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int
+    device_kind: str
+    platform: str = "tpu"
+    process_index: int = 0
 
 
 def slice_of(topology: str) -> Slice:
@@ -143,6 +164,14 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
             f"--topology={topology}: refused by the TPU compiler ({text:.200}); "
             f"{_valid(generation)}"
         ) from None
+
+
+def places(where: Slice) -> list[Place]:
+    """The devices of one of a slice's kind, without the compiler: enough to lay out a mesh."""
+    shape = (*where.shape, 1, 1)[:3]
+    at = itertools.product(*map(range, reversed(shape)), range(where.chip.devices))
+    return [Place(i, (x, y, z), core, _KINDS[where.chip.name])
+            for i, (z, y, x, core) in enumerate(at)]  # fmt: skip
 
 
 def _sides(shape: str) -> tuple[int, ...]:

@@ -28,6 +28,9 @@ from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.models.text.connectors import Connectors
+from ltx2_jax.sampling import meshes
+from ltx2_jax.sampling.loras import Used, parts, same
+from ltx2_jax.sampling.meshes import SHARE
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, released_encoder, tell_cut
 from ltx2_jax.weights import hub, mapping
@@ -40,35 +43,6 @@ from ltx2_jax.weights.sources import open_release
 
 GIB = 2**30
 CODEC = ("video_vae", "diffusion_decoder", "audio_vae", "vocoder")
-SHARE = 0.75  # of a chip's memory that weights may take; activations need the rest
-# What a LoRA's modules belong to: each stream has a strength of its own.
-STREAMS = {"cross": r"audio_to_video|video_to_audio|av_ca", "audio": r"\baudio_", "video": r""}
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How strong a LoRA is in the modules of the video, of the audio, and between the two."""
-
-    video: float = 1.0
-    audio: float = 1.0
-    cross: float = 1.0
-
-
-Used = tuple[tuple[Lora, Strength], ...]  # LoRAs of a stage; equal if they are the same objects
-
-
-def by_stream(lora: Lora, strength: Strength) -> list[tuple[Lora, float]]:
-    """A LoRA in parts of one strength each; nothing where it is 0."""
-    parts: dict[str, dict[str, Any]] = {name: {} for name in STREAMS}
-    for module, target in lora.targets.items():
-        stream = next(name for name, known in STREAMS.items() if re.search(known, module))
-        parts[stream][module] = target
-    strengths = dataclasses.asdict(strength)
-    return [
-        (dataclasses.replace(lora, targets=targets), strengths[name])
-        for name, targets in parts.items()
-        if targets and strengths[name]
-    ]
 
 
 class Weights:
@@ -93,15 +67,15 @@ class Weights:
         memory of the host. Quantised weights are read anew: LoRAs are added before the rounding,
         which would swallow what is less than half a step.
         """
-        if self.config.quantized and not _same(loras, self._used):
+        if self.config.quantized and not same(loras, self._used):
             self.free()
             self._used = loras
         if self._params is None:
             self._params = self._load()
-        if not _same(loras, self._used):
+        if not same(loras, self._used):
             transformer = unfuse(self._params["transformer"], self._originals)
             transformer, self._originals = fuse(
-                transformer, _parts(loras), self.config.transformer, offload=True
+                transformer, parts(loras), self.config.transformer, offload=True
             )
             self._params, self._used = {**self._params, "transformer": transformer}, loras
         return self._params
@@ -121,6 +95,22 @@ class Weights:
     def free(self) -> None:
         self._params, self._used, self._originals = None, (), {}
         gc.collect()
+
+    def move(self, mesh: jax.sharding.Mesh) -> None:
+        """To another mesh: what is loaded, from device to device.
+
+        On several hosts, or with LoRAs in it, it is read again when it is used next.
+        """
+        self.mesh = mesh
+        vars(self).pop("_homes", None)
+        if self._used or jax.process_count() > 1:
+            self.free()
+        if self._params is not None:
+            self._params = jax.tree.map(
+                lambda x, home: jax.device_put(x, home.sharding, donate=True),
+                self._params,
+                self._homes,
+            )
 
     def _load(self) -> dict[str, Any]:
         config = self.config
@@ -151,7 +141,7 @@ class Weights:
 
         stream = self._release.stream("transformer", whole, dtype, progress="transformer")
         values: dict[Any, Any] = {}
-        for parameter, weight in fuse_stream(stream, _parts(self._used), config):
+        for parameter, weight in fuse_stream(stream, parts(self._used), config):
             if (form := forms[parameter.path]) is None:
                 values[parameter.path] = weight
                 continue
@@ -177,14 +167,6 @@ class RunWeights:
 
     def free(self) -> None:
         """They stay."""
-
-
-def _parts(loras: Used) -> list[tuple[Lora, float]]:
-    return [part for lora, strength in loras for part in by_stream(lora, strength)]
-
-
-def _same(a: Used, b: Used) -> bool:
-    return len(a) == len(b) and all(x is y and s == t for (x, s), (y, t) in zip(a, b, strict=True))
 
 
 class Texts:
@@ -389,35 +371,43 @@ def weight_bytes(release: Release, *networks: str, form: str | None = None) -> i
 
 
 def fitting_mesh(
-    release: Release, heads: int, free: int | None = None, *, form: str | None = None
+    release: Release,
+    heads: int,
+    free: int | None = None,
+    *,
+    form: str | None = None,
+    rows: Sequence[int] = (),
+    tokens: Sequence[int] = (),
 ) -> jax.sharding.Mesh:
-    """The mesh of all devices whose `model` axis is just long enough for the weights to fit.
+    """The mesh of all devices for what `meshes.choose` is told.
 
     Args:
       release: the model.
       heads: of its transformer, which are split.
       free: bytes of a device; None asks.
       form: in which the weights are quantised.
+      rows: of every stage, clips times guidance passes.
+      tokens: of video, that are split.
 
     Raises:
-      UserError: they do not fit on all devices together.
+      UserError: the weights do not fit on all devices together.
     """
     needed = weight_bytes(release, "transformer", "connectors", form=form)
-    count = jax.device_count()
     room = device_bytes() if free is None else free
-    sizes = [n for n in range(1, count + 1) if count % n == 0 and heads % n == 0]
-    for model in sizes:
-        if room is None or needed / model <= SHARE * room:
-            return make_mesh(-1, model, 1)
-    largest = max(sizes)
-    missing = needed / largest - SHARE * room
-    helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
-    raise UserError(
-        f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
-        f"{largest} device{'s' if largest > 1 else ''} of {room / GIB:.1f} GiB can hold "
-        f"{SHARE * room * largest / GIB:.1f} GiB of weights: {missing * largest / GIB:.1f} GiB are "
-        f"missing; use more devices{helps}"
-    )
+    slices = len({getattr(device, "slice_index", None) or 0 for device in jax.devices()})
+    count = jax.device_count() // slices
+    sizes = meshes.choose(count, heads=heads, weights=needed, room=room, rows=rows, tokens=tokens)
+    split = sizes[1]
+    if room is not None and needed / split > SHARE * room:
+        missing = needed / split - SHARE * room
+        helps = {None: ", or quantised weights (--quantize)", "int4": ""}.get(form, ", or int4")
+        raise UserError(
+            f"too little memory: the weights of {release.name} are {needed / GIB:.1f} GiB, and "
+            f"{split} device{'s' if split > 1 else ''} of {room / GIB:.1f} GiB can hold "
+            f"{SHARE * room * split / GIB:.1f} GiB of weights: {missing * split / GIB:.1f} GiB are "
+            f"missing; use more devices{helps}"
+        )
+    return make_mesh(*sizes)
 
 
 def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None) -> bool:

@@ -20,7 +20,9 @@ from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
 from ltx2_jax.sampling import recipes, stages, tasks
-from ltx2_jax.sampling.loading import Files, RunWeights, Strength, Used, Weights
+from ltx2_jax.sampling.given import encode
+from ltx2_jax.sampling.loading import Files, RunWeights, Weights
+from ltx2_jax.sampling.loras import OFF, Adapter, Used, even
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
 from ltx2_jax.sampling.recipes import Recipe
@@ -28,7 +30,7 @@ from ltx2_jax.sampling.stages import Found
 from ltx2_jax.sampling.tasks import Asked, KnownAudio, KnownVideo, Task
 from ltx2_jax.text.enhancement import enhance
 from ltx2_jax.training.checks import check_mesh
-from ltx2_jax.weights.lora import Lora
+from ltx2_jax.weights.lora_files import Lora
 
 # What a released model is led away from where guidance asks for a prompt without a wish of its own.
 NEGATIVE = (
@@ -40,64 +42,6 @@ ONE_STAGE_SIZE, TWO_STAGE_SIZE = (512, 768), (1024, 1536)
 SEED = 10
 OVERLAP = 2.0  # seconds that a part of a long clip sees of the part before
 SECONDS = (1.0, 20.0)  # that a duration head is held to
-# The keys by which LoRAs say how they read a reference clip: of official files, older ones, others.
-_REFERENCE = ("reference_spatial_scale_factor", "reference_downscale_factor",
-              "ss_reference_downscale_factor")  # fmt: skip
-_REFERENCE_TIME = "reference_temporal_scale_factor"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA and its strength in every stage; the last one holds for later stages, too."""
-
-    lora: Lora
-    strengths: tuple[Strength, ...]
-
-    def at(self, stage: int) -> Strength:
-        return self.strengths[min(stage, len(self.strengths) - 1)]
-
-    @property
-    def scales(self) -> tuple[int, int] | None:
-        """How many times smaller, and of fewer frames, its reference clips are; None: has none."""
-        data = self.lora.metadata
-        found = [data[key] for key in _REFERENCE if key in data]
-        if not found and _REFERENCE_TIME not in data:
-            return None
-        try:
-            return int(float((found or ["1"])[0])), int(float(data.get(_REFERENCE_TIME, "1")))
-        except ValueError:
-            raise UserError(f"{self.lora.name}: reference factors {data} are no numbers") from None
-
-
-def adapter(lora: Lora, strength: Any = 1.0) -> Adapter:
-    """A LoRA with its strengths: see `Pipeline.from_pretrained`.
-
-    An IC-LoRA, which reads a reference clip, is for the first stage alone unless it is told.
-    """
-
-    def one(value: Any) -> Strength:
-        if isinstance(value, Strength):
-            return value
-        parts = value.split(",") if isinstance(value, str) else [value]
-        numbers = [float(part) for part in parts]
-        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-            raise ValueError
-        return Strength(*(numbers * 3)[:3])
-
-    if isinstance(strength, str):
-        strength = strength.split("/") if "/" in strength else strength
-    several = isinstance(strength, list | tuple)
-    try:
-        strengths = [one(s) for s in (strength if several else [strength])]
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{lora.name}: strength {strength!r} is not a number, VIDEO,AUDIO,CROSS, or some of "
-            "those, one a stage, as in 1/0.5"
-        ) from None
-    found = Adapter(lora, tuple(strengths))
-    if found.scales is not None and len(strengths) == 1:
-        found = Adapter(lora, (*strengths, Strength(0, 0, 0)))
-    return found
 
 
 @dataclass
@@ -121,11 +65,18 @@ class Maker:
     size: tuple[int, int] | None = None
     fps: float | None = None
     frames: int | None = None
+    reads: tuple[int, int] | None = None  # as `Adapter.scales`, of a run that trains on references
     seed: int = SEED
     seconds: dict[str, float] = field(default_factory=dict)  # of the phases, since the last `make`
+    # The best mesh for (rows=, tokens=), as `meshes.choose` has them, where none was asked for.
+    spread: Callable[..., jax.sharding.Mesh] | None = None
     _codec: Codec | None = None
 
     def __post_init__(self):
+        self._trace()
+
+    def _trace(self) -> None:
+        """The sampler for the mesh."""
         with jax.set_mesh(self.mesh):
             self._program = stages.Program(
                 make_sampler(),
@@ -172,6 +123,32 @@ class Maker:
         )
         return recipe.replaced(changes)
 
+    def check(
+        self,
+        prompts: Sequence[str],
+        *,
+        recipe: str | Recipe | None = None,
+        changes: dict[str, str] | None = None,
+        negative_prompt: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        duration: float | str | None = None,
+        auto_duration: Sequence[float] | None = None,
+        skip_stage_2: bool = False,
+        enhance_prompt: bool = False,
+        enhancer: Any = None,
+        batch_size: int = 1,
+        **given: Any,
+    ) -> None:
+        """UserError for what `make` could not do with these: files are read, and no weights."""
+        _seeds(self.seed if seed is None else seed, len(prompts))
+        plan = self.chosen(recipe, changes or {})
+        if enhance_prompt:
+            self._writer(enhancer)
+        if duration == "auto" or auto_duration is not None:
+            self._check_auto(prompts, auto_duration or SECONDS)
+            duration = None
+        self._task(Asked(duration=duration, **given), plan, skip_stage_2)
+
     def make(
         self,
         prompts: Sequence[str],
@@ -208,6 +185,7 @@ class Maker:
             again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
                      "skip_stage_2": skip_stage_2}  # fmt: skip
             return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
+        self._settle(plan, task, len(prompts))
         self._tell(plan, task, seeds)
         text = self._text([*prompts, negative])
         if not self.keep and hasattr(self.texts, "free"):
@@ -232,7 +210,9 @@ class Maker:
         lengths = (asked.num_frames, asked.duration, asked.video, asked.dub, asked.audio)
         if self.frames is not None and all(x is None for x in lengths):
             asked.num_frames = self.frames
-        scales = next((a.scales for a in self.adapters if a.scales is not None), (1, 1))
+        scales = next(
+            (a.scales for a in self.adapters if a.scales is not None), self.reads or (1, 1)
+        )
         reads = tasks.several(asked.references) or asked.dub is not None
         finest = smallest / (scales[0] if reads else 1)
         task = tasks.make_task(
@@ -254,22 +234,37 @@ class Maker:
 
     def _check(self, task: Task, plan: Recipe) -> None:
         config = self.weights.config.transformer
-        if task.picture:
-            for size in _sizes(plan, task):
-                tokens = math.prod(stages.Shapes.of(task, self.codec, *size).video)
-                check_mesh(config.num_heads, tokens, self.mesh)
         for adapter in self.adapters:
             if adapter.scales is not None and adapter.scales != (1, 1) and not task.references:
                 raise UserError(
                     f"{adapter.lora.name}: is an IC-LoRA, which reads a reference clip: give "
                     "--video-conditioning (references=)"
                 )
-        if task.references and not self.adapters:
-            raise UserError("references: only an IC-LoRA reads them; give --lora (loras=)")
+        if task.references and not self.adapters and self.reads is None:
+            how = "give --lora (loras=)" if self.files else "this run trains on none"
+            raise UserError(f"references: only an IC-LoRA reads them; {how}")
         if task.slots and not config.keyframe_embedding:
             raise UserError("generated keyframes: only for models of LTX-2 2.5")
         if not config.audio_video_attention and task.partial:
             raise UserError("this model was trained without attention between sound and picture")
+
+    def _settle(self, plan: Recipe, task: Task, clips: int) -> None:
+        """Moves to the best mesh for the work, if none was asked for.
+
+        Raises:
+          UserError: the one that was asked for does not divide heads and tokens.
+        """
+        shapes = [stages.Shapes.of(task, self.codec, *size) for size in _sizes(plan, task)]
+        tokens = [math.prod(shape.video) for shape in shapes] if task.picture else []
+        if self.spread is not None:
+            rows = [clips * (1 + len(stages.passes(stage, None)[0])) for stage in plan.stages]
+            best = self.spread(rows=rows, tokens=tokens + stages.beside(task, shapes))
+            if best != self.mesh:
+                self.mesh = best
+                self.weights.move(best)
+                self._trace()
+        for count in tokens:
+            check_mesh(self.weights.config.transformer.num_heads, count, self.mesh)
 
     def _tell(self, plan: Recipe, task: Task, seeds: Sequence[int]) -> None:
         """What is going to be made, before the work begins."""
@@ -340,13 +335,7 @@ class Maker:
     def _enhanced(
         self, prompts: Sequence[str], gemma: Any, seed: int, given: dict[str, Any]
     ) -> list[str]:
-        if gemma is None:
-            if self.files is None or self.files.version == "2.5":
-                raise UserError(
-                    "enhance_prompt: give --prompt-enhancer-gemma-root (enhancer=), an instruct "
-                    "Gemma: this text encoder does not write"
-                )
-            gemma = self.files.text_encoder
+        gemma = self._writer(gemma)
         mode = "image-to-video" if given.get("image") is not None else "text-to-video"
         with self.phase("enhancing prompts"):
             settings = {"mode": mode, "seed": seed, "mesh": self.mesh, "dtype": self.dtype}
@@ -354,6 +343,15 @@ class Maker:
         for prompt in written:
             hosts.say(f"prompt: {prompt}")
         return written
+
+    def _writer(self, gemma: Any) -> Any:
+        """The Gemma that writes prompts out: the one given, or the model's own."""
+        if gemma is None and (self.files is None or self.files.version == "2.5"):
+            raise UserError(
+                "enhance_prompt: give --prompt-enhancer-gemma-root (enhancer=), an instruct "
+                "Gemma: this text encoder does not write"
+            )
+        return self.files.text_encoder if gemma is None else gemma
 
     def _text(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         with self.phase("text"):
@@ -363,15 +361,7 @@ class Maker:
         self, prompts: Sequence[str], negative: str, limits: Sequence[float], fps: float
     ) -> int:
         """Frames of the duration that the model itself finds right for a prompt."""
-        if self.files is None or "duration_head" not in self.files.release.networks:
-            raise UserError(
-                'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
-                "own: --duration-head-path)"
-            )
-        if len(prompts) > 1:
-            raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
-        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
-            raise UserError("auto_duration: give MIN and MAX seconds, or neither")
+        self._check_auto(prompts, limits)
         low, high = limits
         text = self._text([*prompts, negative])
         head = self.files.release.module("duration_head", self.mesh)
@@ -389,6 +379,17 @@ class Maker:
         hosts.say(f"duration: {seconds:.2f} s by the model, {frames} frames")
         return frames
 
+    def _check_auto(self, prompts: Sequence[str], limits: Sequence[float]) -> None:
+        if self.files is None or "duration_head" not in self.files.release.networks:
+            raise UserError(
+                'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
+                "own: --duration-head-path)"
+            )
+        if len(prompts) > 1:
+            raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
+        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+            raise UserError("auto_duration: give MIN and MAX seconds, or neither")
+
     # ---- stages ----------------------------------------------------------------------------------
 
     def _run_stages(
@@ -400,7 +401,7 @@ class Maker:
         with self.phase("encoding what is given"):
             encoded = [
                 # References are for the first stage, as is the LoRA that reads them.
-                tasks.encode(task, self.codec, *size, plan.image_crf, references=number == 0)
+                encode(task, self.codec, *size, plan.image_crf, references=number == 0)
                 for number, size in enumerate(sizes)
             ]
         self._free_codec()
@@ -457,8 +458,8 @@ class Maker:
         share = plan.stages[number].distilled_lora
         if share and self.distilled_lora is not None:
             lora, strength = self.distilled_lora
-            used.append((lora, Strength(*[share * strength] * 3)))
-        return tuple((lora, s) for lora, s in used if s != Strength(0, 0, 0))
+            used.append((lora, even(share * strength)))
+        return tuple((lora, s) for lora, s in used if s != OFF)
 
     def _free_codec(self) -> None:
         if not self.keep and self.files is not None:

@@ -17,9 +17,9 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
+from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import Files, RunWeights, Weights, fit_together, fitting_mesh
-from ltx2_jax.sampling.making import Maker, adapter
+from ltx2_jax.sampling.loras import adapter
+from ltx2_jax.sampling.making import Maker
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sampling.recipes import Recipe, Scales, Stage, one_stage
@@ -50,8 +52,10 @@ from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.training import trainable
-from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
+from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.checks import check_mesh
+from ltx2_jax.training.objective import reference_factors
+from ltx2_jax.training.runs import weights_of_run
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class ClipSize:
     height: int
     width: int
     fps: float
+
+    @classmethod
+    def of(cls, schema: Schema) -> "ClipSize":
+        return cls(schema.num_frames, schema.height, schema.width, schema.fps)
 
 
 class Pipeline:
@@ -75,7 +83,10 @@ class Pipeline:
         text_encoder: FeatureEncoder,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
+        reads: tuple[int, int] | None = None,
     ):
+        """`reads`: factors of the references that the run trains on; see `Maker`."""
+        self.reads = reads
         self.config, self.params, self.codec = config, params, codec
         self.text_encoder, self.size = text_encoder, size
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
@@ -126,7 +137,7 @@ class Pipeline:
           files: a checkpoint, or the files of the split pack, or a folder of them, here or on the
             Hugging Face Hub; LoRAs, upsampler and text encoder likewise.
           text_encoder: a Gemma folder or a packed text encoder; None if `files` have one.
-          mesh: None takes all devices, and as many for the `model` axis as the weights need.
+          mesh: None takes all devices, and for every call the mesh that `sampling.meshes` chooses.
           loras: one or a list of files, or of (file, strength): a number, a `Strength` of the
             streams, or a list of those, one a stage; or as text "VIDEO,AUDIO,CROSS" and
             "STAGE1/STAGE2".
@@ -147,7 +158,8 @@ class Pipeline:
         found = Files.open(files, text_encoder, upsampler, kind)
         networks = dataclasses.replace(found.networks(dtype), quantized=quantize)
         heads = networks.transformer.num_heads
-        mesh = mesh or fitting_mesh(found.release, heads, form=quantize)
+        best = None if mesh else partial(fitting_mesh, found.release, heads, form=quantize)
+        mesh = mesh or best()
         adapters = []
         for given in several(loras):
             source, *strength = given if isinstance(given, tuple) else (given,)
@@ -167,6 +179,7 @@ class Pipeline:
             tuple(adapters),
             distilled,
             keep=fit_together(found, mesh, quantize) if keep is None else keep,
+            spread=best,
         )
         return Released(maker)
 
@@ -191,8 +204,8 @@ class Pipeline:
         own = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
         codec = load_codec(Path(assets) / schema.codec, devices=here)
         text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, own, text_cache)
-        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
-        return cls(config, params, codec, text_encoder, size, mesh)
+        size, reads = ClipSize.of(schema), references_of(config, schema)
+        return cls(config, params, codec, text_encoder, size, mesh, reads)
 
     def __call__(
         self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None, **wishes: Any
@@ -257,27 +270,8 @@ class Pipeline:
     @cached_property
     def maker(self) -> Maker:
         """What `make` works with."""
-        sample, release = self.config.sample, self.config.data.release
-        stage = Stage(
-            schedule=sample.schedule,
-            steps=sample.steps,
-            tokens=None,
-            video=Scales(cfg=sample.video_guidance),
-            audio=Scales(cfg=sample.audio_guidance),
-        )
-        crf = 0 if release == "linear" else one_stage(release).image_crf
-        return Maker(
-            RunWeights(self.params, self.config.networks, self.mesh, self._graph),
-            self._texts,
-            lambda: self.codec,
-            self.mesh,
-            keep=True,
-            recipe=Recipe("one_stage", (stage,), image_crf=crf),
-            size=(self.size.height, self.size.width),
-            fps=self.size.fps,
-            frames=self.size.num_frames,
-            seed=sample.seed,
-        )
+        texts, size, reads = self._texts, self.size, self.reads
+        return maker_of_run(self.config, self.params, texts, self.codec, size, self.mesh, reads)
 
     def _texts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         text = caption_features(self.text_encoder, prompts)
@@ -371,7 +365,7 @@ class Released(Pipeline):
     """A released model; `Pipeline.from_pretrained` makes it."""
 
     def __init__(self, maker: Maker):
-        self.maker, self.mesh = maker, maker.mesh
+        self.maker = maker
 
     def __call__(self, prompts: str | Sequence[str], **wishes: Any) -> Clip | list[Clip]:
         """One clip per prompt; a single prompt gives a single clip. For `wishes` see `make`."""
@@ -382,6 +376,11 @@ class Released(Pipeline):
             return [one.clip(self.codec) for one in made]
 
     @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """On which the last clips were made."""
+        return self.maker.mesh
+
+    @property
     def codec(self) -> Codec:
         return self.maker.codec
 
@@ -389,6 +388,49 @@ class Released(Pipeline):
     def release(self) -> str:
         """ "2.0", "2.3" or "2.5"."""
         return self.maker.files.version
+
+
+def maker_of_run(
+    config: Config,
+    params: Any,
+    texts: Callable[[Sequence[str]], dict[str, np.ndarray]] | None,
+    codec: Codec,
+    size: ClipSize,
+    mesh: jax.sharding.Mesh,
+    reads: tuple[int, int] | None = None,
+) -> Maker:
+    """What makes clips with the weights of a run; None for weights and texts, to check alone."""
+    sample, release = config.sample, config.data.release
+    stage = Stage(
+        schedule=sample.schedule,
+        steps=sample.steps,
+        tokens=None,
+        video=Scales(cfg=sample.video_guidance),
+        audio=Scales(cfg=sample.audio_guidance),
+    )
+    crf = 0 if release == "linear" else one_stage(release).image_crf
+    with jax.set_mesh(mesh):
+        graph = trainable.sampled_graph(config)
+    return Maker(
+        RunWeights(params, config.networks, mesh, graph),
+        texts,
+        lambda: codec,
+        mesh,
+        keep=True,
+        recipe=Recipe("one_stage", (stage,), image_crf=crf),
+        size=(size.height, size.width),
+        fps=size.fps,
+        frames=size.num_frames,
+        reads=reads,
+        seed=sample.seed,
+    )
+
+
+def references_of(config: Config, schema: Schema) -> tuple[int, int] | None:
+    """How many times smaller, and of fewer frames, the references are that a run trains on."""
+    if all(condition.kind != "reference" for condition in config.flow.conditions("video")):
+        return None
+    return reference_factors(config.flow, {name: x.shape for name, x in schema.fields.items()})
 
 
 def _passes(sample: SampleConfig) -> int:

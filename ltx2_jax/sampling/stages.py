@@ -16,9 +16,10 @@ from ltx2_jax.diffusion import conditioning, geometry
 from ltx2_jax.diffusion.conditioning import Conditions
 from ltx2_jax.diffusion.guidance import Guidance
 from ltx2_jax.diffusion.sampler import Given, rows_axis
+from ltx2_jax.sampling.given import Encoded, Placed
 from ltx2_jax.sampling.programs import Pass, Request
 from ltx2_jax.sampling.recipes import Stage
-from ltx2_jax.sampling.tasks import Encoded, Placed, Task
+from ltx2_jax.sampling.tasks import Task
 from ltx2_jax.sharding import batch_shards, sharding_of
 
 VOICE_GAP = 0.04  # seconds between a voice that is heard before a clip, and the clip
@@ -88,6 +89,20 @@ def conditions(
     if both and before is None and not _known(video) and not _known(audio):
         return None
     return Given(video, audio)
+
+
+def beside(task: Task, shapes: Sequence[Shapes]) -> list[int]:
+    """Numbers of video tokens of which some are put beside those of the clip, in any stage.
+
+    A mesh that divides these, too, divides all that a stage is given.
+    """
+    found = []
+    if task.keyframes or task.slots or any(image.frame for image in task.images):
+        found += [math.prod(shape.video[1:]) for shape in shapes]
+    for read in task.references:
+        rows, columns = shapes[0].video[1:]
+        found.append(rows // read.downscale * (columns // read.downscale))
+    return found
 
 
 def _known(c: Conditions) -> bool:

@@ -21,6 +21,7 @@ from ltx2_jax.config import (
     DataConfig,
     FlowConfig,
     LoraConfig,
+    MetricsConfig,
     OptimConfig,
     SampleConfig,
     StreamConfig,
@@ -69,8 +70,8 @@ IDLE = {
         _CLIPS,
     ),
     **dict.fromkeys(
-        (f"wandb.{x}" for x in ("enabled", "project", "entity", "tags", "log_validation_videos")),
-        "metrics go to files in the workdir, and to TensorBoard where it is installed",
+        ("wandb.tags", "wandb.log_validation_videos"),
+        "a run has no tags there; clips go wherever metrics go",
     ),
 }  # fmt: skip
 # Where the trainer looks for what a condition or a stream reads.
@@ -254,6 +255,7 @@ def translate(values: Any, release: str | None = None) -> tuple[Config, list[str
         flow=flow_of(sections["training_strategy"], sections["flow_matching"]),
         optim=_optim(optimization, steps, chunks),
         checkpoint=_checkpoint(sections["checkpoints"], steps),
+        metrics=_metrics(sections["wandb"]),
         sample=_sample(sections["validation"]),
         init_from=init_from,
         tune=tune,
@@ -505,3 +507,10 @@ def _sample(keys: Keys) -> SampleConfig:
         audio_guidance=keys.number("audio_cfg_scale", 7.0 if old is None else old),
         seed=keys.integer("seed", 42),
     )
+
+
+def _metrics(keys: Keys) -> MetricsConfig:
+    project, entity = keys.text("project", "ltx-2-trainer"), keys.text("entity")
+    if not keys.flag("enabled", False):
+        return MetricsConfig()
+    return _named(keys.path, MetricsConfig, f"{entity}/{project}" if entity else project)

@@ -38,8 +38,11 @@ def networks():
             return clip.Networks(text, *map(model.config, names), larger.config("upsampler"))
 
 
-def called(networks, recipe, mesh, monkeypatch):
-    """What a pipeline gives its sampler, for each stage, when it makes a clip of a prompt."""
+def called(networks, recipe, mesh, monkeypatch, **wishes):
+    """What a pipeline gives its sampler, for each stage, when it makes a clip of a prompt.
+
+    And on which mesh: its default if `mesh` is None.
+    """
     calls, features = [], networks.text.features
 
     def texts(prompts):
@@ -48,7 +51,7 @@ def called(networks, recipe, mesh, monkeypatch):
         return found | {"text_mask": np.ones((len(prompts), 1024), bool)}
 
     def sampler(params, *args, **static):
-        calls.append((args, static))
+        calls.append((args, static, dict(jax.sharding.get_abstract_mesh().shape)))
         request, rows = static["request"], len(args[1])
         channels = networks.audio.latent_channels
         return (
@@ -70,7 +73,8 @@ def called(networks, recipe, mesh, monkeypatch):
     larger = lambda x: x.repeat(2, 2).repeat(2, 3)  # noqa: E731
     monkeypatch.setattr(Files, "load_upsampler", lambda self, dtype: larger)
     frames, height, width = SIZE
-    pipe.make(["a dog"], recipe=recipe, num_frames=frames, height=height, width=width)
+    size = {"num_frames": frames, "height": height, "width": width}
+    pipe.make(["a dog"], recipe=recipe, **size, **wishes)
     return calls
 
 
@@ -82,7 +86,7 @@ def test_the_samplers_are_given_what_a_pipeline_gives_them(networks, recipe, siz
     calls = called(networks, recipe, mesh, monkeypatch)
     assert len(calls) == len(recipe.stages)
     described = lambda tree: jax.tree.map(lambda x: (np.shape(x), np.dtype(x.dtype)), tree)  # noqa: E731
-    for number, (args, static) in enumerate(calls):
+    for number, (args, static, _) in enumerate(calls):
         with jax.set_mesh(mesh):
             ours, fixed = clip.stage_arguments(
                 networks.sampled, networks.text, recipe, number, task, codec, mesh
@@ -125,13 +129,13 @@ def test_a_recipe_is_one_program_after_another(networks, programs):
         ("sound", 1),
     ]
     assert facts["seconds"] == 0.125 + 0.5 + 0.25 + 0.5 + 4 * 0.0625 + 0.25
-    # Tokens are 4 in stage 1, of 2 x 1 x 2, and the weights fit everywhere.
-    assert facts["mesh"] == {"data": 2, "model": 1, "sequence": 4}
+    # Tokens are 4 in stage 1, of 2 x 1 x 2; heads are 2, and no device repeats another's work.
+    assert facts["mesh"] == {"data": 1, "model": 2, "sequence": 4}
     # What one program makes is what the next one takes.
     first, larger, second, sound = (program for program, *_ in programs)
-    assert [x.shape for x in first.out_info] == [(2, 2, 1, 2, 4), (2, 9, 16, 1)]
+    assert [x.shape for x in first.out_info] == [(1, 2, 1, 2, 4), (1, 9, 16, 1)]
     assert larger.out_info.shape == (1, 2, 2, 4, 4)
-    assert [x.shape for x in second.out_info] == [(2, 2, 2, 4, 4), (2, 9, 16, 1)]
+    assert [x.shape for x in second.out_info] == [(1, 2, 2, 4, 4), (1, 9, 16, 1)]
     assert sound.out_info.shape[::2] == (1, 2)
     assert [mesh.size for _, mesh, _ in programs] == [8, 1, 8, 1]
     table = reports.describe(facts)
@@ -160,8 +164,33 @@ def test_released_weights_are_split_as_far_as_a_chip_needs_it():
     codec = clip._codec(networks, jax.devices())
     shapes = [clip._shapes(recipes.distilled("2.3"), number, task, codec) for number in (0, 1)]
     assert [shape.video for shape in shapes] == [(16, 8, 12), (16, 16, 24)]
-    assert clip._sizes(networks, shapes, 8, 31.25 * 2**30) == (1, 2, 4)
-    assert clip._sizes(networks, shapes, 1, 15.75 * 2**30) == (1, 1, 1)  # too small, and told so
+    recipe = recipes.distilled("2.3")
+    assert clip._sizes(networks, recipe, shapes, 8, 31.25 * 2**30) == (1, 2, 4)
+    assert clip._sizes(networks, recipe, shapes, 1, 15.75 * 2**30) == (1, 1, 1)  # and told so
+
+
+@pytest.mark.parametrize(
+    ("recipe", "image", "mesh"),
+    [
+        (recipes.distilled("2.3"), None, (1, 2, 4)),  # one pass in both stages, 4 tokens in one
+        (ONE, None, (4, 1, 2)),  # four passes
+        # A keyframe puts 8 tokens beside 16, at frame 8.
+        (ONE, (np.zeros((64, 128, 3), np.uint8), 8), (4, 1, 2)),
+        # And in stage 1 two beside four.
+        (recipes.distilled("2.3"), (np.zeros((64, 128, 3), np.uint8), 8), (2, 2, 2)),
+    ],
+)
+def test_a_pipeline_chooses_the_mesh_for_its_work_as_plan_does(
+    networks, recipe, image, mesh, monkeypatch
+):
+    calls = called(networks, recipe, None, monkeypatch, image=image)
+    assert [tuple(where.values()) for *_, where in calls] == [mesh] * len(recipe.stages)
+    assert {len(args[1]) for args, *_ in calls} == {1}  # the clip once
+    if image is None:
+        task, codec = clip._task(recipe, SIZE, networks, []), clip._codec(networks, jax.devices())
+        numbers = range(len(recipe.stages))
+        shapes = [clip._shapes(recipe, number, task, codec) for number in numbers]
+        assert clip._sizes(networks, recipe, shapes, 8, 2**30) == mesh
 
 
 @pytest.fixture
@@ -198,6 +227,7 @@ def test_the_command_names_recipe_release_and_size(command):
     [
         (["--passes=2"], "--passes is not of --what=clip"),
         (["--config=configs/ltx2_19b.py"], "--config is not of --what=clip"),
+        (["--search"], "--search is not of --what=clip, but of train and sample"),
         (["--what=vae", "--recipe=hq"], "--recipe is not of --what=vae, but of clip"),
     ],
 )

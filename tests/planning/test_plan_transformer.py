@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 
 from ltx2_jax import chips, config, plan
-from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
 from ltx2_jax.models.codecs.mel import MelConfig
@@ -31,9 +31,7 @@ CONFIG = dataclasses.replace(
     tiny.config(),
     data=config.DataConfig(synthetic=CLIPS, codec=CODEC, batch_size=8),
     mesh=config.MeshConfig(2, 2, 2),
-    text=dataclasses.replace(
-        tiny.TEXT, encoder=config.RandomEncoderConfig(video_dim=32, audio_dim=16)
-    ),
+    text=dataclasses.replace(tiny.TEXT, encoder=RandomEncoderConfig(video_dim=32, audio_dim=16)),
 )
 REQUEST = programs.request_of(CONFIG)
 
@@ -285,8 +283,6 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=v5p:3x4"], "v5p slices have three sizes; slices are v5p:2x2x1, "),
         (["--topology=v9:2x2"], "no such slice; slices are named GENERATION:SHAPE"),
         (["--topology=v5p:32x32x32"], "the largest is of 6,144 chips; slices are v5p:2x2x1, "),
-        (["--topology=v5p:2x2x2", "--what=sample", "--search"],
-         "--search is not of --what=sample, but of train"),
         (["--topology=v5p:2x2x2", "--batch=8"], "--batch is not of --what=train, but of sample an"),
         (["--topology=v5p:2x2x2", "--compile=8"], "--compile is a number of the rows of --search"),
         (["--topology=v5p:2x2x2", "--search", "--mesh=8,1,1"], "--search tries all meshes"),

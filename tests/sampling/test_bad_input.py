@@ -8,7 +8,7 @@ import pytest
 from ltx2_jax import sample
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
-from ltx2_jax.sampling import loading, making, recipes, tasks
+from ltx2_jax.sampling import given, loading, loras, recipes, tasks
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.tasks import Asked, make_task
 from ltx2_jax.weights.lora_files import Lora, read_lora, write_lora
@@ -245,21 +245,21 @@ def test_guidance_on_a_distilled_model_is_said(pipe, capsys):
 @pytest.mark.parametrize("strength", ["much", "1,2", "nan", "1/x"])
 def test_a_strength_that_is_none_is_named(strength):
     with pytest.raises(UserError, match="is not a number, VIDEO,AUDIO,CROSS"):
-        making.adapter(Lora({}), strength)
+        loras.adapter(Lora({}), strength)
 
 
 def test_strengths_are_of_streams_and_stages():
-    strengths = making.adapter(Lora({}), "1,0.5,0/0.3").strengths
-    assert strengths == (loading.Strength(1, 0.5, 0), loading.Strength(0.3, 0.3, 0.3))
+    strengths = loras.adapter(Lora({}), "1,0.5,0/0.3").strengths
+    assert strengths == (loras.Strength(1, 0.5, 0), loras.Strength(0.3, 0.3, 0.3))
     lora = read_lora(GOLDEN / "v2.0" / "lora.safetensors")
-    parts = loading.by_stream(lora, loading.Strength(1, 0.5, 0.25))
+    parts = loras.by_stream(lora, loras.Strength(1, 0.5, 0.25))
     names = {strength: set(part.targets) for part, strength in parts}
     assert sum(map(len, names.values())) == len(lora.targets)
     for strength, modules in names.items():
         for module in modules:
             cross = any(name in module for name in ("audio_to_video", "video_to_audio", "av_ca"))
             assert strength == (0.25 if cross else 0.5 if "audio" in module else 1)
-    assert {s for _, s in loading.by_stream(lora, loading.Strength(1, 0, 0))} == {1}
+    assert {s for _, s in loras.by_stream(lora, loras.Strength(1, 0, 0))} == {1}
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -347,7 +347,7 @@ def test_known_sound_stays_and_meets_the_new_one_without_a_jump():
     known = tasks.KnownAudio(rng.normal(size=(1000, 2)).astype(np.float32), rate, redo=(0.3, 0.6))
     asked = tasks.Task(25, 64, 64, 25.0, audio=known)
     made = np.ones((1000, 2), np.float32)
-    heard, heard_rate = tasks.with_known_sound(asked, made, rate)
+    heard, heard_rate = given.with_known_sound(asked, made, rate)
     assert heard_rate == rate
     np.testing.assert_array_equal(heard[:300], known.samples[:300])
     np.testing.assert_array_equal(heard[600:], known.samples[600:])

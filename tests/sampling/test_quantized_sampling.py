@@ -20,7 +20,8 @@ from ltx2_jax.media import media
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import dequantized, quantized
 from ltx2_jax.sampling import pipeline
-from ltx2_jax.sampling.loading import Files, Strength, Weights
+from ltx2_jax.sampling.loading import Files, Weights
+from ltx2_jax.sampling.loras import Strength
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights import loading, mapping

@@ -40,9 +40,9 @@ from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, make_mesh
 from ltx2_jax.training import initial, loop, objective, trainable
 from ltx2_jax.training.batch import place
-from ltx2_jax.training.checkpoint import weights_of_run
 from ltx2_jax.training.housekeeping import on_all_devices
 from ltx2_jax.training.metrics import read_metrics
+from ltx2_jax.training.runs import weights_of_run
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.sources import open_release

@@ -211,8 +211,8 @@ def test_a_file_is_read_with_its_release_from_its_weights_and_changed_by_flags(t
     assert config.model.gated_attention
     assert config.model.num_layers < 48
     assert config.optim.learning_rate == 3e-4
-    names = "wandb.project, wandb.tags, wandb.log_validation_videos"
-    assert f"{path}: no meaning here have {names}: metrics go" in capsys.readouterr().out
+    names = "wandb.tags, wandb.log_validation_videos"
+    assert f"{path}: no meaning here have {names}: a run has no" in capsys.readouterr().out
     assert trainer_yaml.load(f"{path}:2.3") == trainer_yaml.load(str(path))
     with pytest.raises(UserError, match=r"is a file of 2.3, not of 2.0"):
         trainer_yaml.load(f"{path}:2.0")
@@ -254,6 +254,10 @@ def test_every_value_arrives():
     assert config.checkpoint.keep == 9
     assert (config.sample.steps, config.data.read_threads) == (8, 0)
     assert translated(model__training_mode="full").tune == TuneConfig()
+    assert config.metrics.wandb is None
+    assert translated(wandb__enabled=True).metrics.wandb == "ltx-2-trainer"
+    mine = {"wandb__enabled": True, "wandb__entity": "me", "wandb__project": "dogs"}
+    assert translated(**mine).metrics.wandb == "me/dogs"
 
 
 @pytest.mark.parametrize(
