@@ -89,7 +89,8 @@ def search_samples(
     {"rows": [{"mesh", "estimate", "plan": facts of `plan_sample` or None}]}, the fastest first.
 
     Raises:
-      UserError: no such slice, several, GPUs; nothing fits; no mesh divides clips, heads and tokens.
+      UserError: no such slice, several, or GPUs; nothing fits; no mesh divides clips, heads and
+        tokens.
     """
     where = one_slice(topology, "sample")
     if not where.chip.torus:
