@@ -1,6 +1,8 @@
 """One run on clips of several sizes and datasets, some of them without sound or picture."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -9,7 +11,6 @@ from pathlib import Path
 import film
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from resume_config import get_config
 
 from ltx2_jax import planning
@@ -23,19 +24,6 @@ from ltx2_jax.media.media import read_clip
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import load_caption_encoder
 from ltx2_jax.training import checks, loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """The steps that both trainings take are compiled once."""
-    given = jax.config.jax_compilation_cache_dir
-    if given is None:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-        compilation_cache.reset_cache()
-    yield
-    if given is None:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +77,25 @@ def train(config, monkeypatch):
     ]
 
 
-def test_a_stream_that_a_batch_lacks_has_no_loss_and_the_rest_is_learned(
-    records, tmp_path, capsys, monkeypatch
-):
-    whole = train(config(records, tmp_path), monkeypatch)
+FILE = str(Path(__file__).parents[1] / "resume_config.py")
+
+
+@pytest.fixture(scope="module")
+def trained(records, hum, tmp_path_factory):
+    """A run on both from a config file and flags: these, its config, rows, and what it printed."""
+    flags = {
+        "workdir": str(tmp_path_factory.mktemp("run")), "data.batch_size": "2",
+        "data.mixture": f"('{records.folder}', 0.4), ('{hum.folder}', 0.6)",
+        "data.batch_tokens": "120", "num_steps": "12",
+    }  # fmt: skip
+    run, told = load(FILE, flags), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        rows = train(run, patch)
+    return flags, run, rows, told.getvalue()
+
+
+def test_a_stream_that_a_batch_lacks_has_no_loss_and_the_rest_is_learned(trained):
+    _, _, whole, told = trained
     kinds = set()
     for row in whole:
         there = [name for name in ("video", "audio") if f"{name}_loss" in row]
@@ -101,29 +104,13 @@ def test_a_stream_that_a_batch_lacks_has_no_loss_and_the_rest_is_learned(
         assert math.isfinite(row["grad_norm"])
         kinds.add(tuple(there))
     assert kinds == {("video", "audio"), ("video",), ("audio",)}
-    assert "compiling the train step for 3 sizes" in capsys.readouterr().out
-    # From the checkpoint before, the same batches of the same sizes come again.
-    shutil.rmtree(tmp_path / "checkpoints" / "12")
-    assert [row["loss"] for row in train(config(records, tmp_path), monkeypatch)] == [
-        row["loss"] for row in whole
-    ]
+    assert "compiling the train step for 3 sizes" in told
 
 
-def test_a_mixture_with_batches_by_tokens_is_learned_and_goes_on_exactly(
-    records, hum, tmp_path, capsys, monkeypatch
-):
-    """From a config file and flags, as the command has them; rows say what a step was of."""
-    file = Path(__file__).parents[1] / "resume_config.py"
-    shares = f"('{records.folder}', 0.4), ('{hum.folder}', 0.6)"
-    flags = {
-        "workdir": str(tmp_path), "data.mixture": shares, "data.batch_size": "2",
-        "data.batch_tokens": "120", "num_steps": "12",
-    }  # fmt: skip
-    run = load(str(file), flags)
-    whole = train(run, monkeypatch)
-    told = capsys.readouterr().out
-    assert "compiling the train step for 3 sizes of clips" in told
+def test_rows_say_which_size_of_which_dataset_a_step_was_of(trained, records, hum):
+    _, _, whole, told = trained
     assert f"60.0% of them from {hum.folder}, which has 1" in told
+    assert "in batches of 2 to 12" in told
     rows = {(row["dataset"], row["bucket"]): row for row in whole}
     assert rows.keys() >= {
         (str(records.folder), "32x16x9"),
@@ -133,28 +120,37 @@ def test_a_mixture_with_batches_by_tokens_is_learned_and_goes_on_exactly(
     for (_, bucket), row in rows.items():
         assert ("audio_loss" in row) == ("silent" not in bucket)
         assert ("video_loss" in row) == ("sound" not in bucket)
-    shutil.rmtree(tmp_path / "checkpoints" / "12")
-    again = train(run, monkeypatch)
-    timed = ("step_time", "tokens_per_second", "data_wait")
-    for row, other in zip(again, whole, strict=True):
-        for name in row.keys() - set(timed):
-            assert row[name] == other[name]
-    # What is planned without a topology that says otherwise: the largest clips of both.
+
+
+def test_a_mixture_with_batches_by_tokens_goes_on_exactly(trained, monkeypatch):
+    """From the checkpoint before, the same batches of the same sizes come again."""
+    _, run, whole, _ = trained
+    shutil.rmtree(Path(run.workdir, "checkpoints", "12"))
+    timed = {"step_time", "tokens_per_second", "data_wait"}
+    for row, other in zip(train(run, monkeypatch), whole, strict=True):
+        assert {k: v for k, v in row.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+
+
+def test_another_mixture_is_told_and_other_sizes_of_batches_are_another_run(trained, capsys):
+    flags, run, _, _ = trained
+    other = load(FILE, flags | {"data.mixture": flags["data.mixture"].replace("0.4", "0.401")})
+    checks.check_same_run(other, run, run.workdir)
+    assert "changed since the checkpoint: data.mixture: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another config \(data.batch_tokens: 120 -> 240\)"):
+        checks.check_same_run(load(FILE, flags | {"data.batch_tokens": "240"}), run, run.workdir)
+
+
+def test_sampling_and_planning_take_the_largest_clips_of_a_mixture(trained):
+    _, run, _, _ = trained
+    schema = read_schema(Path(run.workdir, "assets"))
+    assert (schema.num_frames, len(schema.buckets)) == (9, 3)
     request = planning.request_of(run)
     assert (request.video_shape, request.audio_length) == ((5, 2, 4), 9)
     assert planning.for_clips(run, request).data.batch_size == 2
     small = planning.request_of(run, height=16, width=16)
     assert planning.for_clips(run, small).data.batch_size == 2 * (120 // (2 * (5 * 2 * 2 + 9)))
-    # What sampling reads in the workdir: the largest clips, and what made them.
-    schema = read_schema(tmp_path / "assets")
-    assert (schema.num_frames, len(schema.buckets)) == (9, 3)
-    # Another mixture is told, as another dataset is; other sizes of batches are another run.
-    other = load(str(file), flags | {"data.mixture": shares.replace("0.4", "0.41")})
-    capsys.readouterr()
-    checks.check_same_run(other, run, tmp_path)
-    assert "changed since the checkpoint: data.mixture: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another config \(data.batch_tokens: 120 -> 240\)"):
-        train(load(str(file), flags | {"data.batch_tokens": "240"}), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +169,13 @@ def test_a_mixture_with_batches_by_tokens_is_learned_and_goes_on_exactly(
 def test_a_mixture_that_does_not_fit_is_refused_before_any_work(
     records, hum, tmp_path, flags, message
 ):
-    file = Path(__file__).parents[1] / "resume_config.py"
     shares = f"('{records.folder}', 0.4), ('HUM', 0.6)"
     given = {"workdir": str(tmp_path / "run"), "data.mixture": shares, "data.batch_size": "2"}
     given |= flags
     given["data.mixture"] = given["data.mixture"].replace("HUM", str(hum.folder))
     mesh = make_mesh(devices=jax.devices()[:2])
     with pytest.raises(UserError, match=message):
-        checks.before_work(load(str(file), given), mesh)
+        checks.before_work(load(FILE, given), mesh)
     assert not (tmp_path / "run").exists()
 
 
