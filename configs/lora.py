@@ -100,9 +100,10 @@ def get_config(arg: str | None = None) -> Config:
     base = load(str(Path(__file__).with_name(networks)))
     flow = FlowConfig(video, audio)
     optim = OptimConfig(learning_rate=rate, schedule="linear", decays="all")
-    rank = 32
+    rank, form = 32, None
     if mode == "t2v_low_vram":
         rank, optim = 16, dataclasses.replace(optim, first_moment_dtype="bfloat16")
+        form = "int8"
     if mode == "t2v_shared_sigma":
         flow = dataclasses.replace(
             flow, shared_sigma_prob=1.0, sigma="uniform", sigma_min=1e-3, sigma_max=0.999
@@ -117,6 +118,6 @@ def get_config(arg: str | None = None) -> Config:
         optim=optim,
         checkpoint=CheckpointConfig(every_steps=250, keep=2),
         init_from=weights,
-        tune=TuneConfig(lora=LoraConfig(TARGETS[targets], rank, float(rank))),
+        tune=TuneConfig(lora=LoraConfig(TARGETS[targets], rank, float(rank)), quantize=form),
         num_steps=steps,
     )

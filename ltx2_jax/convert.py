@@ -20,7 +20,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference
 from ltx2_jax.files import location
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint, initial, objective
+from ltx2_jax.training import checkpoint, initial, objective, runs
 from ltx2_jax.weights import export, report
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights.loading import FLOAT8
@@ -122,7 +122,7 @@ def convert_run(sources: Sequence[str], dst: str, args: argparse.Namespace) -> N
     """The weights of a training run, with all other networks from --base."""
     workdir = _alone(sources, "a training run")
     mesh = make_mesh(devices=jax.devices()[:1])
-    config, params, step = checkpoint.weights_of_run(workdir, mesh, step=args.step)
+    config, params, step = runs.weights_of_run(workdir, mesh, step=args.step)
     print(f"{workdir}: weights of step {step}")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_release(args.base)) if args.base else None
@@ -135,7 +135,7 @@ def convert_adapters(sources: Sequence[str], dst: str, args: argparse.Namespace)
     workdir = _alone(sources, "a training run")
     check_writable(Path(dst))
     mesh = make_mesh(devices=jax.devices()[:1])
-    config, trained, step = checkpoint.weights_of_run(workdir, mesh, step=args.step, adapters=True)
+    config, trained, step = runs.weights_of_run(workdir, mesh, step=args.step, adapters=True)
     lora = initial.as_lora(config, trained, **_references(config, Path(workdir)))
     print(f"{workdir}: adapters of step {step}, {len(lora.targets)} matrices")
     if args.base is None:
@@ -189,7 +189,8 @@ def inspect(path: str) -> str:
         if config.tune is not None:
             lora = config.tune.lora
             what = ", ".join(config.tune.train) if lora is None else f"a LoRA of rank {lora.rank}"
-            lines.append(f"trained: {what}; the rest is that of {config.init_from}")
+            form = f", in {config.tune.quantize}" if config.tune.quantize else ""
+            lines.append(f"trained: {what}; the rest is that of {config.init_from}{form}")
         return "\n  ".join(lines)
     with open_release(path) as release:
         return report.of_release(release)
@@ -251,7 +252,7 @@ def _references(config: Config, workdir: Path) -> dict[str, str]:
 
 
 def _config_of_run(workdir: str) -> Config:
-    config = checkpoint.stored_config(workdir)
+    config = runs.stored_config(workdir)
     if config is None:
         raise UserError(f"{workdir}: no checkpoint there")
     return config

@@ -386,3 +386,12 @@ def reason(error: Exception) -> str:
     """One line about an exception of a library or the system, without the path again."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the disk, the network or memory was at fault, and not what the file holds."""
+    while error is not None:
+        if isinstance(error, OSError | MemoryError):
+            return not isinstance(error, FileNotFoundError | PermissionError)
+        error = error.__cause__ or error.__context__
+    return False

@@ -39,13 +39,14 @@ SHEET_CLIPS = 6
 _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
 
-TABLE is a CSV (with a header), JSON (list of objects) or JSONL file with the columns `video` (or
-`media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with the
-records, the codec and the text encoder. The codec is that of a release (--codec), or a linear one
-fitted on these clips. The text encoder is that of a release or of another dataset (--text-encoder),
-or a small one with random weights and a tokenizer trained on these captions. The folder appears
-when everything is done; until then what is done is kept beside it, and the same command goes on.
-Clips that cannot be used are left out and listed; the same command takes them when it can.
+TABLE is a CSV (with a header), JSON (list of objects), JSONL or Parquet file with the columns
+`video` (or `media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with
+the records, the codec and the text encoder. The codec is that of a release (--codec), or a linear
+one fitted on these clips. The text encoder is that of a release or of another dataset
+(--text-encoder), or a small one with random weights and a tokenizer trained on these captions. The
+folder appears when everything is done; until then what is done is kept beside it, and the same
+command goes on. Clips that cannot be used are left out and listed; the same command takes them when
+it can.
 """
 
 _EXAMPLE = """\
@@ -135,6 +136,7 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
         text_length=args.text_length or 32,
         buckets=buckets,
         stride=args.stride,
+        scenes=args.scenes,
         incomplete=args.incomplete,
         reference_downscale=args.reference_downscale,
         reference_slowdown=args.reference_slowdown,
@@ -304,6 +306,11 @@ def _clip_flags(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=count,
         help="frames from one clip of a film to the next (default: one clip)",
+    )
+    size.add_argument(
+        "--scenes",
+        action="store_true",
+        help="take every scene of a film for a film of its own: no clip holds a cut",
     )
     size.add_argument(
         "--incomplete",

@@ -19,11 +19,11 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import sync_report
 from ltx2_jax.files import location
 from ltx2_jax.media.media import read_about
-from ltx2_jax.sampling import flags
+from ltx2_jax.sampling import flags, wishes
 from ltx2_jax.sampling.output import SUFFIXES, Made, read_latents, save_latents, write_clips
 from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.sampling.wishes import Wish, read_wishes
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.text.captions import read_prompts
 
 # Bytes of pixels from which clips are written as they are decoded, without a picture of them.
 LARGE = 2**30
@@ -50,20 +50,22 @@ def _released(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if args.from_latents:
         made = [read_latents(path) for path in args.from_latents]
-        prompts = [clip.prompt for clip in made]
+        asked = [Wish(clip.prompt) for clip in made]
     else:
-        prompts = _prompts(args)
-    paths = output_paths(args, len(prompts))
+        asked = _asked(args)
+    paths = output_paths(args, len(asked))
     pipe = _pipeline(args)
     if not args.from_latents:
-        made = pipe.make(prompts, **flags.wishes(args))
+        made = wishes.make(pipe.maker, asked, **flags.wishes(args))
     if hosts.index() != 0:
         return
-    for path, clip in zip(paths, made, strict=True):
-        clip.about["command"] = _remembered(args, clip)
+    for number, (path, clip, wish) in enumerate(zip(paths, made, asked, strict=True)):
+        if wish.given.get("picture") is False:
+            path = path.with_suffix(".wav")
+        clip.about["command"] = _remembered(args, clip, wish)
         if args.save_latents:
             name = Path(args.save_latents)
-            save_latents(name if len(made) == 1 else _numbered(name, paths.index(path)), clip)
+            save_latents(name if len(made) == 1 else _numbered(name, number), clip)
         with pipe.phase("decoding"):
             files = clip.write(path, pipe.codec, crf=args.crf)
         seed = f", seed {clip.about['seed']}" if "seed" in clip.about else ""
@@ -100,21 +102,23 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
     )
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts; a file of them has one a line.
+def _asked(args: argparse.Namespace) -> list[Wish]:
+    """All prompts; a file of them has one a line, with what else its clip is given.
 
     Raises:
       UserError: none, a blank one, a file that cannot be read.
     """
-    prompts = [*args.prompt, *args.texts]
-    if args.prompts:
-        prompts += read_prompts(args.prompts, "--prompts")
-    if not prompts:
-        raise UserError("give a prompt: PROMPT, --prompt or --prompts FILE")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+    asked = []
+    for number, text in enumerate((*args.prompt, *args.texts), 1):
+        if not text.strip():
             raise UserError(f"prompt {number} is blank")
-    return prompts
+        with wishes.named("--again" if args.given else ""):
+            asked.append(wishes.wish_of({"prompt": text, **args.given}, Path("/")))
+    if args.prompts:
+        asked += read_wishes(args.prompts, "--prompts")
+    if not asked:
+        raise UserError("give a prompt: PROMPT, --prompt or --prompts FILE")
+    return asked
 
 
 def output_paths(args: argparse.Namespace, number: int) -> list[Path]:
@@ -162,14 +166,16 @@ def _check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag}: {path} cannot be written ({error.strerror})") from None
 
 
-def _remembered(args: argparse.Namespace, clip: Made) -> dict[str, Any]:
+def _remembered(args: argparse.Namespace, clip: Made, wish: Wish) -> dict[str, Any]:
     """The settings that make a clip again."""
     settings = {
         name: value
         for name, value in vars(args).items()
         if name not in ASIDE and name in flags.REMEMBERED and value not in (None, [], False)
     }
-    return {**settings, "texts": [], "prompt": [clip.prompt], "seed": clip.about.get("seed")}
+    given = {name: value for name, value in wish.given.items() if name != "seed"}
+    settings |= {"given": given, "texts": [], "prompt": [clip.prompt]}
+    return settings | {"seed": clip.about.get("seed")}
 
 
 def _again(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
@@ -187,7 +193,11 @@ def _again(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
         else value
         for name, value in known.items()
     }
-    return flags.read(argv, known)
+    args = flags.read(argv, known)
+    # What a line of a file gave it stays, unless a flag says something else now.
+    now, none = (flags.wishes(flags.read(words)) for words in (argv, ["--again", args.again]))
+    args.given = {name: x for name, x in args.given.items() if now[name] == none[name]}
+    return args
 
 
 # ------------------------------------------------------------------------------ of a workdir

@@ -1,24 +1,33 @@
 """Train from a config file, resume, and end with clips: python -m ltx2_jax.train --help."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from ltx2_jax import command, hosts
 from ltx2_jax import config as config_lib
-from ltx2_jax.config import Config
+from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.config import SYNC_LAG, Config
 from ltx2_jax.data.records import Records
 from ltx2_jax.demo import synthetic
+from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
-from ltx2_jax.evaluation.sync import sync_report
+from ltx2_jax.evaluation.sync import events, sync_report
 from ltx2_jax.files import in_bucket, local_folder, location
-from ltx2_jax.media.media import read_clip
-from ltx2_jax.sampling.output import write_clips
-from ltx2_jax.sampling.pipeline import Pipeline
-from ltx2_jax.training import trainer_yaml, validation
+from ltx2_jax.media.clip_files import fingerprints
+from ltx2_jax.media.media import Clip, read_clip
+from ltx2_jax.sampling import wishes
+from ltx2_jax.sampling.output import enlarged, write_clips
+from ltx2_jax.sampling.pipeline import ClipSize, Pipeline, maker_of_run, references_of
+from ltx2_jax.sampling.wishes import Wish, read_wishes
+from ltx2_jax.training import trainer_yaml
+from ltx2_jax.training.boards import Shown
 from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.loop import data_folder, train
 from ltx2_jax.training.status import status
@@ -51,9 +60,9 @@ PREVIEW_CLIPS = 4
 def main(config: Config) -> int:
     """Trains, with clips on the way and at the end; returns an exit code."""
     started = time.perf_counter()
-    given = validation.prompts_of(config)
+    given = wishes_of(config)
 
-    def make_clips(weights: Any, records: Records, step: int) -> None:
+    def make_clips(weights: Any, records: Records, step: int) -> Shown | None:
         workdir, mesh = location(config.workdir), jax.sharding.get_mesh()
         # A released text encoder is loaded for the first clips, and for those after them no more.
         cached = config.text.release != "random" and not in_bucket(workdir)
@@ -61,47 +70,102 @@ def main(config: Config) -> int:
         pipeline = Pipeline.from_assets(
             config, weights, local_folder(workdir / ASSETS), mesh, text_cache
         )
-        if step < config.num_steps:
-            preview(pipeline, given or fresh_prompts(config, records)[:PREVIEW_CLIPS], step)
+        asked = given or [Wish(prompt) for prompt in fresh_prompts(config, records)]
+        last = step == config.num_steps
+        clips = made(pipeline, asked if last or given else asked[:PREVIEW_CLIPS])
+        if hosts.index() != 0:
+            return None
+        prompts = [wish.prompt for wish in asked[: len(clips)]]
+        if last:
+            sheet = at_the_end(config, clips, prompts, records)
         else:
-            show(pipeline, given or fresh_prompts(config, records), records)
+            sheet = on_the_way(config, clips, prompts, step)
+        return shown(clips, prompts, sheet)
 
-    code = train(config, make_clips)
+    def check_clips(records: Records) -> None:
+        if given and any(wish.given for wish in given):
+            codec, schema = load_codec(records.codec_path), records.schema
+            size, reads = ClipSize.of(schema), references_of(config, schema)
+            mesh = jax.sharding.get_mesh()
+            wishes.check(maker_of_run(config, None, None, codec, size, mesh, reads), given)
+
+    code = train(config, make_clips, check_clips)
     hosts.say(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return code
 
 
-def preview(pipeline: Pipeline, prompts: list[str], step: int) -> None:
-    """A few clips while the training goes on: one contact sheet, or files every so many steps."""
-    config, workdir = pipeline.config, location(pipeline.config.workdir)
-    clips = pipeline(prompts)
-    if hosts.index() != 0:
-        return
-    if step == config.sample.preview_step:
+def made(pipeline: Pipeline, asked: Sequence[Wish]) -> list[Clip]:
+    """A clip for each, on the first host."""
+    if not any(wish.given for wish in asked):
+        return pipeline([wish.prompt for wish in asked])
+    found = wishes.make(pipeline.maker, asked)
+    return [one.clip(pipeline.codec) for one in found] if hosts.index() == 0 else []
+
+
+def shown(clips: list[Clip], prompts: list[str], sheet: epath.Path | None) -> Shown:
+    """Clips for the boards, large enough to be watched, and what they are worth."""
+    metrics = {}
+    if (found := events(clips)) is not None:
+        metrics = {"seen": found.seen, "heard": found.heard, "matched": found.matched}
+        metrics = {f"val_sync_{name}": float(count) for name, count in metrics.items()}
+        if found.median_lag is not None:
+            metrics[SYNC_LAG] = 1000 * found.median_lag
+    larger = [enlarged(clip) if len(clip.video) else clip for clip in clips]
+    return Shown(larger, prompts, None if sheet is None else sheet.read_bytes(), metrics)
+
+
+def on_the_way(
+    config: Config, clips: list[Clip], prompts: list[str], step: int
+) -> epath.Path | None:
+    """Clips while the training goes on: files every so many steps, one contact sheet of a few."""
+    workdir, every, sheet = location(config.workdir), config.validation.clips_every, None
+    if every and step % every == 0:
+        sheet = write_clips(clips, prompts, workdir / "validation" / f"step-{step:06d}")
+    if step == config.sample.preview_step and all(len(clip.video) for clip in clips):
         sheet = workdir / "preview.png"
         contact_sheet(sheet, clips, prompts, title=f"generated clips after {step} steps")
         print(f"wrote {sheet}, the first clips, after {step} steps", flush=True)
-    every = config.validation.clips_every
-    if every and step % every == 0:
-        write_clips(clips, prompts, workdir / "validation" / f"step-{step:06d}")
+    return sheet
 
 
-def show(pipeline: Pipeline, prompts: list[str], records: Records) -> None:
-    """Clips at the end: files, a contact sheet, and how well sound and picture agree."""
-    config, workdir = pipeline.config, location(pipeline.config.workdir)
-    clips = pipeline(prompts)
-    if hosts.index() != 0:
-        return
-    write_clips(clips, prompts, workdir)
+def at_the_end(
+    config: Config, clips: list[Clip], prompts: list[str], records: Records
+) -> epath.Path | None:
+    """The last clips: files, a contact sheet, and how well sound and picture agree."""
+    sheet = write_clips(clips, prompts, location(config.workdir))
     # The measure is made for the synthetic clips.
     if config.data.path is None and config.validation.prompts is None:
         kinds = [synthetic.event_kind(prompt) for prompt in prompts]
         print("generated clips:", sync_report(clips, kinds=kinds))
-        shown = [records[i] for i in range(min(len(clips), len(records)))]
+        seen = [records[i] for i in range(min(len(clips), len(records)))]
         rendered, _ = data_folder(config.workdir)
-        real = [read_clip(rendered / "clips" / record["source"]) for record in shown]
-        kinds = [synthetic.event_kind(record["caption"]) for record in shown]
+        real = [read_clip(rendered / "clips" / record["source"]) for record in seen]
+        kinds = [synthetic.event_kind(record["caption"]) for record in seen]
         print("real clips:     ", sync_report(real, kinds=kinds))
+    return sheet
+
+
+def wishes_of(config: Config) -> list[Wish] | None:
+    """The lines of `validation.prompts`, the same on all hosts; None without such a file.
+
+    Raises:
+      UserError: it cannot be read, is empty, has a blank line or one that cannot be.
+    """
+    path = config.validation.prompts
+    if path is None:
+        return None
+
+    def read() -> list[Wish]:
+        asked = read_wishes(path, "validation.prompts")
+        if not asked:
+            raise UserError(f"validation.prompts: {path} has no prompts, one a line")
+        return asked
+
+    asked = hosts.agree(read)
+    files = fingerprints(file for wish in asked for file in wish.files)
+    digest = hashlib.sha256(repr((Path(path).read_text("utf-8"), files)).encode()).hexdigest()
+    hosts.same_everywhere({"the prompts of the validation": digest[:16]})
+    return asked
 
 
 def fresh_prompts(config: Config, records: Records) -> list[str]:

@@ -10,10 +10,19 @@ ends are the real ones. After each kill the next processes go on, in the same la
   on several;
 - nothing that was committed was trained again: a run goes on from its newest checkpoint;
 - no half-written checkpoint is left.
+
+    python tests/soak.py --prepare --kills=20 --seed=0
+
+does the same with two processes that prepare 200 films. One of them, or both, are killed after so
+many more files of what is done, and the same command goes on, beside the other one if that still
+works. Every dataset that they come to equals that of a calm run, file by file and record by record.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import random
 import re
@@ -25,6 +34,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import film
 import numpy as np
 from pod import TESTS, environment, free_port
 
@@ -112,12 +122,148 @@ def weights(folder: Path, step: int) -> np.ndarray:
     return np.asarray(found["params"]["a"]["weight"])
 
 
+# ---- prepare -------------------------------------------------------------------------------------
+
+# Small shards, so that there are many places to be killed at.
+PREPARE = """
+import sys
+from ltx2_jax.data import work
+from ltx2_jax.prepare import cli
+work.SHARD_ROWS, work.SHARD_CAPTIONS, work.SHARD_FILMS = 8, 16, 16
+sys.exit(cli(sys.argv[1:]))
+"""
+PREPARE_SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")
+
+
+def films(folder: Path, count: int) -> Path:
+    """So many films of one or two scenes, two sizes, some silent, three missing; their table."""
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        height, width = (32, 48) if i % 3 else (48, 32)
+        grey = [40 + i % 200, 60 + (i * 7 + 60) % 190]
+        scenes = [film.plain((g, i, g), 11, height, width) for g in grey[: 1 + i % 2]]
+        tones = [] if i % 10 == 0 else [200 + 10 * i]
+        if i % 80 != 33:
+            film.write_film(folder / f"{i}.mp4", np.concatenate(scenes), tones=tones)
+        rows.append({"video": f"{i}.mp4", "caption": f"film {i % 150}"})
+    (folder / "films.json").write_text(json.dumps(rows))
+    return folder / "films.json"
+
+
+def preparing(table: Path, out: Path, process: int, log: Path) -> subprocess.Popen:
+    """One of two processes at work on a dataset."""
+    flags = [
+        str(table), str(out), "--buckets=48x32x9,32x48x9,32x32x9", "--stride=9", "--scenes",
+        "--incomplete", "--video-strides=4,16,16", "--video-channels=8", "--audio-channels=8",
+        "--text-widths=8,8", f"--part={process}/2",
+    ]  # fmt: skip
+    with open(log, "a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", PREPARE, *flags],
+            env=environment(1), stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def contents(folder: Path) -> tuple[dict[str, str], list]:
+    """Of a dataset: a hash of every file, and all that its records say."""
+    from ltx2_jax.blobs import content_hash, serialize
+    from ltx2_jax.data.records import open_records
+
+    opened = open_records(folder)
+    hashes = {
+        path.name: content_hash(path)  # which the order of its header is no part of
+        if path.suffix == ".safetensors"
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+    }
+    records = [
+        (serialize(record), int(opened.buckets[i]), opened.captions(i))
+        for i, record in enumerate(opened)
+    ]
+    return hashes, records
+
+
+def done(out: Path) -> int:
+    """How many files there are of a dataset in the making."""
+    staging = out.with_name(f".{out.name}.prepare")
+    with contextlib.suppress(FileNotFoundError):
+        return len(os.listdir(staging))
+    return 0
+
+
+def soak_prepare(kills: int, chance: random.Random) -> None:
+    root = Path(tempfile.mkdtemp(prefix="soak-"))
+    table, out = films(root / "films", 200), root / "set"
+    calm = [preparing(table, root / "calm", i, root / f"calm-{i}.log") for i in (0, 1)]
+    assert [process.wait() for process in calm] == [0, 0], root
+    hashes, records = contents(root / "calm")
+    print(f"calm: {len(records)} records in {len(hashes)} files", flush=True)
+    running: dict[int, subprocess.Popen] = {}
+    datasets, killed = 0, 0
+
+    def finished() -> bool:
+        """Whether the dataset is there; then it is compared, and made anew."""
+        nonlocal datasets
+        for i, process in list(running.items()):
+            if process.poll() is not None:
+                assert process.returncode == 0, (
+                    f"process {i} ended with {process.returncode}: {root}"
+                )
+        if 0 not in running or running[0].poll() is None:
+            return False
+        assert running[1].wait(60) == 0, root
+        theirs, made = contents(out)
+        different = {name for name, _ in hashes.items() ^ theirs.items()}
+        assert made == records, f"records differ: {root}"
+        assert not different, f"{different} differ: {root}"
+        assert not done(out), root
+        shutil.rmtree(out)
+        running.clear()
+        datasets += 1
+        print(f"dataset {datasets} after {killed} kills: equal", flush=True)
+        return True
+
+    def go_on() -> None:
+        for i in {0, 1} - running.keys():
+            running[i] = preparing(table, out, i, root / f"{i}.log")
+
+    while killed < kills:
+        go_on()
+        more, deadline = done(out) + chance.randrange(30), time.monotonic() + 120
+        after = chance.uniform(0, 0.3)
+        while not (ended := finished()) and done(out) < more:
+            assert time.monotonic() < deadline, f"no progress beyond {done(out)} files: {root}"
+            time.sleep(0.005)
+        if ended:
+            continue
+        time.sleep(after)
+        name, victims = chance.choice(PREPARE_SIGNALS), chance.choice(((0,), (1,), (0, 1)))
+        victims = [i for i in victims if running[i].poll() is None]
+        there = done(out)
+        for i in victims:
+            running[i].send_signal(signal.Signals[name])
+        codes = [running.pop(i).wait(60) for i in victims]
+        killed += bool(victims)
+        print(f"{name} to {victims} at {there} files: {codes}", flush=True)
+        # One that is done when it is told to stop has ended well.
+        assert set(codes) <= {0, -signal.Signals[name], 128 + signal.Signals[name]}, root
+    go_on()
+    while not finished():
+        time.sleep(0.05)
+    print(f"{killed} kills: {datasets} datasets, all equal to that of a calm run")
+    shutil.rmtree(root)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", action="store_true", help="another layout after each kill")
+    parser.add_argument("--prepare", action="store_true", help="of prepare, not of train")
     args = parser.parse_args()
+    if args.prepare:
+        return soak_prepare(args.kills, random.Random(args.seed))
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     import resume_config
 

@@ -2,15 +2,17 @@
 
     row -> items (a part of a file and the bucket it is brought to) -> samples (pixels and sound)
 
-A film gives one clip, its beginning, or with a stride as many as it holds. Which bucket a clip
-takes is the rule of `data.buckets`. A silent film, sound alone and an image lack a stream: they are
-taken where the config says so, and refused otherwise.
+A film gives one clip, its beginning, or with a stride as many as it holds; so does each of its
+scenes where they are told apart. Which bucket a clip takes is the rule of `data.buckets`. A silent
+film, sound alone and an image lack a stream: they are taken where the config says so, and refused
+otherwise.
 """
 
 import dataclasses
+import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from ltx2_jax.data.buckets import Bucket, choose_bucket, reference_frames, small
 from ltx2_jax.data.table import Row
 from ltx2_jax.diffusion.geometry import VIDEO_STRIDES, audio_latent_length
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.media import Clip, TooShort, file_size, read_clip, read_sound
+from ltx2_jax.files import is_passing
+from ltx2_jax.media.media import Clip, FileSize, TooShort, file_size, read_clip, read_sound
+from ltx2_jax.media.scenes import Film
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_FPS = 1.0  # as the official preprocessing has it
@@ -42,6 +46,7 @@ class PrepareConfig:
       batch_size: clips encoded at once, fewer where they are large; no effect on the result.
       buckets: sizes to choose from for every clip, in place of the one above.
       stride: frames from one clip of a film to the next; None takes its beginning alone.
+      scenes: takes every scene of a film for a film of its own, see `media.scenes`.
       incomplete: takes clips that lack a stream: silent films, sound alone, images.
       reference_downscale, reference_slowdown: how many times smaller, and slower, `reference_video`
         is than its clip.
@@ -57,6 +62,7 @@ class PrepareConfig:
     batch_size: int = 16
     buckets: tuple[Bucket, ...] = ()
     stride: int | None = None
+    scenes: bool = False
     incomplete: bool = False
     reference_downscale: int = 1
     reference_slowdown: int = 1
@@ -131,20 +137,34 @@ class Sample:
         return sum(array.nbytes for array in vars(self).values() if isinstance(array, np.ndarray))
 
 
+def is_image(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in IMAGES
+
+
+def has_scenes(row: Row) -> bool:
+    """Whether it is a film."""
+    return not row.sound_alone and not is_image(row.path)
+
+
 # ---- which clips a row holds ---------------------------------------------------------------------
 
 
-def items_of(index: int, row: Row, config: PrepareConfig) -> list[Item]:
-    """The clips of a row, at least one.
+def items_of(
+    index: int, row: Row, config: PrepareConfig, film: Film | None = None
+) -> list["Item | Failure"]:
+    """The clips of a row, and why a part of it gives none; at least one of both.
+
+    `film` is what `watch` found, where scenes are told apart.
 
     Raises:
       UserError: it holds none, without the path.
     """
     if row.sound_alone:
         return [_sound_item(index, row, config)]
-    image = row.path.suffix.lower() in IMAGES
-    cut = row.start is not None or row.end is not None
-    if len(config.sizes) == 1 and config.stride is None and not cut and not image:
+    image = is_image(row.path)
+    whole = row.start is None and row.end is None and film is None
+    if len(config.sizes) == 1 and config.stride is None and whole and not image:
         return [Item(index, 0, config.sizes[0])]  # the file need not be looked at
     size = file_size(row.path)
     if not size.num_frames:
@@ -153,18 +173,47 @@ def items_of(index: int, row: Row, config: PrepareConfig) -> list[Item]:
         if min(bucket.num_frames for bucket in config.sizes) > 1:
             raise UserError("an image; there is no bucket of one frame")
         return [Item(index, 0, choose_bucket(config.sizes, 1, size.height, size.width))]
-    start = row.start or 0.0
-    end = size.seconds if row.end is None else min(row.end, size.seconds)
+    return _windows(index, row, config, size, film or Film((), math.inf))
+
+
+def _windows(
+    index: int, row: Row, config: PrepareConfig, size: FileSize, film: Film
+) -> list["Item | Failure"]:
+    """The clips of a film: of each of its scenes one, or with a stride as many as it holds."""
+    if not film.end:
+        return [Failure(index, film.fault, passing=film.passing)]
     rate = config.fps or size.fps
     if not rate:
         raise UserError("the file does not say its frame rate; convert it to mp4 first")
-    frames = int((end - start) * rate + 1e-3)
-    if frames < 1:
+    start = row.start or 0.0
+    there = size.seconds if row.end is None else min(row.end, size.seconds)
+    end = min(there, film.end) if film.fault else there
+    if int((end - start) * rate + 1e-3) < 1:
+        if end < there:
+            return [Failure(index, film.fault, start, film.passing)]
         raise UserError(f"it ends at {size.seconds:.2f} s, before start={start:g}")
-    bucket = choose_bucket(config.sizes, frames, size.height, size.width)
-    stride = config.stride or frames
-    firsts = range(0, frames - bucket.num_frames + 1, stride)
-    return [Item(index, n, bucket, start + first / rate) for n, first in enumerate(firsts)]
+    items, short = [], []
+    scenes = list(film.scenes(start, end, size.fps or rate, rate))
+    for begin, frames in scenes:
+        try:
+            bucket = choose_bucket(config.sizes, frames, size.height, size.width)
+        except UserError as error:
+            short.append(error)
+            continue
+        firsts = range(0, frames - bucket.num_frames + 1, config.stride or frames)
+        items += [
+            Item(index, len(items) + n, bucket, begin + first / rate)
+            for n, first in enumerate(firsts)
+        ]
+    if short and len(scenes) == 1:
+        raise short[0]
+    if short:
+        least = min(bucket.num_frames for bucket in config.sizes)
+        text = f"of its {len(scenes)} scenes {len(short)} have less than {least} frames"
+        items.append(Failure(index, text))
+    if end < there:
+        items.append(Failure(index, film.fault, end, film.passing))
+    return items
 
 
 def _sound_item(index: int, row: Row, config: PrepareConfig) -> Item:
@@ -198,7 +247,7 @@ def read_item(item: Item, row: Row, config: PrepareConfig, rates: Rates) -> Samp
         extra = _beside(item, row, item.seconds, latents, config, rates)
         return Sample(item, None, sound, config.fps or SOUND_FPS, notes, **extra)
     clip = _clip(row.path, item.bucket, item.start, config, rates)
-    image = row.path.suffix.lower() in IMAGES
+    image = is_image(row.path)
     seconds = 0.0 if image else item.bucket.num_frames / clip.fps
     if "audio" in row.others and not image:
         sound, notes = read_sound(
@@ -223,7 +272,7 @@ def _clip(path: Path, bucket: Bucket, start: float, config: PrepareConfig, rates
         num_frames=bucket.num_frames,
         height=bucket.height,
         width=bucket.width,
-        fps=None if path.suffix.lower() in IMAGES else config.fps,
+        fps=None if is_image(path) else config.fps,
         sample_rate=rates.sample_rate,
         start=start,
     )
@@ -253,7 +302,7 @@ def _beside(
             list(reference_frames(bucket.num_frames, config.reference_slowdown))
         ]
     if bucket is not None and "video_mask" in row.others:
-        still = row.others["video_mask"].suffix.lower() in IMAGES
+        still = is_image(row.others["video_mask"])
         shape = bucket._replace(num_frames=1) if still else bucket
         grey = _other(row, "video_mask", shape, 0.0 if still else item.start, config, rates).video
         frames = np.broadcast_to(grey, (bucket.num_frames, *grey.shape[1:]))
@@ -328,6 +377,7 @@ class ClipReader:
       rows: the table.
       failures: the clips found unusable so far, by row and window.
       audio_samples: of every clip, where all must have the same number; None: the first decides.
+      film: what `watch` found of a file, where scenes are told apart.
     """
 
     def __init__(
@@ -343,8 +393,9 @@ class ClipReader:
         self._config, self._rates = config, rates
         self._cache: dict[Item, Sample] = {}
         self._room = cache_bytes
-        self._items: dict[int, list[Item]] = {}
+        self._items: dict[int, list[Item | Failure]] = {}
         self.audio_samples: int | None = None
+        self.film: Callable[[Path], Film | None] = lambda path: None
 
     @property
     def one_length(self) -> bool:
@@ -382,14 +433,21 @@ class ClipReader:
             if ahead and (row is None or len(ahead) > 8):
                 index, future = ahead.popleft()
                 try:
-                    yield from future.result()
+                    found = future.result()
                 except UserError as error:
                     self._fail(index, 0, 0.0, error)
+                    continue
+                for place, item in enumerate(found):
+                    if isinstance(item, Failure):
+                        self.failures[index, place] = item
+                    else:
+                        yield item
 
-    def _items_of(self, row: int) -> list[Item]:
-        if row not in self._items:
-            self._items[row] = items_of(row, self.rows[row], self._config)
-        return self._items[row]
+    def _items_of(self, index: int) -> list["Item | Failure"]:
+        if index not in self._items:
+            row = self.rows[index]
+            self._items[index] = items_of(index, row, self._config, self.film(row.path))
+        return self._items[index]
 
     def _take(self, item: Item, future: Future) -> Iterator[Sample]:
         try:
@@ -419,7 +477,7 @@ class ClipReader:
     def _fail(self, row: int, window: int, start: float, error: UserError) -> None:
         # Listed under the name the table gives it; the path once more would only be noise.
         reason = str(error).removeprefix(f"{self.rows[row].path}: ")
-        self.failures[row, window] = Failure(row, reason, start, _is_passing(error))
+        self.failures[row, window] = Failure(row, reason, start, is_passing(error))
 
     def _load(self, item: Item) -> Sample:
         if item in self._cache:
@@ -434,15 +492,6 @@ class ClipReader:
             bucket = choose_bucket(self._config.sizes, error.frames, size.height, size.width)
             other = dataclasses.replace(item, bucket=bucket)
             return read_item(other, row, self._config, self._rates)
-
-
-def _is_passing(error: BaseException | None) -> bool:
-    """Whether the disk, the network or memory was at fault, and not what the file holds."""
-    while error is not None:
-        if isinstance(error, OSError | MemoryError):
-            return not isinstance(error, FileNotFoundError | PermissionError)
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def fitting(count: int, sizes: Sequence[Bucket], limit: int = 2**29) -> int:

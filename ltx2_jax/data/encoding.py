@@ -27,6 +27,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.fields import flat
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import check_even
+from ltx2_jax.media.scenes import RULE
 from ltx2_jax.text.captions import FeatureEncoder
 
 
@@ -154,7 +155,7 @@ def checked(config: PrepareConfig, codec: Codec | LinearCodecConfig) -> PrepareC
     return config
 
 
-_ONCE = {"buckets": (), "stride": None, "incomplete": False,
+_ONCE = {"buckets": (), "stride": None, "scenes": False, "incomplete": False,
          "reference_downscale": 1, "reference_slowdown": 1}  # fmt: skip
 
 
@@ -178,6 +179,8 @@ def _settings(
     for name, neutral in _ONCE.items():  # as datasets of version 2 have them: not at all
         if settings[name] == neutral:
             del settings[name]
+    if config.scenes:
+        settings["scenes"] = RULE
     return json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
 
 

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ltx2_jax.data.clips import Item, PrepareConfig, Rates, items_of
+from ltx2_jax.data.clips import Failure, Item, PrepareConfig, Rates, has_scenes, items_of
 from ltx2_jax.data.records import Linked, Records
 from ltx2_jax.data.schema import BucketFields
 from ltx2_jax.data.table import Row
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.scenes import watch
 
 Dataset = Records | Linked
 SHOWN_REASONS = 10
@@ -94,18 +95,27 @@ def verify(records: Dataset) -> Iterator[str]:
 def foresee(
     rows: Sequence[Row], config: PrepareConfig, rates: Rates, channels: int
 ) -> Iterator[str]:
-    """What `prepare_dataset` would make of a table, by what its files say of themselves."""
+    """What `prepare_dataset` would make of a table, by what its files say of themselves.
 
-    def look(index: int) -> list[Item] | str:
-        try:
-            return items_of(index, rows[index], config)
-        except UserError as error:
-            return str(error).removeprefix(f"{rows[index].path}: ")
-
+    Where scenes are told apart, films are decoded for it; each of them once.
+    """
     with ThreadPoolExecutor(8) as pool:
+        paths = dict.fromkeys(row.path for row in rows if config.scenes and has_scenes(row))
+        films = dict(zip(paths, pool.map(watch, paths), strict=True))
+
+        def look(index: int) -> list[Item | Failure]:
+            row = rows[index]
+            try:
+                return items_of(index, row, config, films.get(row.path))
+            except UserError as error:
+                return [Failure(index, str(error).removeprefix(f"{row.path}: "))]
+
         found = list(pool.map(look, range(len(rows))))
-    items = [item for items in found if not isinstance(items, str) for item in items]
-    sizes = Counter(item.bucket for item in items)
+    clips = [[item for item in row if isinstance(item, Item)] for row in found]
+    if config.scenes or config.stride is not None:
+        for row, own in zip(rows, clips, strict=True):
+            yield f"{row.name}: {len(own)} clip{'s' * (len(own) != 1)}"
+    sizes = Counter(item.bucket for own in clips for item in own)
     total = 0
     for bucket in sorted(filter(None, sizes), key=lambda b: -math.prod(b)):
         latents = math.prod(video_latent_shape(*bucket, rates.strides)) * channels
@@ -113,6 +123,8 @@ def foresee(
         yield f"{sizes[bucket]} clips of {bucket}"
     if sizes[None]:
         yield f"{sizes[None]} of sound alone"
-    yield f"{len(items)} clips of {len(rows)} rows; their video latents take {total / 1e9:.3g} GB"
-    for reason, count in Counter(f for f in found if isinstance(f, str)).most_common():
-        yield f"{count} left out: {reason}"
+    count = sum(sizes.values())
+    yield f"{count} clips of {len(rows)} rows; their video latents take {total / 1e9:.3g} GB"
+    reasons = Counter(item.reason for row in found for item in row if isinstance(item, Failure))
+    for reason, number in reasons.most_common():
+        yield f"{number} left out: {reason}"

@@ -13,7 +13,7 @@ from ltx2_jax.data.clips import Failure, PrepareConfig
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME, VERSION, Records
 from ltx2_jax.data.schema import BucketFields, Schema, fields_from_json
 from ltx2_jax.data.shards import TABLE_NAME
-from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, Staging, link_or_copy
+from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, SCENES, Staging, link_or_copy
 from ltx2_jax.data.work import CODEC_NAME, TEXT_ENCODER_NAME, Work
 from ltx2_jax.text.captions import tell_cut
 
@@ -42,6 +42,8 @@ def finish(staging: Staging, work: Work, settings: dict[str, Any], overwrite: bo
     staging.write_json(CLIPS_NAME, {"files": files, "notes": notes})
     parts = [{"kind": CLIPS, "about": about} for about in clips]
     parts += [{"kind": CAPTIONS, "about": about} for about in captions]
+    scenes = (staging.done(SCENES, shard) for shard in range(work.shards(SCENES)))
+    parts += [{"kind": SCENES, "about": about} for about in scenes]
     ready = staging.read_json(READY)
     staging.write_json(MADE_NAME, {"rows": len(work.rows_of(0)), "parts": parts, READY: ready})
     index = {

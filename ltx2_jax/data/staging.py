@@ -5,6 +5,7 @@
         codec.safetensors ...       what makes the latents and the text features
         captions-00000.arrayrecord  features of so many captions      captions-00000.json
         clips-00000.arrayrecord     records of so many rows           clips-00000.json
+                                    where so many films are cut       scenes-00000.json
 
 A shard is done when its .json is there, which says what became of each of its clips. So a crash, a
 preemption or Ctrl-C costs the shards in hand; the same command does those that are not done. Shard
@@ -25,8 +26,8 @@ from ltx2_jax.data.shards import write_shard
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import locked, reason, replacing
 
-STATE, READY = "state.json", "ready.json"
-CLIPS, CAPTIONS = "clips", "captions"
+STATE, BEGUN, READY = "state.json", "begun.json", "ready.json"
+CLIPS, CAPTIONS, SCENES = "clips", "captions", "scenes"
 LOST_SECONDS = 1800.0  # without a sign of a process
 
 
@@ -197,8 +198,8 @@ class Staging:
         # Not before: a crash between the two must not cost what was done.
         for path in self.target.iterdir():
             kind, _, rest = path.name.partition("-")
-            shard = kind in (CLIPS, CAPTIONS) and "-of-" not in rest
-            if shard or kind == "lock" or path.name in (STATE, READY):
+            shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
+            if shard or kind == "lock" or path.name in (STATE, BEGUN, READY):
                 path.unlink()
 
 

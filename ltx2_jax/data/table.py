@@ -1,4 +1,4 @@
-"""The table that a dataset is made of: clips and captions, as CSV, JSON or JSONL."""
+"""The table that a dataset is made of: clips and captions, as CSV, JSON, JSONL or Parquet."""
 
 import codecs
 import csv
@@ -7,11 +7,13 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ _OLDER_NAMES = {"media_path": "video", "ref_media_path": "reference_video"}
 def read_table(path: str | os.PathLike) -> list[Row]:
     """Reads a table of clips and captions, in the layout of the official trainer.
 
-    CSV with a header, JSON (a list of objects) or JSONL, told apart by the suffix. Columns: `video`
+    CSV with a header, JSON (a list of objects), JSONL or Parquet, by the suffix. Columns: `video`
     (or `media_path`) and `caption`; a row without `video` and with `audio` is sound alone. Further:
     those of `OTHERS` (or `ref_media_path`), `start` and `end` in seconds, and more captions as
     `caption_NAME`, each with a `weight_NAME` (`weight` is that of `caption`) of 1 unless given.
@@ -71,23 +73,21 @@ def read_table(path: str | os.PathLike) -> list[Row]:
         or value, no rows.
     """
     path = Path(path)
-    readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a table is a .csv, .json or .jsonl file")
+    readers = {
+        ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet,
+    }  # fmt: skip
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise UserError(f"{path}: a table is a .csv, .json, .jsonl or .parquet file")
     try:
         content = path.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if wide else "utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the table: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        kind = error.encoding.upper()
-        raise UserError(f"{path}: not {kind} text (byte {error.start}): save it as UTF-8") from None
     rows = [
         _row(path.parent, where, {_OLDER_NAMES.get(k, k): v for k, v in values.items()}, values)
-        for where, values in readers[path.suffix.lower()](path, text)
+        for where, values in readers[suffix](path, content)
     ]
     if not rows:
         raise UserError(f"{path}: the table has no rows")
@@ -178,8 +178,17 @@ def _check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: half a surrogate pair at position {error.start}") from None
 
 
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    skipped, delimiter, text = _dialect(text)
+def _as_text(path: Path, content: bytes) -> str:
+    try:
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = error.encoding.upper()
+        raise UserError(f"{path}: not {kind} text (byte {error.start}): save it as UTF-8") from None
+
+
+def _read_csv(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    skipped, delimiter, text = _dialect(_as_text(path, content))
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # else 131,072 characters
     reader = csv.DictReader(
         io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter
@@ -220,9 +229,9 @@ def _dialect(text: str) -> tuple[int, str, str]:
     return skipped, delimiter, "".join(lines[skipped:])
 
 
-def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_json(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(text)
+        rows = json.loads(_as_text(path, content))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except RecursionError:
@@ -235,9 +244,9 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}: entry {index}", values
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not splitlines: a JSON string may hold U+2028, which that takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_as_text(path, content).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -249,3 +258,28 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(values, dict):
             raise UserError(f"{path}:{number}: must be an object, not {values!r:.40}")
         yield f"{path}:{number}", values
+
+
+_KNOWN = re.compile(r"video|media_path|ref_media_path|start|end|(caption|weight)(_.*)?", re.DOTALL)
+
+
+def _read_parquet(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install 'ltx2-jax[parquet]'") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(
+            pyarrow.BufferReader(content), page_checksum_verification=True
+        )
+        names = file.schema_arrow.names
+        # Others may hold whole films.
+        known = [name for name in names if name in OTHERS or _KNOWN.fullmatch(name)]
+        index = 0
+        for batch in file.iter_batches(1024, columns=known):
+            for values in batch.to_pylist():
+                yield f"{path}: row {index}", dict.fromkeys(names) | values
+                index += 1
+    # What the library raises for damaged files is not told in one place.
+    except Exception as error:
+        raise UserError(f"{path}: not a readable Parquet file ({reason(error):.200})") from None

@@ -269,9 +269,8 @@ class _Machine:
             self._stack = self._below.pop()
             self._set(self._stack[-1], stack)
         elif name == "SETITEM":
-            pair = stack[-2:]
-            del stack[-2:]
-            self._set(stack[-1], pair)
+            value, key = stack.pop(), stack.pop()
+            self._set(stack[-1], [key, value])
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -345,9 +344,7 @@ def _natural(value: Any) -> bool:
 def _kind(value: Any) -> str:
     if isinstance(value, _Global):
         return _shown(value.name.replace(" ", "."))
-    if isinstance(value, Storage):
-        return "a storage"
-    return "a Tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return "a storage" if isinstance(value, Storage) else f"a {type(value).__name__}"
 
 
 def _shown(text: str) -> str:

@@ -1,9 +1,12 @@
-"""The work that makes a dataset, shard by shard: makers, then captions, then clips."""
+"""The work that makes a dataset, shard by shard: scenes, makers, captions, then clips."""
 
 import dataclasses
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,11 @@ from tqdm import tqdm
 from ltx2_jax.blobs import serialize
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
-from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates
+from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates, has_scenes
 from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME
 from ltx2_jax.data.schema import BucketFields, Field, fields_to_json
-from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, Staging
+from ltx2_jax.data.staging import BEGUN, CAPTIONS, CLIPS, READY, SCENES, Staging
 from ltx2_jax.data.table import Row
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
@@ -26,12 +29,14 @@ from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import Clip
+from ltx2_jax.media.scenes import Film, watch
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder
 
 CODEC_NAME = "codec.safetensors"
 TEXT_ENCODER_NAME = "text_encoder.safetensors"
 SHARD_ROWS = 64
 SHARD_CAPTIONS = 256
+SHARD_FILMS = 16
 
 
 class NoneUsableError(UserError):
@@ -45,6 +50,7 @@ class Work:
       rows: the table.
       config: what to make of every clip.
       captions: the distinct ones, in the order of the table.
+      films: the distinct ones whose scenes are told apart, in that order.
       rates: what the codec asks of clips.
     """
 
@@ -59,6 +65,8 @@ class Work:
     ):
         self.rows, self.config = rows, config
         self.captions = list(dict.fromkeys(text for row in rows for text, _ in row.captions))
+        films = dict.fromkeys(row.path for row in rows if config.scenes and has_scenes(row))
+        self.films = list(films)
         self._codec, self._encoder = codec, text_encoder
         self._process, self._processes = process, processes
         self._waited = 0.0  # seconds, for decoded clips
@@ -67,12 +75,17 @@ class Work:
         self.reader = ClipReader(rows, config, self.rates, cache_bytes=2**31 if fits else 0)
 
     def shards(self, kind: str) -> int:
-        """Number of shards of rows or of captions."""
-        of, size = (self.rows, SHARD_ROWS) if kind == CLIPS else (self.captions, SHARD_CAPTIONS)
+        """Number of shards of rows, of captions, or of films."""
+        of, size = {
+            CLIPS: (self.rows, SHARD_ROWS),
+            CAPTIONS: (self.captions, SHARD_CAPTIONS),
+            SCENES: (self.films, SHARD_FILMS),
+        }[kind]
         return -(-len(of) // size)
 
     def make(self, staging: Staging) -> None:
         """Does this process's part of what is not done."""
+        self._find_scenes(staging)
         if self._process == 0:
             self._make_makers(staging)
         staging.wait(lambda: staging.read_json(READY) is not None, "makes codec and text encoder")
@@ -84,7 +97,7 @@ class Work:
 
     def wait_for_all(self, staging: Staging) -> None:
         """Until the other processes have done theirs."""
-        for kind in (CAPTIONS, CLIPS):
+        for kind in (SCENES, CAPTIONS, CLIPS):
             for shard in range(self.shards(kind)):
                 staging.wait(lambda k=kind, s=shard: staging.done(k, s) is not None, "finishes")
 
@@ -92,6 +105,56 @@ class Work:
         shards = range(self._process, self.shards(kind), self._processes)
         todo = [shard for shard in shards if staging.done(kind, shard) is None]
         return [] if staging.published else todo
+
+    # ---- scenes
+
+    def _find_scenes(self, staging: Staging) -> None:
+        """Where the films are cut: by this process's part, and then known for all."""
+        if not self.films:
+            return
+        if self._process == 0:  # what a finished dataset knows is there by now
+            staging.write_json(BEGUN, True)
+        staging.wait(lambda: staging.read_json(BEGUN), "begins")
+        for shard in range(self._process, self.shards(SCENES), self._processes):
+            about = staging.done(SCENES, shard)
+            if about is not None and may_be_seen_otherwise(about, self._films_of(shard)):
+                staging.undo(SCENES, shard)
+        shards, ending = self._mine(staging, SCENES), threading.Event()
+
+        def alive() -> None:
+            staging.alive()
+            if ending.is_set():  # who is interrupted does not wait for the end of a film
+                raise InterruptedError
+
+        total = sum(len(self._films_of(shard)) for shard in shards)
+        with (
+            tqdm(desc="finding scenes", total=total, unit="film", disable=None) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ):
+            try:
+                for shard in shards:
+                    paths, films = self._films_of(shard), []
+                    prints = fingerprints(paths)
+                    for film in pool.map(lambda path: watch(path, alive), paths):
+                        films.append(dataclasses.asdict(film))
+                        bar.update()
+                    staging.finish(SCENES, shard, (), {"films": films, "files": prints})
+            finally:
+                ending.set()
+        for shard in range(self.shards(SCENES)):
+            staging.wait(lambda s=shard: staging.done(SCENES, s) is not None, "finds scenes")
+        numbers = {path: number for number, path in enumerate(self.films)}
+
+        def film(path: Path) -> Film | None:
+            if path not in numbers:
+                return None
+            shard, place = divmod(numbers[path], SHARD_FILMS)
+            return Film(**staging.done(SCENES, shard)["films"][place])
+
+        self.reader.film = film
+
+    def _films_of(self, shard: int) -> list[Path]:
+        return self.films[shard * SHARD_FILMS : (shard + 1) * SHARD_FILMS]
 
     # ---- codec and text encoder
 
@@ -237,6 +300,14 @@ def may_succeed_now(failures: Sequence[dict[str, Any]], rows: Sequence[Row]) -> 
         file is not None and file != failure["file"]
         for file, failure in zip(now, failures, strict=True)
     )
+
+
+def may_be_seen_otherwise(about: dict[str, Any], films: Sequence[Path]) -> bool:
+    """Whether scenes are worth another look: the disk was at fault, or a film has changed."""
+    if any(film["passing"] for film in about["films"]):
+        return True
+    pairs = zip(fingerprints(films), about["files"], strict=True)
+    return any(now is not None and now != then for now, then in pairs)
 
 
 def rates_of(codec: Codec | LinearCodecConfig) -> Rates:

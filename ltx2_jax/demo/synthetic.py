@@ -13,6 +13,8 @@ is the mean over the exposure of frame k, (k - 1/2) / fps to (k + 1/2) / fps, of
 the flash and decay exponentially, so the frames around a flash tell its time without knowing its
 strength. There are few degrees of freedom on purpose (a still camera, plain backgrounds, no
 sideways motion, fixed pitches), so that a linear codec and a small model can learn a few hundred.
+A third family, the ball by night with the lamp's beep, is made of what the two others show and say,
+but is in neither: it is there for a fine-tuning to learn.
 """
 
 from __future__ import annotations
@@ -82,6 +84,18 @@ WORDINGS = {
             "a {pitch} beep on the flash of a {color} lamp that flashes {count}",
         ),
     },
+    "night": {
+        "many": (
+            "a {color} ball bounces {count} in the dark, {tempo} tempo, each impact a {pitch} beep",
+            "a {color} ball bouncing {count} in the dark, {tempo} tempo, a {pitch} beep each time",
+            "a {pitch} beep on each impact of a {color} ball bouncing {count} in the dark, {tempo}",
+        ),
+        "one": (
+            "a {color} ball bounces {count} in the dark, the impact a {pitch} beep",
+            "a {color} ball bouncing {count} in the dark with a {pitch} beep",
+            "a {pitch} beep on the impact of a {color} ball in the dark that bounces {count}",
+        ),
+    },
 }
 
 
@@ -111,10 +125,10 @@ def render(config: SyntheticConfig, index: int) -> SyntheticClip:
     first = rng.uniform(margin, config.duration - margin - span)
     events = first + period * np.arange(scene["count"])
     color = COLORS[scene["color"]]
-    if family == "bounce":
-        video = _draw_bounce(config, color, events, period)
-    else:
+    if family == "flash":
         video = _draw_flash(config, color, events)
+    else:
+        video = _draw_bounce(config, color, events, period, by_night=family == "night")
     clip = media.Clip(
         video=video,
         fps=config.fps,
@@ -238,18 +252,25 @@ def _blend(
 
 
 def _draw_bounce(
-    config: SyntheticConfig, color: tuple[int, int, int], events: np.ndarray, period: float
+    config: SyntheticConfig,
+    color: tuple[int, int, int],
+    events: np.ndarray,
+    period: float,
+    by_night: bool,
 ) -> np.ndarray:
     """A ball held at the top, dropped so that it meets the floor at every event, caught at the top.
 
     The arcs between impacts are parabolas over `period`; the fall and the last rise are half arcs.
+    By night the floor is not seen.
     """
     rows, columns, side = _pixels(config)
     radius, floor = 0.15 * side, 0.36 * side
     apex = 0.48 * side  # of the ball's lowest point, over the floor
-    scene = np.broadcast_to(np.asarray(SKY, float), (config.height, config.width, 3))
-    scene = _blend(scene, FLOOR_EDGE, _cover(rows - floor) + 0 * columns)
-    scene = _blend(scene, FLOOR, _cover(rows - floor - 0.06 * side) + 0 * columns)
+    sky = np.asarray(NIGHT if by_night else SKY, float)
+    scene = np.broadcast_to(sky, (config.height, config.width, 3))
+    if not by_night:
+        scene = _blend(scene, FLOOR_EDGE, _cover(rows - floor) + 0 * columns)
+        scene = _blend(scene, FLOOR, _cover(rows - floor - 0.06 * side) + 0 * columns)
     time = np.arange(config.num_frames) / config.fps
     phase = np.clip((time - events[0]) / period, -0.5, len(events) - 0.5) % 1.0
     height = 4 * apex * phase * (1 - phase)  # [F]

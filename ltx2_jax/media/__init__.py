@@ -1,1 +1,1 @@
-"""Films and sound, in and out of files: media.py alone knows PyAV, the others are arithmetic."""
+"""Films and sound, in and out of files: reading.py and writing.py alone know PyAV."""

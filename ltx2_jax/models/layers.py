@@ -7,6 +7,7 @@ part where it uses it.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,11 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
         n_in, n_out = (None if axis == "fsdp" else axis for axis in self.axes)
-        of_weight = product
-        if self.scale is not None:
-            of_weight = partial(_product_of_quantized, scale=self.scale[...])
-        y = of_weight(x, self.weight[...], (n_out, n_in), lead)
+        if self.scale is None:
+            y = product(x, self.weight[...], (n_out, n_in), lead)
+        else:
+            values, scale = self.weight[...], self.scale[...]
+            y = _product_of_quantized(x, values, scale, (n_out, n_in), lead)
         if self.adapter is not None:
             y = y + self.adapter(x, lead)
         if self.bias is not None:
@@ -114,19 +116,47 @@ def _backward(axes: Axes, lead: Axes, saved: tuple[Array, Array], dy: Array) -> 
 _product_reduced_in_float32.defvjp(_forward, _backward)
 
 
-def _product_of_quantized(x: Array, values: Array, axes: Axes, lead: Axes, scale: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product_of_quantized(x: Array, values: Array, scale: Array, axes: Axes, lead: Axes) -> Array:
     """`_product` of values [out, in] and their scale, [out] or [out, groups].
 
     Only values cross the wire and come from memory, and they are exact in bfloat16. Scales of rows
-    are left to the product; those of groups of a row cannot be.
+    are left to the product; those of groups of a row cannot be. Nobody trains either: the backward
+    pass has the gradient of x alone, and keeps the values as they are for it.
     """
-    values = pin(values, *axes)
+    y = _product(x, _as_used(values, scale, axes, x.dtype), axes, lead)
+    return _by_rows(y, scale, axes)
+
+
+def _of_quantized(x: Array, values: Array, scale: Array, axes: Axes, lead: Axes) -> Any:
+    return _product_of_quantized(x, values, scale, axes, lead), (values, scale)
+
+
+def _back_to_x(axes: Axes, lead: Axes, saved: tuple[Array, Array], dy: Array) -> Any:
+    values, scale = saved
+    weight = _as_used(values, scale, axes, dy.dtype)
+    dy = _by_rows(dy, scale, axes)
+    dx = jnp.einsum("...o,oi->...i", dy, weight, out_sharding=spec(*lead, axes[1]))
+    return dx, None, None
+
+
+_product_of_quantized.defvjp(_of_quantized, _back_to_x)
+
+
+def _as_used(values: Array, scale: Array, axes: Axes, dtype: jnp.dtype) -> Array:
+    """Values [out, in] gathered and then cast, multiplied by their scale if it is of groups."""
+    values = pin(values, *axes).astype(dtype)
     if scale.ndim == 1:
-        y = _product(x, values, axes, lead)
-        return (y.astype(jnp.float32) * pin(scale, axes[0])).astype(x.dtype)
-    step = pin(scale, axes[0], None).astype(x.dtype)
-    steps = pin(jnp.repeat(step, values.shape[1] // step.shape[1], axis=1), *axes)
-    return _product(x, values.astype(x.dtype) * steps, axes, lead)
+        return values
+    step = pin(scale, axes[0], None).astype(dtype)
+    return values * pin(jnp.repeat(step, values.shape[1] // step.shape[1], axis=1), *axes)
+
+
+def _by_rows(y: Array, scale: Array, axes: Axes) -> Array:
+    """y [..., out] times a scale of rows [out]; as it is where scales are of groups."""
+    if scale.ndim > 1:
+        return y
+    return (y.astype(jnp.float32) * pin(scale, axes[0])).astype(y.dtype)
 
 
 def rms_norm(x: Array, eps: float, scale: Array | None = None) -> Array:

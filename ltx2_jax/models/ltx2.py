@@ -33,7 +33,7 @@ class LTX2Config:
     transformer: TransformerConfig
     video_connector: ConnectorConfig
     audio_connector: ConnectorConfig
-    quantized: str | None = None  # a form of `models.quantized`: for sampling, weights from files
+    quantized: str | None = None  # a form of `models.quantized`: of all blocks, for sampling
 
     def __post_init__(self):
         check_form(self.quantized)

@@ -1,4 +1,4 @@
-"""The large matrices of a network in eight or four bits, for sampling on few or small chips.
+"""The large matrices of a network in eight or four bits, for few or small chips.
 
     int8   127 steps to either side of zero, one scale a row
     fp8    float8 e4m3, 3 bits of mantissa, one scale a row
@@ -10,9 +10,12 @@ a row or group is the largest value, zero is zero, the rest is rounded to the ne
 is half a step at most: 1/254 of the largest number with int8, 1/14 with int4, and 1/16 of the
 number itself with fp8 (near zero 2^-10 / 448 of the largest). The scales of int4, half a bit a
 number, are bfloat16, and are rounded before values are divided by them.
+
+Sampling has them, and a training of what stands beside them: they are not trained themselves.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,18 +94,21 @@ def dequantized(values: Array, scale: Array) -> Array:
     return (split * step).reshape(values.shape)
 
 
-def quantize(model: nnx.Module, form: str | None) -> nnx.Module:
+def quantize(
+    model: nnx.Module, form: str | None, kept: Callable[[tuple[Any, ...]], bool] = lambda _: False
+) -> nnx.Module:
     """The model, built anew, with room for quantised weights in its stacked blocks.
 
     What it gets are zeros: the values come from files (`weights.loading`). The gates of heads,
-    which are small, and everything outside of the blocks stay as they are.
+    which are small, and everything outside of the blocks stay as they are, and linear maps of whose
+    path `kept` is true.
     """
     check_form(form)
     if form is None:
         return model
     for path, linear in linears(model):
         weight = linear.weight[...]
-        if weight.ndim != 3 or path[-1] == "to_gate":
+        if weight.ndim != 3 or path[-1] == "to_gate" or kept(path):
             continue
         values, scale = shapes(jax.ShapeDtypeStruct(weight.shape, weight.dtype), form)
         where = of_scale = None

@@ -6,7 +6,8 @@ From the host each layer comes to the device ahead of its use:
     on the device        two layers       the one in use, and the one on its way
 
 What lies where is a property of the arrays: `home` says where they belong, and `scan` runs over
-layers wherever they are. A program that reads them from the host gives the same numbers.
+layers wherever they are. A program that reads them from the host gives the same numbers, but for
+what a compiler fuses otherwise.
 """
 
 from collections.abc import Callable, Sequence

@@ -54,6 +54,8 @@ def what_helps_training(config: Config, request: Request, where: Slice) -> list[
     data, model, sequence = mesh_sizes(*sizes_of(config), where.devices // where.count)
     batch, chunks = config.data.batch_size, config.optim.accumulate_steps
     options = [{"model.remat": policy} for policy in POLICIES if policy != config.model.remat]
+    if config.tune is not None and config.tune.quantize is None:
+        options.append({"tune.quantize": "int8"})
     if batch % (2 * batch_shards(mesh) * chunks) == 0:
         options += [{"data.batch_size": batch // 2}, {"optim.accumulate_steps": 2 * chunks}]
     if data % 2 == 0 and batch % 2 == 0:

@@ -17,6 +17,7 @@ import jax
 from ltx2_jax.chips import Chip
 from ltx2_jax.config import Config
 from ltx2_jax.models import flops
+from ltx2_jax.models.quantized import FORMS
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.planning.compiled.interconnect import EFFICIENCY
 from ltx2_jax.planning.compiled.roofline import HBM_EFFICIENCY
@@ -153,6 +154,16 @@ def _compute(config: Config, request: Request, chip: Chip, devices: int) -> floa
     return config.data.batch_size * seconds / chip.device_flops / devices
 
 
+def _gathered_bytes(config: Config) -> float:
+    """Of a number of a weight on its way from its shards, on the average."""
+    if config.tune is None:
+        return 2.0
+    form = config.tune.quantize
+    frozen = 1.0 if config.tune.lora is not None else 1 - trainable.trained_share(config)
+    own = 0.0 if config.tune.resident else FORMS[form][2] / 8 if form else 2.0
+    return 2 * (1 - frozen) + own * frozen
+
+
 def _between_slices(chip: Chip, mesh: jax.sharding.AbstractMesh, params: float) -> float:
     """Seconds of a step in which gradients as large as `params` bytes of weights cross."""
     sent = 2 * (1 - 1 / mesh.shape.get(SLICE, 1)) * params
@@ -174,7 +185,7 @@ def _links(
     summed = 8 * 2 * row * (1 - 1 / model)  # all-reduces of four products, in both passes
     traded = 3 * 4 * row / model * (1 - 1 / sequence)  # q, k, v and the result, in three passes
     return {
-        "gathered": blocks * 2 * 2 * block * others / all_links,
+        "gathered": blocks * 2 * _gathered_bytes(config) * block * others / all_links,
         "reduced": trainable.trained_share(config) * blocks * reduced * others / all_links,
         "exchanged": blocks * (summed + traded) / ring,
     }

@@ -128,7 +128,7 @@ def forward_flops(config: TextConfig, tokens: int, *, connect: bool = True) -> f
     return flops.count(lambda params, *x: _run(nnx.merge(graphdef, params), *x), params, *given)
 
 
-def _create(config: TextConfig, connect: bool) -> TextModel:
+def _create(config: TextConfig, connect: bool = True) -> TextModel:
     rngs = nnx.Rngs(0)
     return TextModel(
         Gemma(config.gemma, rngs=rngs),

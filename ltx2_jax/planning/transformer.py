@@ -35,7 +35,10 @@ def plan_train(config: Config, request: Request, topology: str) -> dict[str, Any
     where = slice_of(topology)
     mesh = mesh_of(config, where)
     checks.check_batch(config, mesh)
+    trainable.check(config)
     facts, tokens = _facts(config, request, where, "train", config.data.batch_size)
+    if config.tune is not None and config.tune.quantize is not None:
+        facts["program"] += f", frozen weights in {config.tune.quantize}"
     guess = estimate(config, request, mesh, where.chip)
     facts |= {
         "model_flops": facts["batch"] * trainable.train_flops(config, *tokens[:2]),

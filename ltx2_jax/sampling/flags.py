@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         "what to see and hear")  # fmt: skip
     for group in (_model, _task, _given, _guidance, _resources, _output, _workdir):
         group(parser)
-    parser.set_defaults(changes={}, model=[], texts=[], text_encoder=None)
+    parser.set_defaults(changes={}, given={}, model=[], texts=[], text_encoder=None)
     command.host_flags(parser)
     return parser
 
@@ -152,7 +152,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
 def _task(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the clip").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to see and hear")
-    add("--prompts", metavar="FILE", help="a prompt a line, a clip each")
+    add("--prompts", metavar="FILE", help="a line a clip: a prompt, or a JSON object with "
+        "the names of Pipeline.make")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="what not to see and hear")
     add("--enhance-prompt", action="store_true", help="have a Gemma write the prompt out")
     add("--prompt-enhancer-gemma-root", type=_place, metavar="FOLDER", help="which Gemma")
@@ -314,7 +315,7 @@ def _dests(*groups: Callable[[argparse.ArgumentParser], None]) -> set[str]:
 
 OF_WORKDIRS = {"out", "num_clips", "steps", "schedule", "video_guidance", "audio_guidance"}
 REMEMBERED = _dests(_model, _task, _given, _guidance, _workdir) | {
-    "changes", "model", "texts", "text_encoder",
+    "changes", "given", "model", "texts", "text_encoder",
 }  # fmt: skip
 
 

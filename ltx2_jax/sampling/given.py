@@ -4,13 +4,14 @@
 back as it was, by `kept_frames` and `with_known_sound`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
-from ltx2_jax.media.media import resample, through_h264
+from ltx2_jax.media.media import Clip, resample, through_h264
 from ltx2_jax.media.picture import covering
 from ltx2_jax.models.codecs.inputs import as_stereo
 from ltx2_jax.sampling.tasks import KnownAudio, KnownVideo, Picture, Reference, Span, Task
@@ -193,3 +194,25 @@ def _joined(whole: np.ndarray, made: np.ndarray, kept: np.ndarray, fade: int) ->
         share = 1 - (np.arange(len(new), dtype=np.float32) + 1) / (fade + 1)
         out[new] += share[:, None] * (whole[at] - made[at])
     return out
+
+
+# ------------------------------------------------------------------------------- in several parts
+
+
+def last_frames(clip: Clip, frames: int) -> Clip:
+    """The end of a clip."""
+    audio = clip.audio
+    if audio is not None:
+        audio = audio[round((len(clip.video) - frames) / clip.fps * clip.sample_rate) :]
+    return dataclasses.replace(clip, video=clip.video[-frames:], audio=audio)
+
+
+def continued(clip: Clip, longer: Clip, shared: int) -> Clip:
+    """A clip, and what comes after its last `shared` frames in another one."""
+    audio = clip.audio
+    if audio is not None:
+        rest = longer.audio[round(shared / clip.fps * clip.sample_rate) :]
+        audio = np.concatenate([audio, rest])
+    return dataclasses.replace(
+        clip, video=np.concatenate([clip.video, longer.video[shared:]]), audio=audio
+    )

@@ -5,7 +5,6 @@ they follow one another: what comes next is loaded after what came before is fre
 them fit.
 """
 
-import dataclasses
 import gc
 import math
 import os
@@ -127,12 +126,13 @@ class Weights:
     def move(self, mesh: jax.sharding.Mesh) -> None:
         """To another mesh: what is loaded, from device to device.
 
-        On several hosts, or with LoRAs in it, it is read again when it is used next.
+        On several hosts, with LoRAs in it, quantised or offloaded, it is read again when it is used
+        next.
         """
         self.mesh = mesh
-        for known in ("_homes", "_graph"):
-            vars(self).pop(known, None)
-        if self._used or jax.process_count() > 1:
+        for cached in ("_homes", "_graph"):
+            vars(self).pop(cached, None)
+        if self._used or self._beside or jax.process_count() > 1:
             self.free()
         if self._params is not None:
             self._params = jax.tree.map(
@@ -152,14 +152,8 @@ class Weights:
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
-        homes = mapping.leaves(self._homes[name])
-
-        def placed(p: mapping.Parameter) -> mapping.Parameter:
-            rounded = p.path[-1] == "weight" and (*p.path[:-1], "scale") in homes
-            form = self.config.quantized if rounded else None
-            return dataclasses.replace(p, leaf=homes[p.path], form=form)
-
-        wanted = list(map(placed, self._release.parameters(name, config)))
+        homes, form = mapping.leaves(self._homes[name]), self.config.quantized
+        wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
         if name == "transformer":
@@ -185,8 +179,8 @@ def _adapters_in(transformer: dict[Any, Any]) -> dict[Any, Any]:
 class RunWeights:
     """Weights that somebody else holds: those of a training run."""
 
-    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh):
-        self.config, self.mesh, self._params = config, mesh, params
+    def __init__(self, params: Any, config: LTX2Config, mesh: jax.sharding.Mesh, graph: Any):
+        self.config, self.mesh, self._graph, self._params = config, mesh, graph, params
 
     def params(self, loras: Used = ()) -> Any:
         if loras:
@@ -194,13 +188,8 @@ class RunWeights:
         return self._params
 
     def graph(self, loras: Used = ()) -> Any:
-        """`ltx2.graph` of the model."""
+        """What `params` are the weights of."""
         return self._graph
-
-    @cached_property
-    def _graph(self) -> Any:
-        with jax.set_mesh(self.mesh):
-            return ltx2.graph(self.config)
 
     def free(self) -> None:
         """They stay."""
@@ -489,3 +478,17 @@ def fit_together(files: Files, mesh: jax.sharding.Mesh, form: str | None = None)
     split = weight_bytes(files.release, "transformer", "connectors", form=form) + encoder
     whole = weight_bytes(files.release, *CODEC)
     return room is not None and split / mesh.shape["model"] + whole <= SHARE * room / 2
+
+
+def explain(error: Exception, name: str) -> None:
+    """UserError in the place of an allocator's report."""
+    text = str(error)
+    if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
+        return
+    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
+    needs = f" ({asked[1]} more were asked for)" if asked else ""
+    raise UserError(
+        f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
+        "devices (--mesh), clips one at a time (--max-batch-size 1), quantised weights "
+        "(--quantize) or weights on the host (--offload) need less"
+    ) from None

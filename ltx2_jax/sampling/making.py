@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,9 @@ from ltx2_jax import __version__, hosts
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.media import Clip
 from ltx2_jax.sampling import recipes, stages, tasks
-from ltx2_jax.sampling.given import encode
-from ltx2_jax.sampling.loading import Files, RunWeights, Weights
+from ltx2_jax.sampling.given import continued, encode, last_frames
+from ltx2_jax.sampling.loading import Files, RunWeights, Weights, explain
 from ltx2_jax.sampling.loras import OFF, Adapter, Used, even
 from ltx2_jax.sampling.output import Made
 from ltx2_jax.sampling.programs import make_sampler
@@ -65,6 +63,7 @@ class Maker:
     size: tuple[int, int] | None = None
     fps: float | None = None
     frames: int | None = None
+    reads: tuple[int, int] | None = None  # as `Adapter.scales`, of a run that trains on references
     seed: int = SEED
     seconds: dict[str, float] = field(default_factory=dict)  # of the phases, since the last `make`
     # The best mesh for (rows=, tokens=), as `meshes.choose` has them, where none was asked for.
@@ -93,7 +92,7 @@ class Maker:
         try:
             yield
         except Exception as error:
-            _explain(error, name)
+            explain(error, name)
             raise
         finally:
             spent = time.perf_counter() - began
@@ -118,6 +117,32 @@ class Maker:
             name=name,
         )
         return recipe.replaced(changes)
+
+    def check(
+        self,
+        prompts: Sequence[str],
+        *,
+        recipe: str | Recipe | None = None,
+        changes: dict[str, str] | None = None,
+        negative_prompt: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        duration: float | str | None = None,
+        auto_duration: Sequence[float] | None = None,
+        skip_stage_2: bool = False,
+        enhance_prompt: bool = False,
+        enhancer: Any = None,
+        batch_size: int = 1,
+        **given: Any,
+    ) -> None:
+        """UserError for what `make` could not do with these: files are read, and no weights."""
+        _seeds(self.seed if seed is None else seed, len(prompts))
+        plan = self.chosen(recipe, changes or {})
+        if enhance_prompt:
+            self._writer(enhancer)
+        if duration == "auto" or auto_duration is not None:
+            self._check_auto(prompts, auto_duration or SECONDS)
+            duration = None
+        self._task(Asked(duration=duration, **given), plan, skip_stage_2)
 
     def make(
         self,
@@ -180,7 +205,9 @@ class Maker:
         lengths = (asked.num_frames, asked.duration, asked.video, asked.dub, asked.audio)
         if self.frames is not None and all(x is None for x in lengths):
             asked.num_frames = self.frames
-        scales = next((a.scales for a in self.adapters if a.scales is not None), (1, 1))
+        scales = next(
+            (a.scales for a in self.adapters if a.scales is not None), self.reads or (1, 1)
+        )
         reads = tasks.several(asked.references) or asked.dub is not None
         finest = smallest / (scales[0] if reads else 1)
         task = tasks.make_task(
@@ -208,8 +235,9 @@ class Maker:
                     f"{adapter.lora.name}: is an IC-LoRA, which reads a reference clip: give "
                     "--video-conditioning (references=)"
                 )
-        if task.references and not self.adapters:
-            raise UserError("references: only an IC-LoRA reads them; give --lora (loras=)")
+        if task.references and not self.adapters and self.reads is None:
+            how = "give --lora (loras=)" if self.files else "this run trains on none"
+            raise UserError(f"references: only an IC-LoRA reads them; {how}")
         if task.slots and not config.keyframe_embedding:
             raise UserError("generated keyframes: only for models of LTX-2 2.5")
         if not config.audio_video_attention and task.partial:
@@ -286,11 +314,11 @@ class Maker:
         again["skip_stage_2"] = False
         for part in range(1, parts):
             have = len(clip.video)
-            tail = _last(clip, shared)
+            tail = last_frames(clip, shared)
             seconds = min(most - shared, total - have) / task.fps
             more = {**again, **sizes, "video": tail, "extend": seconds, "sound": task.sound}
             (made,) = self.make([prompt], **more, seed=(seed + 7919 * part) % 2**32)
-            clip = _joined(clip, made.clip(self.codec), shared)
+            clip = continued(clip, made.clip(self.codec), shared)
             spent = {k: spent.get(k, 0) + self.seconds.get(k, 0) for k in {**spent, **self.seconds}}
         self.seconds = spent
         sound = None if clip.audio is None else KnownAudio(clip.audio, clip.sample_rate)
@@ -302,13 +330,7 @@ class Maker:
     def _enhanced(
         self, prompts: Sequence[str], gemma: Any, seed: int, given: dict[str, Any]
     ) -> list[str]:
-        if gemma is None:
-            if self.files is None or self.files.version == "2.5":
-                raise UserError(
-                    "enhance_prompt: give --prompt-enhancer-gemma-root (enhancer=), an instruct "
-                    "Gemma: this text encoder does not write"
-                )
-            gemma = self.files.text_encoder
+        gemma = self._writer(gemma)
         mode = "image-to-video" if given.get("image") is not None else "text-to-video"
         with self.phase("enhancing prompts"):
             settings = {"mode": mode, "seed": seed, "mesh": self.mesh, "dtype": self.dtype}
@@ -316,6 +338,15 @@ class Maker:
         for prompt in written:
             hosts.say(f"prompt: {prompt}")
         return written
+
+    def _writer(self, gemma: Any) -> Any:
+        """The Gemma that writes prompts out: the one given, or the model's own."""
+        if gemma is None and (self.files is None or self.files.version == "2.5"):
+            raise UserError(
+                "enhance_prompt: give --prompt-enhancer-gemma-root (enhancer=), an instruct "
+                "Gemma: this text encoder does not write"
+            )
+        return self.files.text_encoder if gemma is None else gemma
 
     def _text(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         with self.phase("text"):
@@ -325,15 +356,7 @@ class Maker:
         self, prompts: Sequence[str], negative: str, limits: Sequence[float], fps: float
     ) -> int:
         """Frames of the duration that the model itself finds right for a prompt."""
-        if self.files is None or "duration_head" not in self.files.release.networks:
-            raise UserError(
-                'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
-                "own: --duration-head-path)"
-            )
-        if len(prompts) > 1:
-            raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
-        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
-            raise UserError("auto_duration: give MIN and MAX seconds, or neither")
+        self._check_auto(prompts, limits)
         low, high = limits
         text = self._text([*prompts, negative])
         head = self.files.release.module("duration_head", self.mesh)
@@ -350,6 +373,17 @@ class Maker:
         frames = geometry.seconds_to_frames(seconds, fps, max(1, lowest), max(1, highest), stride)
         hosts.say(f"duration: {seconds:.2f} s by the model, {frames} frames")
         return frames
+
+    def _check_auto(self, prompts: Sequence[str], limits: Sequence[float]) -> None:
+        if self.files is None or "duration_head" not in self.files.release.networks:
+            raise UserError(
+                'duration="auto": the model has no duration head (that of 2.5 is in a file of its '
+                "own: --duration-head-path)"
+            )
+        if len(prompts) > 1:
+            raise UserError('duration="auto": for one prompt at a time, as clips differ in length')
+        if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+            raise UserError("auto_duration: give MIN and MAX seconds, or neither")
 
     # ---- stages ----------------------------------------------------------------------------------
 
@@ -446,25 +480,6 @@ def _sizes(plan: Recipe, task: Task) -> list[tuple[int, int]]:
     return [(round(task.height * s.size), round(task.width * s.size)) for s in plan.stages]
 
 
-def _last(clip: Clip, frames: int) -> Clip:
-    """The end of a clip."""
-    audio = clip.audio
-    if audio is not None:
-        audio = audio[round((len(clip.video) - frames) / clip.fps * clip.sample_rate) :]
-    return dataclasses.replace(clip, video=clip.video[-frames:], audio=audio)
-
-
-def _joined(clip: Clip, longer: Clip, shared: int) -> Clip:
-    """A clip, and what comes after its last `shared` frames in another one."""
-    audio = clip.audio
-    if audio is not None:
-        rest = longer.audio[round(shared / clip.fps * clip.sample_rate) :]
-        audio = np.concatenate([audio, rest])
-    return dataclasses.replace(
-        clip, video=np.concatenate([clip.video, longer.video[shared:]]), audio=audio
-    )
-
-
 def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:
     """One a clip: the one given and those that follow it, or as many as there are clips."""
     if not clips:
@@ -475,17 +490,3 @@ def _seeds(seed: int | Sequence[int], clips: int) -> list[int]:
     if any(not 0 <= s < 2**32 for s in seeds):
         raise UserError(f"seed={seeds} is not from 0 to {2**32 - 1}")
     return seeds
-
-
-def _explain(error: Exception, name: str) -> None:
-    """UserError in the place of an allocator's report."""
-    text = str(error)
-    if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
-        return
-    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
-    needs = f" ({asked[1]} more were asked for)" if asked else ""
-    raise UserError(
-        f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "
-        "devices (--mesh), clips one at a time (--max-batch-size 1), quantised weights "
-        "(--quantize) or weights on the host (--offload) need less"
-    ) from None

@@ -161,25 +161,33 @@ def read_latents(path: Path) -> Made:
 # ---------------------------------------------------------------------------- for a person to see
 
 
-def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> None:
-    """Clips to files, for a person to look at.
+def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> Path | None:
+    """Clips to files, for a person to look at; the picture of some of them, if they have pictures.
 
     `samples/NNN.mp4` are all clips and `samples/captions.csv` their prompts, in the columns that
     `prepare` reads; `sample.mp4` is the first clip, `samples.png` shows the first four. Small clips
-    are enlarged, pixel by pixel, to be watchable.
+    are enlarged, pixel by pixel, to be watchable. Sound alone is `samples/NNN.wav`.
     """
+    names = [f"{i:03d}{'.mp4' if len(clip.video) else '.wav'}" for i, clip in enumerate(clips)]
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("video", "caption"))
-    rows.writerows((f"{i:03d}.mp4", prompt) for i, prompt in enumerate(prompts))
-    for i, clip in enumerate(clips):
-        enlarged(clip).save(folder / "samples" / f"{i:03d}.mp4")
+    rows.writerows(zip(names, prompts, strict=True))
+    for name, clip in zip(names, clips, strict=True):
+        (enlarged(clip) if len(clip.video) else clip).save(folder / "samples" / name)
     with replacing(folder / "samples" / "captions.csv") as temporary:
         temporary.write_text(table.getvalue(), encoding="utf-8")
-    enlarged(clips[0]).save(folder / "sample.mp4")
-    contact_sheet(folder / "samples.png", clips[:4], prompts[:4], title="generated clips")
     count = f"{len(clips)} clip{'s' if len(clips) > 1 else ''}"
-    print(f"wrote {folder}/sample.mp4, {folder}/samples.png and {count} in {folder}/samples")
+    seen = [i for i, clip in enumerate(clips) if len(clip.video)]
+    if not seen:
+        print(f"wrote {count} in {folder}/samples")
+        return None
+    enlarged(clips[seen[0]]).save(folder / "sample.mp4")
+    sheet, first = folder / "samples.png", seen[:4]
+    shown = [clips[i] for i in first], [prompts[i] for i in first]
+    contact_sheet(sheet, *shown, title="generated clips")
+    print(f"wrote {folder}/sample.mp4, {sheet} and {count} in {folder}/samples")
+    return sheet
 
 
 def enlarged(clip: Clip, shortest: int = 256) -> Clip:

@@ -17,7 +17,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,11 +35,11 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import Config, SampleConfig
 from ltx2_jax.data.records import read_schema
+from ltx2_jax.data.schema import Schema
 from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models import ltx2
 from ltx2_jax.models.quantized import check_form
 from ltx2_jax.sampling.loading import (
     Files,
@@ -58,8 +58,11 @@ from ltx2_jax.sampling.tasks import several
 from ltx2_jax.sharding import batch_shards, make_mesh
 from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import FeatureEncoder, caption_features, load_caption_encoder, tell_cut
-from ltx2_jax.training.checkpoint import ASSETS, weights_of_run
+from ltx2_jax.training import trainable
+from ltx2_jax.training.checkpoint import ASSETS
 from ltx2_jax.training.checks import check_mesh
+from ltx2_jax.training.objective import reference_factors
+from ltx2_jax.training.runs import weights_of_run
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class ClipSize:
     height: int
     width: int
     fps: float
+
+    @classmethod
+    def of(cls, schema: Schema) -> "ClipSize":
+        return cls(schema.num_frames, schema.height, schema.width, schema.fps)
 
 
 class Pipeline:
@@ -83,13 +90,16 @@ class Pipeline:
         text_encoder: FeatureEncoder,
         size: ClipSize,
         mesh: jax.sharding.Mesh | None = None,
+        reads: tuple[int, int] | None = None,
     ):
+        """`reads`: factors of the references that the run trains on; see `Maker`."""
+        self.reads = reads
         self.config, self.params, self.codec = config, params, codec
         self.text_encoder, self.size = text_encoder, size
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         check_mesh(config.model.num_heads, math.prod(self._latent_shapes()[0]), self.mesh)
         with jax.set_mesh(self.mesh):
-            self._graph = ltx2.graph(config.networks)
+            self._graph = trainable.sampled_graph(config)
             self._sampler = make_sampler()
 
     @classmethod
@@ -209,8 +219,8 @@ class Pipeline:
         own = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
         codec = load_codec(Path(assets) / schema.codec, devices=here)
         text_encoder = load_caption_encoder(Path(assets) / schema.text_encoder, own, text_cache)
-        size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)
-        return cls(config, params, codec, text_encoder, size, mesh)
+        size, reads = ClipSize.of(schema), references_of(config, schema)
+        return cls(config, params, codec, text_encoder, size, mesh, reads)
 
     def __call__(
         self, prompts: str | Sequence[str], *, sample: SampleConfig | None = None, **wishes: Any
@@ -275,27 +285,8 @@ class Pipeline:
     @cached_property
     def maker(self) -> Maker:
         """What `make` works with."""
-        sample, release = self.config.sample, self.config.data.release
-        stage = Stage(
-            schedule=sample.schedule,
-            steps=sample.steps,
-            tokens=None,
-            video=Scales(cfg=sample.video_guidance),
-            audio=Scales(cfg=sample.audio_guidance),
-        )
-        crf = 0 if release == "linear" else one_stage(release).image_crf
-        return Maker(
-            RunWeights(self.params, self.config.networks, self.mesh),
-            self._texts,
-            lambda: self.codec,
-            self.mesh,
-            keep=True,
-            recipe=Recipe("one_stage", (stage,), image_crf=crf),
-            size=(self.size.height, self.size.width),
-            fps=self.size.fps,
-            frames=self.size.num_frames,
-            seed=sample.seed,
-        )
+        texts, size, reads = self._texts, self.size, self.reads
+        return maker_of_run(self.config, self.params, texts, self.codec, size, self.mesh, reads)
 
     def _texts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         text = caption_features(self.text_encoder, prompts)
@@ -412,6 +403,49 @@ class Released(Pipeline):
     def release(self) -> str:
         """ "2.0", "2.3" or "2.5"."""
         return self.maker.files.version
+
+
+def maker_of_run(
+    config: Config,
+    params: Any,
+    texts: Callable[[Sequence[str]], dict[str, np.ndarray]] | None,
+    codec: Codec,
+    size: ClipSize,
+    mesh: jax.sharding.Mesh,
+    reads: tuple[int, int] | None = None,
+) -> Maker:
+    """What makes clips with the weights of a run; None for weights and texts, to check alone."""
+    sample, release = config.sample, config.data.release
+    stage = Stage(
+        schedule=sample.schedule,
+        steps=sample.steps,
+        tokens=None,
+        video=Scales(cfg=sample.video_guidance),
+        audio=Scales(cfg=sample.audio_guidance),
+    )
+    crf = 0 if release == "linear" else one_stage(release).image_crf
+    with jax.set_mesh(mesh):
+        graph = trainable.sampled_graph(config)
+    return Maker(
+        RunWeights(params, config.networks, mesh, graph),
+        texts,
+        lambda: codec,
+        mesh,
+        keep=True,
+        recipe=Recipe("one_stage", (stage,), image_crf=crf),
+        size=(size.height, size.width),
+        fps=size.fps,
+        frames=size.num_frames,
+        reads=reads,
+        seed=sample.seed,
+    )
+
+
+def references_of(config: Config, schema: Schema) -> tuple[int, int] | None:
+    """How many times smaller, and of fewer frames, the references are that a run trains on."""
+    if all(condition.kind != "reference" for condition in config.flow.conditions("video")):
+        return None
+    return reference_factors(config.flow, {name: x.shape for name, x in schema.fields.items()})
 
 
 def _passes(sample: SampleConfig) -> int:

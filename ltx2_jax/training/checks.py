@@ -26,7 +26,7 @@ from ltx2_jax.errors import DivergedError, UserError
 from ltx2_jax.fields import difference, flat
 from ltx2_jax.media.media import check_even
 from ltx2_jax.sharding import batch_shards
-from ltx2_jax.training import checkpoint, housekeeping, initial, objective
+from ltx2_jax.training import housekeeping, initial, objective, runs
 
 
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -53,7 +53,7 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
 
     # One after the other: Orbax, which reads the stored config, waits for all hosts itself.
     hosts.agree(fits)
-    stored = hosts.agree(lambda: checkpoint.stored_config(config.workdir))
+    stored = hosts.agree(lambda: runs.stored_config(config.workdir))
     if stored is not None:
         hosts.agree(lambda: check_same_run(config, stored, config.workdir))
     if stored is None or stored.init_from is None or config.tune is not None:

@@ -104,9 +104,10 @@ def load(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def load_frozen(
     config: Config, mesh: jax.sharding.Mesh, *, resident: bool = False
 ) -> dict[str, Any]:
-    """The weights that a run does not train, in the dtypes in which they are used; often none.
+    """The weights that a run does not train, as it keeps them; often none.
 
-    `resident` keeps them whole along data and sequence, as a sampler does.
+    They are in the dtypes in which they are used, or quantised by `tune.quantize`, always to the
+    same numbers. `resident` keeps them whole along data and sequence, as a sampler does.
     """
     return _read(config, frozen_homes(config, mesh, resident=resident))
 
@@ -118,8 +119,9 @@ def frozen_homes(
     if config.tune is None:
         return {}
     with resident_weights() if resident or config.tune.resident else contextlib.nullcontext():
-        homes = ltx2.as_used(config.networks, ltx2.abstract_params(config.networks, mesh))
-    return trainable.split(homes, config)[1]
+        create = partial(trainable.params_of, config)
+        homes = abstract_state(create, jax.eval_shape(jax.random.key, 0), mesh=mesh)
+    return trainable.split(ltx2.as_used(config.networks, homes), config)[1]
 
 
 def trained_homes(
@@ -139,11 +141,12 @@ def _read(config: Config, homes: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not homes:
         return found
+    form = None if config.tune is None else config.tune.quantize
     with open_release(config.init_from) as release:
         for network, tree in homes.items():
             leaves = mapping.leaves(tree)
             wanted = [
-                dataclasses.replace(parameter, leaf=leaves[parameter.path])
+                parameter.at(leaves, form)
                 for parameter in release.parameters(network, release.config(network))
                 if parameter.path in leaves
             ]
@@ -254,13 +257,21 @@ def whole(
     *,
     for_sampling: bool = False,
 ) -> dict[str, Any]:
-    """All weights of a run that tuned some, without adapters.
+    """All weights of a run that tuned some, without adapters, none of them quantised.
+
+    With `for_sampling` as `trainable.as_sampled` has them.
 
     Raises:
       UserError: `init_from` does not hold the weights that the run was trained on any more.
     """
     frozen = load_frozen(config, mesh, resident=for_sampling)
     check_base(config, np.asarray(trained_on), identity(frozen))
+    if for_sampling:
+        return trainable.as_sampled(trained, frozen, config)
+    if config.tune.quantize is not None:
+        del frozen
+        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, quantize=None))
+        frozen = load_frozen(config, mesh)
     return trainable.merged(trained, frozen, config)
 
 

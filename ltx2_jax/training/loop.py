@@ -4,6 +4,7 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import contextlib
+import json
 import math
 import shutil
 import sys
@@ -33,6 +34,7 @@ from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, shardin
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, goodput, initial, objective, trainable, validation
 from ltx2_jax.training.batch import batches_of, place
+from ltx2_jax.training.boards import Shown, WeightsAndBiases, weights_and_biases
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
 from ltx2_jax.training.housekeeping import (
@@ -51,12 +53,19 @@ from ltx2_jax.training.state import State, finite_program, init_state, state_of
 from ltx2_jax.training.step import make_train_step
 from ltx2_jax.training.workdir import opened
 
-# Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps.
-MakeClips = Callable[[Any, Records, int], None]
+# Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps. What
+# process 0 gives of them is shown where the metrics are.
+MakeClips = Callable[[Any, Records, int], Shown | None]
 
 
-def train(config: Config, make_clips: MakeClips) -> int:
+def train(
+    config: Config,
+    make_clips: MakeClips,
+    check_clips: Callable[[Records], None] = lambda records: None,
+) -> int:
     """Trains, resumes, and hands the weights to `make_clips`; see `Config`. Returns an exit code.
+
+    `check_clips` raises UserError, before the first step, for clips that cannot be made.
 
     The weights are the averaged ones if the config averages. SIGTERM and Ctrl-C finish the step,
     save and return, without clips. What fails while clips are made after the last step is told, and
@@ -79,6 +88,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
         stack.enter_context(hosts.watched())
         stack.enter_context(programs_kept(config))
         check = hosts.agree(lambda: stack.enter_context(only_run(workdir, hosts.index())))
+        board = hosts.agree(lambda: stack.enter_context(weights_and_biases(config)))
         spent = stack.enter_context(goodput.Goodput(workdir, config.num_steps, began=began))
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -98,6 +108,7 @@ def train(config: Config, make_clips: MakeClips) -> int:
             hosts.agree(lambda: checks.check_same_makers(records, local_folder(workdir / ASSETS)))
         hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
         stack.enter_context(jax.set_mesh(mesh))
+        hosts.agree(lambda: check_clips(records))
         create = partial(init_state, config=config)
         abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
         describe(config, records, abstract, mesh, start)
@@ -110,7 +121,16 @@ def train(config: Config, make_clips: MakeClips) -> int:
         clips = partial(_clips, config, make_clips, records, frozen)
         stop = stack.enter_context(contextlib.closing(StopSignals()))
         state, step = take_steps(
-            config, state, start, records, checkpoints, mesh, clips, stop=stop, frozen=frozen
+            config,
+            state,
+            start,
+            records,
+            checkpoints,
+            mesh,
+            clips,
+            stop=stop,
+            frozen=frozen,
+            board=board,
         )
         with goodput.part("checkpoint"):
             checkpoints.wait()
@@ -123,7 +143,9 @@ def train(config: Config, make_clips: MakeClips) -> int:
         validation.tell_best(config, checkpoints)
         weights = _weights(config, state, frozen)
         del state, clips, frozen  # moments, whose memory the sampler can have
-        last_clips(config, make_clips, weights, records, step)
+        # They may have been made before its checkpoint was saved, to tell whether it is the best.
+        if step == start or not validation.clips_due(config, step):
+            last_clips(config, make_clips, weights, records, step, board)
         hosts.say(str(spent))
     return 0
 
@@ -135,9 +157,10 @@ def take_steps(
     records: Records,
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
-    clips: Callable[[State, int], None],
+    clips: Callable[[State, int], Shown | None],
     stop: StopSignals,
     frozen: Any = None,
+    board: WeightsAndBiases | None = None,
 ) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached.
 
@@ -159,10 +182,12 @@ def take_steps(
             total_steps=config.num_steps,
             start_step=start,
             process_index=hosts.index(),
+            wandb=board,
         ) as logger,
         Profile(config) as profile,
     ):
         tell = partial(log, logger, timer, partial(work, config))
+        show = partial(_shown, config, clips, logger, timer)
         goodput.goes_on(start)
         with goodput.waiting_for_data():
             batch = reader.next(step + 1)
@@ -196,6 +221,10 @@ def take_steps(
                 if found := checked.after(step, state, saves and not stops):
                     timer.restart()
                 pending = (step, metrics | found, rows)
+                due = not stops and validation.clips_due(config, step)
+                # They are part of a checkpoint's scores only if that is what it is kept for: a
+                # checkpoint is worth more than its clips, which may take too much memory.
+                worth = show(state, step) if due and config.validation.best_of_clips else {}
                 if saves:
                     # Looked at first: a state that is not finite is not worth keeping.
                     values = tell(*pending)
@@ -205,40 +234,64 @@ def take_steps(
                     with goodput.part("checkpoint"):
                         if not finite(state):
                             raise checks.diverged("a weight is not finite", step, **health.run)
-                        checkpoints.save(step, state, config, validation.scores(values))
+                        scores = validation.scores(values | worth)
+                        checkpoints.save(step, state, config, scores)
                     timer.restart()
                 if last:
                     break
                 collect(step)
-                if validation.clips_due(config, step):
-                    hosts.progress("sample", step, config.watchdog.long_seconds)
-                    clips(state, step)
-                    timer.restart()
+                if due and not config.validation.best_of_clips:
+                    show(state, step)
     return state, step
+
+
+def _shown(
+    config: Config,
+    clips: Callable[[State, int], Shown | None],
+    logger: MetricsLogger,
+    timer: StepTimer,
+    state: State,
+    step: int,
+) -> dict[str, float]:
+    """Makes the clips of a step and shows them; what they are worth, the same on all hosts."""
+    hosts.progress("sample", step, config.watchdog.long_seconds)
+    shown = clips(state, step) or Shown()
+    logger.show(step, shown)
+    timer.restart()
+    return json.loads(hosts.broadcast(json.dumps(dict(shown.metrics))))
 
 
 def _clips(
     config: Config, make_clips: MakeClips, records: Records, frozen: Any, state: State, step: int
-) -> None:
+) -> Shown | None:
     weights = _weights(config, state, frozen)
     with goodput.part("sampling"):
-        make_clips(weights, records, step)
+        return make_clips(weights, records, step)
 
 
 def _weights(config: Config, state: State, frozen: Any) -> Any:
     """What clips are made with: all weights, averaged if the run averages."""
-    weights = validation.sampled_weights(config, state)
-    return weights if config.tune is None else trainable.merged(weights, frozen, config)
+    return trainable.as_sampled(validation.sampled_weights(config, state), frozen, config)
 
 
 def last_clips(
-    config: Config, make_clips: MakeClips, weights: Any, records: Records, step: int
+    config: Config,
+    make_clips: MakeClips,
+    weights: Any,
+    records: Records,
+    step: int,
+    board: WeightsAndBiases | None = None,
 ) -> None:
     """Clips of a finished training, which is finished whether they can be made or not."""
     hosts.progress("sample", step, config.watchdog.long_seconds)
     try:
         with goodput.part("sampling"):
-            make_clips(weights, records, step)
+            shown = make_clips(weights, records, step)
+        if shown is not None and shown.clips:
+            with MetricsLogger(
+                config.workdir, total_steps=step, start_step=step, wandb=board, bar=False
+            ) as logger:
+                logger.show(step, shown)
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exception(error)
@@ -403,6 +456,8 @@ def describe(
     schema = records.schema
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
     trained = "" if config.tune is None else " trained"
+    if config.tune is not None and config.tune.quantize is not None:
+        trained += f" beside {config.tune.quantize} ones"
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     held = [name for name in config.flow.streams if name in schema.fields]
     more = len(schema.buckets) - 1

@@ -1,4 +1,4 @@
-"""Training metrics: a progress bar, `metrics.jsonl`, TensorBoard when tensorboardX is installed.
+"""Training metrics: a progress bar, `metrics.jsonl`, and the boards that show them.
 
 Everything here takes floats. Reading a loss off the device waits for its step to finish, so the
 training loop logs each step one step late; waiting inside the logger would undo that.
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import Mirror, location, reason, replacing
+from ltx2_jax.training.boards import Shown, TensorBoard, WeightsAndBiases, tell
 
 FILE_NAME = "metrics.jsonl"
 # Bytes at the end of the file in which its last row is: it may be large, and far away.
@@ -30,12 +31,14 @@ class MetricsLogger:
     """Writes each step's metrics on process 0 and does nothing on the others.
 
     `metrics.jsonl` in `folder` gets one line `{"step": n, name: value, ...}` per call, on disk when
-    `log` returns. A resumed run starts at `start_step`: rows beyond it, which the killed run logged
-    and this one will log again, are dropped, and so is a last line cut off half-way. A value that
-    is not finite is written as null, under its name. What belongs into a bucket is written on a
-    disk and sent as a whole, every minute and at the end. Raises UserError when an existing file
-    has a line in its middle that is not JSON. Use as a context manager, so that the files are
-    closed, and sent, however the run ends.
+    `log` returns; what clips of a step are worth is a line of its own. TensorBoard gets the same
+    where tensorboardX is installed, and so does the run `wandb`, which stays open. A resumed run
+    starts at `start_step`: rows beyond it, which the killed run logged and this one will log again,
+    are dropped, and so is a last line cut off half-way. A value that is not finite is written as
+    null, under its name. What belongs into a bucket is written on a disk and sent as a whole, every
+    minute and at the end. Raises UserError when an existing file has a line in its middle that is
+    not JSON. Use as a context manager, so that the files are closed, and sent, however the run
+    ends. `bar`: whether progress is shown.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class MetricsLogger:
         total_steps: int,
         start_step: int = 0,
         process_index: int = 0,
+        wandb: WeightsAndBiases | None = None,
+        bar: bool = True,
     ):
-        self._file = self._bar = self._tensorboard = self._mirror = None
+        self._file = self._bar = self._tensorboard = self._mirror = self._wandb = None
         if process_index != 0:
             return
         self._told = False
@@ -59,11 +64,13 @@ class MetricsLogger:
             self._mirror.close()
             raise
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(folder / "tensorboard", start_step)
+        self._tensorboard = TensorBoard.opened(folder / "tensorboard", start_step)
+        self._wandb = wandb
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
+            disable=not bar,
             dynamic_ncols=True,
             # A log file keeps every redraw as a line of its own.
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
@@ -77,15 +84,27 @@ class MetricsLogger:
         safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
         # One write of one line: a kill between two writes would leave a line without its end.
         self._write(json.dumps({"step": step, **safe}, allow_nan=False) + "\n")
-        if self._tensorboard is not None and not _writes(self._tensorboard):
-            self._tensorboard = None
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if math.isfinite(value):  # tensorboardX prints a warning for the others
-                    self._tensorboard.add_scalar(name, value, step)
-        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
-        self._bar.set_postfix(shown, refresh=False)
+        for board in self._boards:
+            board.log(step, values)
+        if shown := {name: f"{values[name]:.4g}" for name in SHOWN if name in values}:
+            self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, shown: Shown) -> None:
+        """Clips that were made after `step`, with what they are worth."""
+        if self._file is None or not shown.clips:
+            return
+        if shown.metrics:
+            self.log(step, shown.metrics)
+        for board in self._boards:
+            try:
+                board.show(step, shown)
+            except Exception as error:  # of an image library, a disk: a run is worth more
+                tell(f"warning: the clips of step {step} cannot be shown ({reason(error)[:300]})")
+
+    @property
+    def _boards(self) -> list[TensorBoard | WeightsAndBiases]:
+        return [board for board in (self._tensorboard, self._wandb) if board is not None]
 
     def _write(self, line: str) -> None:
         """A full disk is told once; a run goes on without its rows rather than end."""
@@ -104,13 +123,11 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the files and the bar; calling it again does nothing."""
-        if self._tensorboard is not None and not _writes(self._tensorboard):
-            self._tensorboard = None
         for part in (self._bar, self._tensorboard, self._file, self._mirror):
             if part is not None:
                 with contextlib.suppress(OSError):  # a full disk was told
                     part.close()
-        self._file = self._bar = self._tensorboard = self._mirror = None
+        self._file = self._bar = self._tensorboard = self._mirror = self._wandb = None
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -120,12 +137,22 @@ class MetricsLogger:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of `folder`'s metrics.jsonl, oldest first; [] without a file.
+    """The rows of `folder`'s metrics.jsonl, one a step, oldest first; [] without a file.
 
     Each is `{"step": int, name: float or None}`, None where the value was not finite. A last line
     that was cut off is left out; any other line that is not a row raises UserError.
     """
-    path = location(folder) / FILE_NAME
+    rows: list[dict[str, Any]] = []
+    for line in _lines(location(folder) / FILE_NAME):
+        if rows and rows[-1]["step"] == line["step"]:
+            rows[-1] |= line
+        else:
+            rows.append(line)
+    return rows
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; of a step there may be several."""
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
@@ -161,7 +188,8 @@ def last_row(folder: str | os.PathLike) -> dict[str, Any]:
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
-            held = {name: last[name] for name in StepTimer.NAMES if name in last}
+            same = last.get("step") == int(row["step"])
+            held = {name: last[name] for name in last if same or name in StepTimer.NAMES}
             last = {**held, **row, "step": int(row["step"])}
     return last
 
@@ -218,26 +246,7 @@ def _truncate(path: Path, start_step: int) -> None:
     """Drop the rows after `start_step` and a half-written last line, in one atomic replacement."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path.parent) if row["step"] <= start_step]
+    kept = [row for row in _lines(path) if row["step"] <= start_step]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _writes(tensorboard: Any) -> bool:
-    """Whether the thread that writes for it is alive: one that met a full disk is not.
-
-    Its queue takes ten more values, and then waits for ever.
-    """
-    events = getattr(getattr(tensorboard, "file_writer", None), "event_writer", None)
-    thread = getattr(events, "_worker", None)
-    return thread is None or thread.is_alive()
-
-
-def _tensorboard_writer(folder: Path, start_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    # purge_step hides what a killed run logged beyond the step this one resumes from.
-    return SummaryWriter(str(folder), purge_step=start_step + 1)

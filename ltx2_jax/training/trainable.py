@@ -7,6 +7,7 @@ Weights are nested dicts, as everywhere; the adapter of a linear map lies in it,
 Optimizer, average, gradients and checkpoints know the trained part alone. See `config.TuneConfig`.
 """
 
+import dataclasses
 import difflib
 import functools
 import math
@@ -26,6 +27,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops, lora, ltx2
 from ltx2_jax.models.layers import Axes
 from ltx2_jax.models.ltx2 import LTX2
+from ltx2_jax.models.quantized import quantize
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.sharding import weight_spec
@@ -67,6 +69,8 @@ def is_trained(path: Path, config: Config) -> bool:
         return True
     if config.tune.lora is not None:
         return ADAPTER in path
+    if path[-1] == "scale":  # of a weight that is quantised because it is frozen
+        return False
     return any(follows(path, rule) for rule in config.tune.train)
 
 
@@ -77,9 +81,19 @@ def rate(path: Path, config: Config) -> float:
 
 
 def check(config: Config) -> None:
-    """UserError for a rule or a target that means nothing, and for ranks that are too high."""
+    """UserError for a rule or a target that means nothing, and for ranks that are too high.
+
+    And for a form of frozen matrices where all of them are trained.
+    """
     if config.tune is None:
         return
+    if config.tune.quantize is not None:
+        weights = jax.eval_shape(lambda: params_of(config, jax.random.key(0)))
+        if not any(path[-1] == "scale" for path in mapping.leaves(weights)):
+            raise UserError(
+                f"tune.quantize={config.tune.quantize!r}: tune.train={list(config.tune.train)} "
+                "trains all large matrices, and what is trained stays float32"
+            )
     if config.tune.lora is not None:
         paths = [
             ("transformer", *one.path, ADAPTER, name) for one in adapted(config) for name in "ab"
@@ -106,6 +120,18 @@ def _closest(rule: str, paths: Iterable[Path]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- parts
+
+
+def networks(config: Config, rngs: nnx.Rngs) -> LTX2:
+    """The networks of a run without adapters, with room for frozen matrices as they are kept."""
+    form = None if config.tune is None else config.tune.quantize
+    model = LTX2(config.networks, rngs=rngs)
+    return quantize(model, form, lambda path: is_trained((*path, "weight"), config))
+
+
+def params_of(config: Config, key: Array) -> Params:
+    """The weights of `networks`, for their shapes, dtypes and shardings."""
+    return nnx.to_pure_dict(nnx.split(networks(config, nnx.Rngs(key)), nnx.Param)[1])
 
 
 def split(params: Params, config: Config) -> tuple[Params, Params]:
@@ -153,6 +179,31 @@ def merged(trained: Params, frozen: Params, config: Config) -> Params:
         scale = scale.reshape(*scale.shape, 1, 1)
         leaves[(*path, "weight")] = loras.fused(weight, a, b * scale)
     return mapping.nested(leaves)
+
+
+def as_sampled(trained: Params, frozen: Params, config: Config) -> Params:
+    """The weights of a run as `sampled_graph` takes them.
+
+    `merged`, but beside quantised weights adapters stay what they are: rounding would swallow them.
+    """
+    if config.tune is None or config.tune.quantize is None:
+        return trained if config.tune is None else merged(trained, frozen, config)
+    return join(trained, frozen, constants(without_dropout(config)))
+
+
+def sampled_graph(config: Config) -> Any:
+    """The static half of the model that samples with the weights of a run; see `ltx2.graph`."""
+    if config.tune is None or config.tune.quantize is None:
+        return ltx2.graph(config.networks)
+    return graph(without_dropout(config))
+
+
+def without_dropout(config: Config) -> Config:
+    """A run whose adapters leave nothing out, as where they do not learn."""
+    if config.tune is None or config.tune.lora is None:
+        return config
+    lora = dataclasses.replace(config.tune.lora, dropout=0.0)
+    return dataclasses.replace(config, tune=dataclasses.replace(config.tune, lora=lora))
 
 
 def _whole(x: Array, beside: Array) -> Array:
@@ -228,7 +279,7 @@ def graph(config: Config) -> Any:
     """`ltx2.graph` of a run's networks, with its adapters."""
 
     def create() -> LTX2:
-        model = LTX2(config.networks, rngs=nnx.Rngs(0))
+        model = networks(config, nnx.Rngs(0))
         given = join(new_adapters(jax.random.key(0), config), constants(config))
         found = mapping.leaves(given.get("transformer", {}))
         tree = mapping.nested({(*path[:-2], path[-1]): leaf for path, leaf in found.items()})

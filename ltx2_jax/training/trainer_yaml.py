@@ -21,6 +21,7 @@ from ltx2_jax.config import (
     DataConfig,
     FlowConfig,
     LoraConfig,
+    MetricsConfig,
     OptimConfig,
     SampleConfig,
     StreamConfig,
@@ -47,7 +48,7 @@ IDLE = {
     "model.video_vae_path": _MADE,
     "model.audio_vae_path": _MADE,
     "acceleration.load_text_encoder_in_8bit": _MADE,
-    "acceleration.quantization": "frozen weights are kept in bfloat16, spread over the devices",
+    "acceleration.quantization": "no form here has so few bits; int4-quanto has the fewest",
     "acceleration.offload_optimizer_during_validation": "the optimizer stays on the devices",
     "checkpoints.precision": "`convert` writes the file, in the precision that it is told",
     "checkpoints.no_resume": "a run goes on in its workdir; another output_dir begins anew",
@@ -69,8 +70,8 @@ IDLE = {
         _CLIPS,
     ),
     **dict.fromkeys(
-        (f"wandb.{x}" for x in ("enabled", "project", "entity", "tags", "log_validation_videos")),
-        "metrics go to files in the workdir, and to TensorBoard where it is installed",
+        ("wandb.tags", "wandb.log_validation_videos"),
+        "a run has no tags there; clips go wherever metrics go",
     ),
 }  # fmt: skip
 # Where the trainer looks for what a condition or a stream reads.
@@ -81,6 +82,14 @@ FOLDERS = {
     "audio.mask_dir": "audio_masks",
     "video.reference": "reference_latents",
     "audio.reference": "reference_audio_latents",
+}
+# Forms of a quantised base, and ours; that of None is IDLE.
+QUANTO = {
+    "int8-quanto": "int8",
+    "fp8-quanto": "fp8",
+    "fp8uz-quanto": "fp8",  # the same digits, on hardware that has no negative zero
+    "int4-quanto": "int4",
+    "int2-quanto": None,
 }
 CONNECTORS = {
     "2.0": (CONNECTOR_2_0, CONNECTOR_2_0),
@@ -110,6 +119,10 @@ class Keys:
         self._known.append(name)
         value = self._left.pop(name, None)
         return default if value is None else value
+
+    def leave(self, name: str, value: Any) -> None:
+        """Puts back what was taken: it has no meaning here after all."""
+        self._left[name] = value
 
     def keys(self, name: str) -> "Keys":
         """The mapping under a key; empty if it is absent."""
@@ -242,6 +255,7 @@ def translate(values: Any, release: str | None = None) -> tuple[Config, list[str
         flow=flow_of(sections["training_strategy"], sections["flow_matching"]),
         optim=_optim(optimization, steps, chunks),
         checkpoint=_checkpoint(sections["checkpoints"], steps),
+        metrics=_metrics(sections["wandb"]),
         sample=_sample(sections["validation"]),
         init_from=init_from,
         tune=tune,
@@ -299,8 +313,12 @@ def _tune(sections: Mapping[str, Keys]) -> TuneConfig:
     rank, alpha = lora.integer("rank", 64), lora.number("alpha", 64)
     dropout = lora.number("dropout", 0.0)
     targets = tuple(map(str, lora.listed("target_modules"))) or TARGETS["short"]
-    checkpoint = model.text("load_checkpoint")
+    checkpoint, form = model.text("load_checkpoint"), _form(sections["acceleration"])
     if model.choice("training_mode", ("lora", "full"), "lora") == "full":
+        if form is not None:
+            raise UserError(
+                "acceleration.quantization: model.training_mode=full trains what it would quantise"
+            )
         if checkpoint is not None:
             raise UserError(
                 f"model.load_checkpoint={checkpoint}: a full fine-tune begins at model.model_path; "
@@ -308,7 +326,20 @@ def _tune(sections: Mapping[str, Keys]) -> TuneConfig:
             )
         return TuneConfig()
     adapters = _named("lora", LoraConfig, targets, rank, alpha, dropout, init_from=checkpoint)
-    return TuneConfig(lora=adapters)
+    return TuneConfig(lora=adapters, quantize=form)
+
+
+def _form(acceleration: Keys) -> str | None:
+    """In what the frozen weights are kept."""
+    given = acceleration.text("quantization")
+    if given is None:
+        return None
+    if given not in QUANTO:
+        where = acceleration.where("quantization")
+        raise UserError(f"{where}={given!r}: use null, {', '.join(QUANTO)}")
+    if QUANTO[given] is None:
+        acceleration.leave("quantization", given)
+    return QUANTO[given]
 
 
 # ---------------------------------------------------------------------------------- what is learned
@@ -476,3 +507,10 @@ def _sample(keys: Keys) -> SampleConfig:
         audio_guidance=keys.number("audio_cfg_scale", 7.0 if old is None else old),
         seed=keys.integer("seed", 42),
     )
+
+
+def _metrics(keys: Keys) -> MetricsConfig:
+    project, entity = keys.text("project", "ltx-2-trainer"), keys.text("entity")
+    if not keys.flag("enabled", False):
+        return MetricsConfig()
+    return _named(keys.path, MetricsConfig, f"{entity}/{project}" if entity else project)

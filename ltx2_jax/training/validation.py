@@ -5,7 +5,6 @@ same `config.validation`, whatever its batch size and mesh, so that losses can b
 """
 
 import difflib
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,14 +17,13 @@ from jax import Array
 from ltx2_jax import hosts
 from ltx2_jax.chips import compiler_options
 from ltx2_jax.codecs.interface import Codec
-from ltx2_jax.config import Config
+from ltx2_jax.config import SYNC_LAG, Config
 from ltx2_jax.data.records import Records, open_records
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK, AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import axis_size, batch_shards, sharding_of
-from ltx2_jax.text.captions import read_prompts
 from ltx2_jax.training import checks, goodput, trainable
 from ltx2_jax.training.batch import Batch, place
 from ltx2_jax.training.checkpoint import Checkpoints
@@ -86,7 +84,8 @@ class Validation:
         it has metrics then.
         """
         run = self._config.validation
-        if not run.every or (step % run.every and not (saved and run.best is not None)):
+        scored = run.best is not None and not run.best_of_clips
+        if not run.every or (step % run.every and not (saved and scored)):
             return {}
         hosts.progress("validate", step, self._config.watchdog.long_seconds)
         with goodput.part("sampling"):
@@ -114,7 +113,7 @@ def make_validation(
     are no larger than those of a step.
     """
     chunks = micro_batches(config, mesh)
-    whole = _without_dropout(config)
+    whole = trainable.without_dropout(config)
     graphdef = ltx2.graph(whole.networks) if whole.tune is None else trainable.graph(whole)
 
     def validate(
@@ -150,13 +149,6 @@ def micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     return next(n for n in parts if count // n <= largest)
 
 
-def _without_dropout(config: Config) -> Config:
-    if config.tune is None or config.tune.lora is None:
-        return config
-    lora = replace(config.tune.lora, dropout=0.0)
-    return replace(config, tune=replace(config.tune, lora=lora))
-
-
 # ------------------------------------------------------------------------------- what it is made on
 
 
@@ -164,15 +156,24 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses, before any work, what `config.validation` asks for and cannot be.
 
     Raises:
-      UserError: an unknown metric, a dataset that does not fit, samples that the mesh cannot share.
+      UserError: an unknown metric, a dataset that does not fit, samples that the mesh cannot share,
+        checkpoints without the clips that would tell the best.
     """
     run = config.validation
 
     def fits() -> None:
+        if run.best_of_clips and config.checkpoint.every_steps % run.clips_every:
+            raise UserError(
+                f"validation.best={run.best}: is measured of clips, which checkpoints after every "
+                f"{config.checkpoint.every_steps} steps lack: make checkpoint.every_steps a "
+                f"multiple of validation.clips_every={run.clips_every}"
+            )
+        if not run.every:
+            return
         known = metric_names(config)
-        if run.best not in (None, *known):
-            close = ", ".join(difflib.get_close_matches(run.best, known, n=2))
-            close = f"did you mean {close}?" if close else f"use {', '.join(known)}"
+        if run.best not in (None, SYNC_LAG, *known):
+            close = ", ".join(difflib.get_close_matches(run.best, [*known, SYNC_LAG], n=2))
+            close = f"did you mean {close}?" if close else f"use {', '.join(known)} or {SYNC_LAG}"
             raise UserError(f"validation.best={run.best!r}: no metric of this run; {close}")
         if run.samples % batch_shards(mesh):
             raise UserError(
@@ -189,7 +190,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             held_out = samples_of(config, open_records(config.data.path))
             first_samples(config, held_out, mesh)
 
-    if run.every:
+    if run.every or run.best_of_clips:
         hosts.agree(fits)
 
 
@@ -259,28 +260,12 @@ def first_samples(
 
 
 def clips_due(config: Config, step: int) -> bool:
-    """Whether clips are made after a step that is not the last."""
-    every = config.validation.clips_every
-    return step == config.sample.preview_step or (every > 0 and step % every == 0)
+    """Whether clips are made after a step, while the training goes on.
 
-
-def prompts_of(config: Config) -> list[str] | None:
-    """The lines of `validation.prompts`, the same on all hosts; None without such a file.
-
-    Raises:
-      UserError: it cannot be read, is empty, or has a blank line.
+    After the last one only if they tell whether its checkpoint is the best: others come then.
     """
-    path = config.validation.prompts
-    if path is None:
-        return None
-
-    def read() -> list[str]:
-        prompts = read_prompts(path, "validation.prompts")
-        if not prompts:
-            raise UserError(f"validation.prompts: {path} has no prompts, one a line")
-        return prompts
-
-    prompts = hosts.agree(read)
-    text = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    hosts.same_everywhere({"the prompts of the validation": text[:16]})
-    return prompts
+    run = config.validation
+    every = run.clips_every > 0 and step % run.clips_every == 0
+    if step == config.num_steps:
+        return every and run.best_of_clips
+    return step == config.sample.preview_step or every

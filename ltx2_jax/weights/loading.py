@@ -370,20 +370,6 @@ def typed(array: jax.Array, home: Any) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, home, shards)
 
 
-def quantized_there(weight: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
-    """Values and scale of a loaded weight, where it is; see `models.quantized`."""
-    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=weight.sharding)
-    made = quantized.shapes(shape, form)
-    program = _quantize(form, tuple(automatic(leaf.sharding) for leaf in made))
-    found = program(typed(weight, automatic(weight.sharding)))
-    return tuple(typed(array, leaf.sharding) for array, leaf in zip(found, made, strict=True))
-
-
-@functools.cache
-def _quantize(form: str, homes: Any) -> Any:
-    return jax.jit(functools.partial(quantized.quantized, form=form), out_shardings=homes)
-
-
 @functools.cache
 def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, home: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=home)

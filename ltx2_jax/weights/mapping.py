@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,6 +55,11 @@ class Parameter:
         if self.layout == STATES:
             return (shape[2], shape[1] * shape[0])
         return shape
+
+    def at(self, homes: Mapping[Any, Any], form: str | None) -> "Parameter":
+        """To be loaded to what `homes`, path -> leaf, has of it: in `form` if that has a scale."""
+        rounded = self.path[-1] == "weight" and (*self.path[:-1], "scale") in homes
+        return replace(self, leaf=homes[self.path], form=form if rounded else None)
 
     def to_ours(self, value: Any) -> Any:
         """[*lead, *official] -> [*lead, *inner], numpy or jax."""

@@ -1,9 +1,11 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
@@ -163,12 +165,63 @@ def test_what_a_row_says_wrong_is_named(tmp_path, header, line, message):
         *(("t.csv", text, message) for text, message in BAD_TABLES.items()),
         *(("t.json", text, message) for text, message in BAD_JSON.items()),
         *(("t.jsonl", text, message) for text, message in BAD_JSONL.items()),
-        ("t.txt", "", r" a table is a \.csv, \.json or \.jsonl"),
+        ("t.txt", "", r" a table is a \.csv, \.json, \.jsonl or"),
     ],
 )
 def test_a_bad_table_is_refused_by_file_and_line(tmp_path, name, text, message):
     with pytest.raises(UserError, match=f"{re.escape(name)}:{message}"):
         read_table(table(tmp_path, name, text))
+
+
+def parquet(folder, rows, **columns):
+    """A Parquet file of these rows, with these columns beside; None is what a row lacks."""
+    made = pyarrow.Table.from_pylist(rows)
+    for name, values in columns.items():
+        made = made.append_column(name, values)
+    pyarrow.parquet.write_table(made, folder / "t.parquet", row_group_size=2)
+    return folder / "t.parquet"
+
+
+def test_a_parquet_table_reads_as_the_same_in_json(tmp_path):
+    rows = [*json.loads(FULL["t.json"]), {"media_path": "c.mp4", "caption": "ü"}]
+    names = sorted({name for row in rows for name in row})
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    films = pyarrow.array([b"of no interest"] * 3)
+    kinds = pyarrow.array(["one", None, "one"]).dictionary_encode()
+    read = read_table(parquet(tmp_path, whole, film=films, caption_c=kinds))
+    for row in rows[0], rows[2]:
+        row["caption_c"] = "one"
+    assert read == read_table(table(tmp_path, "t.json", json.dumps(rows)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"film": "a", "caption": "b"}], "row 0: no column 'video' (or 'media_path'); there"),
+        ([{"path": "a", "text": 3}], "row 0: no column 'video' (or 'media_path'); the"),
+        ([{"video": "a", "caption": "b"}] * 3 + [{"video": "a"}], "row 3: column 'caption' has no"),
+        ([{"video": "a", "caption": 3}], "row 0: column 'caption' has no text"),
+        ([{"video": "a", "caption": "b", "start": -1}], "row 0: column 'start' is -1, not"),
+        ([{"video": "a", "caption": "b", "end": float("nan")}], "row 0: column 'end' is nan"),
+        ([{"video": "a", "caption": "b", "end": True}], "row 0: column 'end' is True"),
+        ([], "the table has no rows"),
+    ],
+)  # fmt: skip
+def test_a_bad_parquet_table_is_refused_by_file_and_row(tmp_path, rows, message):
+    with pytest.raises(UserError, match=re.escape(f"t.parquet: {message}")):
+        read_table(parquet(tmp_path, rows))
+
+
+def test_a_file_that_is_no_parquet_and_a_missing_library_are_told(tmp_path, monkeypatch):
+    path = parquet(tmp_path, [{"video": "a", "caption": "b"}])
+    for content in (b"", b"PAR1", b"video,caption\na,b\n", path.read_bytes()[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"t\.parquet: not a readable Parquet file \("):
+            read_table(path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet: Parquet needs pyarrow: pip install 'ltx2-j"):
+        read_table(path)
 
 
 def test_an_unreadable_table_is_named(tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import film
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from ltx2_jax.data.records import RecordWriter, open_records, read_schema
@@ -80,6 +81,13 @@ def test_tables(tmp_path, name):
     assert try_all(
         tmp_path / name, TABLES[name].encode(), lambda: read_table(tmp_path / name), seed=1
     )
+
+
+def test_parquet_tables(tmp_path):
+    rows = pyarrow.Table.from_pylist(json.loads(TABLES["t.json"]) * 3)
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(rows, path, compression="snappy", row_group_size=4)
+    assert try_all(path, path.read_bytes(), lambda: read_table(path), seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ltx2_jax.data import clips, encoding, merging, shards, staging, work
+from ltx2_jax.data import clips, encoding, inspection, merging, shards, staging, work
 from ltx2_jax.data.buckets import Bucket
-from ltx2_jax.data.clips import PrepareConfig
+from ltx2_jax.data.clips import PrepareConfig, Rates
 from ltx2_jax.data.encoding import prepare_dataset
 from ltx2_jax.data.inspection import describe, verify
 from ltx2_jax.data.records import open_records
+from ltx2_jax.data.table import Row
 from ltx2_jax.errors import UserError
+from ltx2_jax.media import scenes
 from ltx2_jax.media.media import Clip, FileSize, TooShort
+from ltx2_jax.media.scenes import Film
 
 CONFIG = PrepareConfig(num_frames=9, height=16, width=16, batch_size=3)
 BUCKETS = (Bucket(17, 16, 32), Bucket(9, 32, 16), Bucket(9, 16, 16), Bucket(1, 16, 16))
@@ -413,6 +416,118 @@ def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
         "no sound",
         "an image; --incomplete takes it",
         "sound without picture; --incomplete takes it",
+    ]
+
+
+SCENES = dataclasses.replace(CONFIG, stride=8, scenes=True)
+
+
+@pytest.fixture
+def watched(disk, monkeypatch):
+    """Films of 12 frames a second are cut at frame 10, and film3 at 5 too; names as watched."""
+    names = []
+
+    def watch(path, alive=None):
+        names.append(path.name)
+        try:
+            frames, *_ = disk.film(path)
+        except UserError:
+            return Film((), 0.0, "no such file")
+        cuts = [10] if "3" not in path.name else [5, 10]
+        return Film(tuple(((k - 1) / 12, k / 12) for k in cuts), frames / 12)
+
+    for module in (work, inspection):
+        monkeypatch.setattr(module, "watch", watch)
+    monkeypatch.setattr(work, "SHARD_FILMS", 2)
+    return names
+
+
+def test_every_scene_is_a_film_of_its_own_and_films_are_watched_once(
+    tmp_path, disk, watched, monkeypatch
+):
+    for i in range(5):
+        disk.add(f"film{i}.mp4", 30)
+    disk.add("image9.png", 1)
+    rows = [f"film{i}.mp4,a,," for i in range(5)]
+    rows += ["film0.mp4,b,1.5,", "film4.mp4,c,,0.8", "image9.png,d,,"]
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Work, "_make_makers", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows, SCENES, header="video,caption,start,end")
+    assert len(watched) == 5  # film0 and film4 are in the table twice
+    made = prepare(tmp_path, rows, SCENES, header="video,caption,start,end")
+    assert sorted(watched) == [f"film{i}.mp4" for i in range(5)]
+    firsts = [(r["source"], int(r["video"][0, 0, 0, 0]) - r["id"] % 5) for r in made]
+    each = [(f"film{i}.mp4", k) for i in range(5) for k in (0, 10, 18) if (i, k) != (3, 0)]
+    assert firsts == [*each, ("film0.mp4", 18), ("film4.mp4", 3)]
+    assert made.skipped[0] == {
+        "source": "film3.mp4",
+        "reason": "of its 3 scenes 2 have less than 9 frames",
+    }
+
+
+def test_two_processes_find_scenes_and_later_runs_know_them(tmp_path, disk, watched):
+    rows = films(disk, 9)
+    for name in disk.films:
+        disk.add(name, 30)
+    whole = contents(prepare(tmp_path, rows, SCENES, name="whole"))
+    watched.clear()
+    disk.missing |= {"f1.mp4"}
+    second = threading.Thread(
+        target=prepare, args=(tmp_path, rows, SCENES), kwargs={"process": 1, "processes": 2}
+    )
+    second.start()
+    made = prepare(tmp_path, rows, SCENES, process=0, processes=2)
+    second.join()
+    assert sorted(watched) == sorted(disk.films)
+    assert made.skipped[0] == {"source": "f1.mp4", "reason": "no such file"}
+    disk.missing.clear()
+    watched.clear()
+    assert contents(prepare(tmp_path, rows, SCENES)) == whole
+    assert watched == ["f0.mp4", "f1.mp4"]  # the others of its shard are kept
+
+
+def test_scenes_are_part_of_what_a_dataset_is(tmp_path, disk, watched, monkeypatch):
+    disk.add("film0.mp4", 30)
+    made = prepare(tmp_path, ["film0.mp4,a"], SCENES)
+    assert made.settings["scenes"] == scenes.RULE
+    with pytest.raises(UserError, match=r"holds a dataset with scenes '64x36 .*', not None"):
+        prepare(tmp_path, ["film0.mp4,a"], dataclasses.replace(SCENES, scenes=False))
+    monkeypatch.setattr(encoding, "RULE", "another rule")
+    with pytest.raises(UserError, match=r"scenes '64x36 .*', not 'another rule'"):
+        prepare(tmp_path, ["film0.mp4,a"], SCENES)
+
+
+def test_a_film_is_used_as_far_as_it_could_be_watched(tmp_path, disk, watched, monkeypatch):
+    disk.add("film0.mp4", 40)
+    found = Film(((0.75, 10 / 12),), 2.5, "timestamps run backwards", True)
+    monkeypatch.setattr(work, "watch", lambda path, alive: found)
+    rows = ["film0.mp4,a,", "film0.mp4,b,3"]
+    made = prepare(tmp_path, rows, SCENES, header="video,caption,start")
+    assert [int(record["video"][0, 0, 0, 0]) for record in made] == [0, 10, 18]
+    assert [clip["reason"] for clip in made.skipped] == [
+        "from 2.5 s: timestamps run backwards",
+        "from 3 s: timestamps run backwards",
+    ]
+    monkeypatch.setattr(work, "watch", lambda path, alive: Film((), 40 / 12))  # the disk is back
+    assert len(prepare(tmp_path, rows, SCENES, header="video,caption,start")) == 4
+
+
+def test_a_dry_run_tells_what_each_film_gives(tmp_path, disk, watched):
+    for i in range(4):
+        disk.add(f"film{i}.mp4", 30)
+    disk.add("short.mp4", 8)
+    rows = [Row(name, tmp_path / name, "") for name in disk.films]
+    lines = list(inspection.foresee(rows, SCENES, Rates(1600, 25, (8, 8, 8)), 1))
+    assert lines[:5] == [
+        "film0.mp4: 3 clips", "film1.mp4: 3 clips", "film2.mp4: 3 clips", "film3.mp4: 2 clips",
+        "short.mp4: 0 clips",
+    ]  # fmt: skip
+    assert lines[5] == "11 clips of 16x16x9"
+    assert lines[6].startswith("11 clips of 5 rows; their video latents take ")
+    assert sorted(lines[7:]) == [
+        "1 left out: has only 8 frames; the shortest bucket has 9",
+        "1 left out: of its 3 scenes 2 have less than 9 frames",
     ]
 
 

@@ -12,6 +12,7 @@ from ltx2_jax.demo import synthetic
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.demo.synthetic import captions, render, write_dataset
 from ltx2_jax.errors import UserError
+from ltx2_jax.evaluation.sync import sync_report
 from ltx2_jax.media import media
 
 CONFIG = SyntheticConfig()
@@ -140,9 +141,10 @@ def test_sound_is_silent_before_the_first_event_and_starts_at_events():
             assert before < 0.01 < 0.25 < after
 
 
-def test_the_ball_touches_the_floor_at_the_event():
+@pytest.mark.parametrize("family", ["bounce", "night"])
+def test_the_ball_touches_the_floor_at_the_event(family):
     """At 200 fps the lowest frame is the frame of the event."""
-    config = SyntheticConfig(num_frames=401, fps=200.0, families=("bounce",))
+    config = SyntheticConfig(num_frames=401, fps=200.0, families=(family,))
     for index in range(4):
         made = render(config, index)
         ball = np.abs(made.clip.video.astype(int) - made.clip.video[0, 0, 0]).sum(axis=3)[:, :26]
@@ -164,6 +166,18 @@ def test_the_lamp_jumps_at_the_event_and_decays():
         off = light[: first - 5].mean()
         ratio = (light[first + 30] - off) / (light[first] - off)
         assert ratio == pytest.approx(np.exp(-0.15 / synthetic.LAMP_DECAY), abs=0.02)
+
+
+def test_a_ball_by_night_is_neither_by_day_nor_a_lamp():
+    """The sync of its clips is read as well as that of the two other families."""
+    night = [render(SyntheticConfig(families=("night",)), index) for index in range(24)]
+    assert all("ball" in made.caption and "in the dark" in made.caption for made in night)
+    assert all(made.clip.video[0, 0, 0].max() < 60 for made in night)
+    report = sync_report([made.clip for made in night])
+    assert report.median_lag < 0.03
+    events = sum(len(made.events) for made in night)
+    assert report.num_onsets == report.num_visual_onsets == events
+    assert not any("night" == render(CONFIG, index).family for index in range(4))
 
 
 def test_written_files_match_what_was_rendered(tmp_path):

@@ -170,3 +170,25 @@ def test_contact_sheet_is_a_picture_of_every_clip(made, tmp_path):
     assert matplotlib.image.imread(short).shape[0] < image.shape[0]
     with pytest.raises(UserError, match=r"sheet\.png: 3 clips and 1 captions"):
         contact_sheet(tmp_path / "sheet.png", clips, captions[:1])
+
+
+def test_events_are_counted_in_clips_of_the_kind_that_the_detectors_are_made_for(made):
+    clips, count = [item.clip for item in made], sum(len(item.events) for item in made)
+    noise = np.random.default_rng(0).integers(0, 255, clips[0].video.shape).astype(np.uint8)
+    film = dataclasses.replace(clips[0], video=noise)
+    silent = dataclasses.replace(clips[1], audio=None)
+    found = sync.events([*clips, film, silent])
+    assert (found.seen, found.heard, found.matched) == (count, count, count)
+    assert found.median_lag == pytest.approx(sync.sync_report(clips).median_lag)
+    assert sync.events([film, silent]) is None
+    assert sync.events([]) is None
+
+
+def test_what_is_heard_too_late_matches_nothing_and_silence_has_no_lag(made):
+    clip = next(item.clip for item in made if len(item.events) == 1)
+    late = np.concatenate([np.zeros((4000, 2), np.float32), clip.audio])[: len(clip.audio)]
+    found = sync.events([dataclasses.replace(clip, audio=late)])
+    assert (found.seen, found.heard, found.matched) == (1, 1, 0)
+    assert found.median_lag == pytest.approx(0.25, abs=0.05)
+    found = sync.events([dataclasses.replace(clip, audio=np.zeros_like(clip.audio))])
+    assert (found.seen, found.heard, found.matched, found.median_lag) == (1, 0, 0, None)

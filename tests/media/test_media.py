@@ -17,7 +17,7 @@ import soundfile
 from av.stream import Disposition
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.media import media
+from ltx2_jax.media import media, writing
 
 
 def make_clip(num_frames=12, height=32, width=48, fps=12.0, sample_rate=16000, seed=0):
@@ -413,7 +413,7 @@ def test_a_clip_shows_itself_in_a_notebook(tmp_path, monkeypatch):
     np.testing.assert_array_equal(shown.video, saved.video)
     np.testing.assert_array_equal(shown.audio, saved.audio)
     assert abs(shown.video.astype(int) - clip.video).mean() < 12
-    monkeypatch.setattr(media, "SHOWN_BYTES", 100)
+    monkeypatch.setattr(writing, "SHOWN_BYTES", 100)
     assert "too many to show" in clip._repr_html_()
     assert len(clip._repr_html_()) < 300
 
@@ -461,7 +461,7 @@ def write_encoded(path, *, codec="mpeg4", sound=None, title=None, stamps=range(1
         container.mux(video.encode())
         if track:
             channels = 1 if sound == "mono" else 2
-            frame = media._audio_frame(np.zeros((16000, channels), np.float32), 16000)
+            frame = writing._audio_frame(np.zeros((16000, channels), np.float32), 16000)
             frame = av.AudioResampler("s16", layout=sound).resample(frame)[0]
             container.mux(track.encode(frame))
             container.mux(track.encode())
@@ -506,7 +506,7 @@ def test_short_and_empty_videos_are_refused(tmp_path):
         video.height, video.width, video.pix_fmt = 16, 16, "yuv420p"
         sound = container.add_stream("aac", rate=16000)
         sound.layout = "mono"
-        container.mux(sound.encode(media._audio_frame(np.zeros((4800, 1)), 16000)))
+        container.mux(sound.encode(writing._audio_frame(np.zeros((4800, 1)), 16000)))
         container.mux(sound.encode())
     with pytest.raises(UserError, match=r"empty\.mkv: the video stream has no frames"):
         media.read_clip(tmp_path / "empty.mkv")

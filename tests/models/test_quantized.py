@@ -83,24 +83,40 @@ def test_rows_of_zeros_stay_zeros(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_linear_map_multiplies_by_what_its_values_mean(form):
-    """With an adapter beside it, in one program."""
+    """With an adapter beside it, in one program; so do the gradients of both, in another."""
     weight = jnp.asarray(random(1, ROWS, COLUMNS))
     values, scale = quantized(weight, form)
     x, a, b = random(5, COLUMNS, seed=2), random(2, COLUMNS, seed=3), random(ROWS, 2, seed=4)
     linear = Linear(COLUMNS, ROWS, rngs=nnx.Rngs(0))
     linear.weight, linear.scale = nnx.Param(values[0]), nnx.data(nnx.Param(scale[0]))
     lora.attach(linear, {"a": a, "b": b})
-    graph, params = nnx.split(linear)
+    graph, trained, frozen = nnx.split(linear, nnx.LoRAParam, ...)
+    g = random(5, ROWS, seed=5)
+
+    def of(trained, x):
+        return nnx.merge(graph, trained, frozen)(x, (None,))
+
     with jax.default_matmul_precision("highest"):
-        got = jax.jit(lambda p, x: nnx.merge(graph, p)(x, (None,)))(params, x)
-    want = x @ np.asarray(dequantized(values, scale))[0].T + x @ a.T @ b.T
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        got = jax.jit(of)(trained, x)
+        grads = jax.jit(lambda *given: jax.vjp(of, *given)[1](g))(trained, x)
+    meant = np.asarray(dequantized(values, scale))[0]
+    np.testing.assert_allclose(got, x @ meant.T + x @ a.T @ b.T, rtol=1e-4, atol=1e-4)
+    of_adapter = nnx.to_pure_dict(grads[0])["adapter"]
+    for value, want in (
+        (grads[1], g @ meant + g @ b @ a),
+        (of_adapter["a"], (g @ b).T @ x),
+        (of_adapter["b"], g.T @ (x @ a.T)),
+    ):
+        np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("axes", [("fsdp", "heads"), ("heads", "fsdp")], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
-    """Its rows or its columns split over two shards; scales are split as rows are."""
+    """Its rows or its columns split over two shards; scales are split as rows are.
+
+    What it passes back to its input is that of one device, too.
+    """
     x = random(2, 4, COLUMNS, seed=2)
     found = quantized(jnp.asarray(random(1, 8, COLUMNS)), form)
     want = np.einsum("bti,oi->bto", x, np.asarray(dequantized(*found))[0])
@@ -114,8 +130,11 @@ def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
         inner = axes[0] if axes[0] != "fsdp" else None
         given = jax.device_put(x, spec("batch", None, inner))
         run = jax.jit(lambda p, x: nnx.merge(graph, p)(x, ("batch", None)))
+        back = jax.jit(jax.grad(lambda x: jnp.sum(run(params, x) ** 2) / 2))
         with jax.default_matmul_precision("highest"):
             np.testing.assert_allclose(run(params, given), want, rtol=1e-4, atol=1e-4)
+            dx = np.einsum("bto,oi->bti", want, np.asarray(dequantized(*found))[0])
+            np.testing.assert_allclose(back(given), dx, rtol=1e-4, atol=1e-3)
 
 
 LAYERS, WIDTH = 12, 1024
@@ -141,14 +160,21 @@ class Stack(nnx.Module):
 @pytest.mark.skipif(not has_compiler(), reason="no TPU compiler for this machine")
 @pytest.mark.parametrize("form", FORMS)
 def test_no_copy_of_all_layers_is_made(form):
-    """By the TPU compiler; a CPU has no types so small, and casts all of them ahead of the loop."""
+    """By the TPU compiler; a CPU has no types so small, and casts all of them ahead of the loop.
+
+    Neither forward nor backward, where nothing of a layer has been saved but what it is given.
+    """
     graph, params = nnx.split(nnx.eval_shape(lambda: Stack(form)))
     home = NamedSharding(jax.sharding.Mesh(tpu_devices("v5e:2x2")[:1], ("chip",)), P())
     params, x = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home),
         (params, jax.ShapeDtypeStruct((256, WIDTH), jnp.bfloat16)),
     )
-    program = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).lower(params, x).compile()
+
+    def loss(x, p):
+        return jnp.sum(jnp.square(nnx.merge(graph, p)(x).astype(jnp.float32)))
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(x, params).compile()
     memory, one = program.memory_analysis(), 4 * WIDTH * WIDTH  # bytes of a layer in float32
     held = LAYERS * one * FORMS[form][2] / 32 + 2 * 256 * WIDTH
     assert memory.argument_size_in_bytes < held * 1.05

@@ -112,7 +112,7 @@ def programs(monkeypatch):
 
     monkeypatch.setattr(clip, "tpu_devices", lambda name: jax.devices())
     monkeypatch.setattr(clip, "compile_facts", compile_facts)
-    monkeypatch.setattr(clip, "plan_text", lambda *_, mesh, connect: facts(0.125))
+    monkeypatch.setattr(clip, "plan_text", lambda *_, **how: facts(0.125))
     monkeypatch.setattr(clip, "plan_vae", lambda *_: facts(0.0625) | {"tiles": 4})
     return lowered
 

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 
 from ltx2_jax import chips, config, plan
-from ltx2_jax.demo.config import LinearCodecConfig, SyntheticConfig
+from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
 from ltx2_jax.models.codecs.mel import MelConfig
@@ -31,9 +31,7 @@ CONFIG = dataclasses.replace(
     tiny.config(),
     data=config.DataConfig(synthetic=CLIPS, codec=CODEC, batch_size=8),
     mesh=config.MeshConfig(2, 2, 2),
-    text=dataclasses.replace(
-        tiny.TEXT, encoder=config.RandomEncoderConfig(video_dim=32, audio_dim=16)
-    ),
+    text=dataclasses.replace(tiny.TEXT, encoder=RandomEncoderConfig(video_dim=32, audio_dim=16)),
 )
 REQUEST = programs.request_of(CONFIG)
 

@@ -18,8 +18,9 @@ from ltx2_jax.planning.compiled.collectives import collectives
 from ltx2_jax.planning.compiled.hlo import parse
 from ltx2_jax.sampling.programs import EMPTY_CAPTION, Request, make_sampler
 from ltx2_jax.sharding import make_mesh, resident_weights, weight_spec
-from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.objective import as_modality, draw
+from ltx2_jax.training.runs import weights_of_run
 
 CONFIG = tiny.config()
 REQUEST = Request((2, 2, 4), 5, 1, tiny.STRIDES, 24.0)

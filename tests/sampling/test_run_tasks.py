@@ -1,14 +1,20 @@
 """A model that was trained here does what a released one does, by the same flags."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from ltx2_jax import config as config_lib
 from ltx2_jax import sample
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import media
-from ltx2_jax.sampling.pipeline import Pipeline
+from ltx2_jax.sampling import wishes
+from ltx2_jax.sampling.pipeline import Pipeline, references_of
+from ltx2_jax.sampling.tasks import Asked
 from ltx2_jax.sharding import make_mesh
 
 
@@ -51,3 +57,44 @@ def test_what_only_released_models_have_is_refused(workdir, capsys):
             pipe(["a ball"], **wish)
     with pytest.raises(UserError, match="sample= is for clips of a run"):
         pipe(["a ball"], sample=pipe.config.sample, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "two_stage"}, "a training run has one stage"),
+        ({"changes": {"stage2.steps": 3}}, "--stage2.steps: the recipe one_stage has stage1, not"),
+        ({"references": "film.mp4"}, "references: .*; this run trains on none"),
+        ({"duration": "auto"}, "has no duration head"),
+        ({"height": 33, "width": 32}, "height=33 is not a multiple of"),
+        ({"num_frames": 10}, "num_frames=10 is not 2.k.1"),
+        ({"video": "film.mp4", "start": 0.5, "end": 9}, "not a span of the clip"),
+        ({"image": ["film.mp4", 40, 1.0]}, "frame 40 is not one of the clip's 9"),
+    ],
+)
+def test_a_line_that_a_run_cannot_take_is_refused_without_its_weights(
+    workdir, tmp_path, given, message
+):
+    (tmp_path / "film.mp4").symlink_to(next(workdir.rglob("*.mp4")))
+    maker, where = Pipeline.from_workdir(workdir).maker, "prompts.jsonl, line 7"
+    maker.weights._params = None
+    wish = wishes.wish_of({"prompt": "a ball", **given}, tmp_path, where)
+    with pytest.raises(UserError, match=f"^{where}: .*{message}"):
+        wishes.check(maker, [wish])
+
+
+def test_a_run_that_trains_on_references_takes_smaller_ones_by_its_factors(workdir, tmp_path):
+    run = config_lib.load(str(tiny.SMALL), {"workdir": str(workdir)})
+    video = config_lib.StreamConfig(conditions=(config_lib.Condition("reference"),))
+    tuned = dataclasses.replace(run, flow=dataclasses.replace(run.flow, video=video))
+    shapes = {"video": (5, 4, 8, 24), "video_reference": (3, 2, 4, 24)}
+    schema = SimpleNamespace(fields={n: SimpleNamespace(shape=s) for n, s in shapes.items()})
+    assert references_of(run, schema) is None
+    assert references_of(tuned, schema) == (2, 2)
+    (tmp_path / "film.mp4").symlink_to(next(workdir.rglob("*.mp4")))
+    maker = Pipeline.from_workdir(workdir).maker
+    maker.reads = (2, 1)
+    asked = wishes.wish_of({"prompt": "a ball", "references": "film.mp4"}, tmp_path)
+    wishes.check(maker, [asked])
+    task, _ = maker._task(Asked(references=asked.given["references"]), maker.recipe, False)
+    assert [(x.downscale, x.time_scale, len(x.pixels)) for x in task.references] == [(2, 1, 9)]

@@ -266,7 +266,7 @@ def piped(monkeypatch):
         codec = MagicMock()
         codec.video.strides, codec.audio.bins = tiny.STRIDES, 2
         codec.audio.latents_per_second = 20
-        monkeypatch.setattr(pipeline.ltx2, "graph", lambda config: "graph")
+        monkeypatch.setattr(pipeline.trainable, "sampled_graph", lambda config: "graph")
         monkeypatch.setattr(pipeline, "make_sampler", lambda: program)
         config = tiny.config(sample=sample or SampleConfig(batch_size=2))
         size = pipeline.ClipSize(5, 16, 32, 12.5)  # 2 x 2 x 4 latents

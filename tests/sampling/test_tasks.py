@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pod import pod
 from safetensors.numpy import load_file
 
 from ltx2_jax import sample
@@ -98,6 +99,22 @@ def test_text_becomes_picture_and_sound_by_the_recipe_of_the_release(make):
     about = json.loads(media.read_about(out))
     assert (about["seed"], about["recipe"]["stages"][0]["steps"]) == (3, 2)
     assert about["model"].keys() >= {str((GOLDEN / "checkpoint.safetensors").resolve())}
+
+
+def test_two_processes_make_the_clip_that_one_makes(make, tmp_path):
+    """Its guidance passes lie on both; the first writes."""
+    flags = ("--num-frames=9", "--num-inference-steps=2", "--seed=3")
+    _, latents, _ = make(*flags)
+    out, kept = tmp_path / "both.mp4", tmp_path / "both.safetensors"
+    written = (f"--output-path={out}", f"--save-latents={kept}")
+    ended = pod(tmp_path, 2, 1, "-m", "ltx2_jax.sample", *MODEL, *SIZE, *flags, *written)
+    assert ended.codes == [0, 0], ended.err
+    assert f"wrote {out}" in ended.out[0]
+    assert "wrote" not in ended.out[1]
+    assert media.read_clip(out).video.shape == (FRAMES, 64, 64, 3)
+    found = load_file(kept)
+    for name in ("video", "audio"):
+        np.testing.assert_allclose(found[name], latents[name], atol=1e-4)
 
 
 def test_again_repeats_a_clip_and_other_flags_change_it(make, tmp_path):

@@ -18,9 +18,10 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip
 from ltx2_jax.sampling.output import write_clips
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint, loop, saved, workdir
-from ltx2_jax.training.checkpoint import Checkpoints, stored_config, weights_of_run
+from ltx2_jax.training import loop, runs, saved, workdir
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.metrics import read_metrics
+from ltx2_jax.training.runs import stored_config, weights_of_run
 
 RUN = "gs://bucket/my/run"
 
@@ -156,7 +157,7 @@ def test_weights_are_read_from_there_and_clips_go_beside_them(bucket, monkeypatc
     with Checkpoints(RUN, keep=1) as checkpoints:
         checkpoints.save(4, state_at(4), get_config())
     shape = like(state_at(0))["params"]
-    monkeypatch.setattr(checkpoint.ltx2, "abstract_params", lambda *_, **__: shape)
+    monkeypatch.setattr(runs.ltx2, "abstract_params", lambda *_, **__: shape)
     _, weights, step = weights_of_run(RUN, None)
     assert step == 4
     np.testing.assert_array_equal(weights["a"], [40, 40, 40])

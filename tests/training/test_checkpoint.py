@@ -15,7 +15,8 @@ from resume_config import get_config
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checkpoint, saved
-from ltx2_jax.training.checkpoint import Checkpoints, stored_config
+from ltx2_jax.training.checkpoint import Checkpoints
+from ltx2_jax.training.runs import stored_config
 
 # Where one array fails, Orbax leaves the coroutines of the others, which complain when collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

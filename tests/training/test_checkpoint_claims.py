@@ -13,8 +13,9 @@ from resume_config import get_config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import to_json
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checkpoint, checks
-from ltx2_jax.training.checkpoint import Checkpoints, stored_config, weights_of_run
+from ltx2_jax.training import checks, runs
+from ltx2_jax.training.checkpoint import Checkpoints
+from ltx2_jax.training.runs import stored_config, weights_of_run
 
 
 def one_device():
@@ -95,7 +96,7 @@ def of_one_array(monkeypatch):
     shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     asked = []
     monkeypatch.setattr(
-        checkpoint.ltx2, "abstract_params", lambda *_, **kw: asked.append(kw) or {"a": shape}
+        runs.ltx2, "abstract_params", lambda *_, **kw: asked.append(kw) or {"a": shape}
     )
     return asked
 

@@ -12,7 +12,8 @@ import tiny
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import initial, loop
-from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training.checkpoint import Checkpoints
+from ltx2_jax.training.runs import weights_of_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUN = tiny.config()

@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src import distributed
 from resume_config import get_config
 
-from ltx2_jax.config import CheckpointConfig, OptimConfig, SampleConfig
+from ltx2_jax.config import CheckpointConfig, OptimConfig, SampleConfig, ValidationConfig
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import DivergedError, UserError
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checkpoint, checks, loop
+from ltx2_jax.training import checks, loop, runs
+from ltx2_jax.training.boards import Shown
 from ltx2_jax.training.metrics import StepTimer, read_metrics
 from ltx2_jax.training.state import optimizer
 
@@ -44,10 +47,11 @@ class Disk:
     folder = Path("run/checkpoints")
 
     def __init__(self):
-        self.saved = {}
+        self.saved, self.scores = {}, {}
 
     def save(self, step, state, config, scores):
         self.saved[step] = jax.device_get(state)
+        self.scores[step] = scores
 
     def data_position(self, step):
         return step
@@ -62,6 +66,7 @@ class Run:
         self.bad = {}  # step -> what is wrong with its metrics
         self.broken = {}  # step -> weight in place of it
         self.stop_at, self.before_step = None, lambda: None
+        self.shown = lambda step: None
 
     def make_train_step(self, config, strides, clock, *_, **__):
         self.of_codec = strides, clock
@@ -89,6 +94,7 @@ class Run:
 
         def show(state, step):
             self.clips.append((float(state["params"]), step))
+            return self.shown(step)
 
         clock = itertools.count().__next__
         timer = StepTimer(tokens_per_step=1, flops_per_step=1, clock=clock)
@@ -176,6 +182,45 @@ def test_clips_are_made_once_on_the_way_and_are_no_step_time(run):
     assert run.clips == [(3.0, 3)]
     # Before 1 lies compilation, before 6 a checkpoint; 3 is logged when the clips are made.
     assert [row["step"] for row in run.rows if "step_time" not in row] == [1, 3, 6]
+
+
+@pytest.mark.parametrize("best", [None, "val_sync_lag_ms"])
+def test_clips_are_made_after_a_checkpoint_unless_they_tell_which_is_the_best(run, best):
+    """What they are worth stands in the row of their step either way."""
+    saved = []
+    clip = Clip(np.zeros((1, 2, 2, 3), np.uint8), 8.0)
+
+    def shown(step):
+        saved.append(sorted(run.disk.saved))
+        return Shown([clip], ["a"], None, {"val_sync_lag_ms": 100.0 - step})
+
+    run.shown = shown
+    validation = ValidationConfig(clips_every=2, best=best)
+    run(num_steps=4, checkpoint=EVERY_2, validation=validation)
+    lags = [row.get("val_sync_lag_ms") for row in run.rows]
+    assert [row["loss"] for row in run.rows] == [0.5, 1.0, 1.5, 2.0]
+    if best is None:  # those after the last step are no part of the steps
+        assert saved == [[2]]
+        assert run.disk.scores == {2: {}, 4: {}}
+        assert lags == [None, 98.0, None, None]
+    else:
+        assert saved == [[], [2]]
+        assert run.disk.scores == {2: {"val_sync_lag_ms": 98.0}, 4: {"val_sync_lag_ms": 96.0}}
+        assert lags == [None, 98.0, None, 96.0]
+
+
+def test_the_last_clips_are_shown_where_the_metrics_are(run):
+    run(num_steps=4, checkpoint=EVERY_2)
+    shown, seen = (
+        Shown([Clip(np.zeros((1, 2, 2, 3), np.uint8), 8.0)], ["a"], None, {"val_x": 2.0}),
+        [],
+    )
+    board = SimpleNamespace(log=lambda *given: seen.append(given), show=lambda *given: None)
+    config = tiny.config(workdir=str(run.folder))
+    loop.last_clips(config, lambda *_: shown, "weights", [], 4, board)
+    assert run.rows[-1]["step"] == 4
+    assert (run.rows[-1]["loss"], run.rows[-1]["val_x"]) == (2.0, 2.0)
+    assert seen == [(4, {"val_x": 2.0})]
 
 
 # ------------------------------------------------------------------------------ a run that is lost
@@ -429,7 +474,7 @@ def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
-    monkeypatch.setattr(loop.hosts, "index", lambda: 1)
+    monkeypatch.setattr(distributed.global_state, "process_id", 1)
     run(num_steps=3, checkpoint=EVERY_2)
     assert list(run.disk.saved) == [2, 3]  # of which every process writes its shards
     loop.keep_assets(MagicMock(), tmp_path / "assets")
@@ -474,7 +519,7 @@ def test_the_stored_config_is_looked_at_where_there_is_one_and_else_the_given_we
     monkeypatch.setattr(checks.initial, "check", lambda config: asked.append("weights"))
     begun, given = (SimpleNamespace(init_from=source) for source in (None, "weights"))
     for stored in (None, begun, given):
-        monkeypatch.setattr(checkpoint, "stored_config", lambda workdir, stored=stored: stored)
+        monkeypatch.setattr(runs, "stored_config", lambda workdir, stored=stored: stored)
         checks.before_work(config, mesh)
     assert asked == ["weights", begun, "weights", given]
 

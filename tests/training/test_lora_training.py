@@ -32,8 +32,9 @@ from ltx2_jax.planning.topology import slice_of
 from ltx2_jax.sampling.programs import Request
 from ltx2_jax.sharding import abstract_mesh, abstract_state, bytes_per_chip, make_mesh, sharding_of
 from ltx2_jax.training import checks, initial, loop, trainable
-from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.metrics import read_metrics
+from ltx2_jax.training.runs import weights_of_run
 from ltx2_jax.training.state import init_state, optimizer
 from ltx2_jax.weights import lora as loras
 from ltx2_jax.weights import mapping

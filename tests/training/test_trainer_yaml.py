@@ -190,7 +190,8 @@ def test_a_shipped_file_says_what_the_config_of_its_name_says(name):
     # What has no meaning here is told by name, with a reason, and nothing that is off.
     assert "validation.interval" in idle
     assert "wandb.enabled" not in idle
-    assert ("acceleration.quantization" in idle) == ("low_vram" in name)
+    assert theirs.tune.quantize == ("int8" if "low_vram" in name else None)
+    assert "acceleration.quantization" not in idle
     assert all(trainer_yaml.IDLE[key] for key in idle)
 
 
@@ -210,8 +211,8 @@ def test_a_file_is_read_with_its_release_from_its_weights_and_changed_by_flags(t
     assert config.model.gated_attention
     assert config.model.num_layers < 48
     assert config.optim.learning_rate == 3e-4
-    names = "wandb.project, wandb.tags, wandb.log_validation_videos"
-    assert f"{path}: no meaning here have {names}: metrics go" in capsys.readouterr().out
+    names = "wandb.tags, wandb.log_validation_videos"
+    assert f"{path}: no meaning here have {names}: a run has no" in capsys.readouterr().out
     assert trainer_yaml.load(f"{path}:2.3") == trainer_yaml.load(str(path))
     with pytest.raises(UserError, match=r"is a file of 2.3, not of 2.0"):
         trainer_yaml.load(f"{path}:2.0")
@@ -253,6 +254,23 @@ def test_every_value_arrives():
     assert config.checkpoint.keep == 9
     assert (config.sample.steps, config.data.read_threads) == (8, 0)
     assert translated(model__training_mode="full").tune == TuneConfig()
+    assert config.metrics.wandb is None
+    assert translated(wandb__enabled=True).metrics.wandb == "ltx-2-trainer"
+    mine = {"wandb__enabled": True, "wandb__entity": "me", "wandb__project": "dogs"}
+    assert translated(**mine).metrics.wandb == "me/dogs"
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [("int8-quanto", "int8"), ("fp8-quanto", "fp8"), ("fp8uz-quanto", "fp8"),
+     ("int4-quanto", "int4"), ("int2-quanto", None), (None, None)],
+)  # fmt: skip
+def test_a_quantised_base_stays_one_where_there_is_such_a_form(given, form):
+    values = yaml.safe_load(shipped("t2v_lora"))
+    values["acceleration"]["quantization"] = given
+    config, idle = trainer_yaml.translate(values, "2.3")
+    assert config.tune.quantize == form
+    assert ("acceleration.quantization" in idle) == (given == "int2-quanto")
 
 
 def test_what_is_left_out_is_what_the_trainer_takes():
@@ -313,6 +331,9 @@ def test_the_deprecated_strategies_are_read():
         ({"lora": [1]}, "lora: expected keys and values, not [1]"),
         ({"lora__target_modules": "to_k"}, "lora.target_modules='to_k': expected a list"),
         ({"acceleration__mixed_precision_mode": "fp16"}, "mixed_precision_mode=fp16: use bf16"),
+        ({"acceleration__quantization": "int8"}, "quantization='int8': use null, int8-quanto"),
+        ({"model__training_mode": "full", "acceleration__quantization": "int8-quanto"},
+         "acceleration.quantization: model.training_mode=full trains what it would quantise"),
         ({"data__preprocessed_data_root": None}, "data.preprocessed_data_root is missing"),
         ({"model__training_mode": "full", "model__load_checkpoint": "x"}, "=x: a full"),
         ({"lora__rank": 0}, "lora: rank=0 must be at least 1"),

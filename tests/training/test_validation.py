@@ -21,12 +21,14 @@ from ltx2_jax.config import CheckpointConfig, LoraConfig, SampleConfig, TuneConf
 from ltx2_jax.data.records import open_records
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
+from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import loop, objective, validation
-from ltx2_jax.training.checkpoint import Checkpoints, weights_of_run
+from ltx2_jax.training import loop, objective, trainable, validation
+from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.housekeeping import on_all_devices
 from ltx2_jax.training.metrics import read_metrics
+from ltx2_jax.training.runs import weights_of_run
 
 changed = dataclasses.replace
 EVERY_2 = ValidationConfig(every=2, samples=8, best="val_loss")
@@ -149,8 +151,8 @@ def test_a_run_that_is_validated_learns_bit_for_bit_the_same(run, tmp_path):
 def test_adapters_are_measured_without_their_dropout():
     lora = LoraConfig(targets=("to_q",), rank=2, dropout=0.5)
     config = tiny.config(tune=TuneConfig(lora=lora), init_from="base")
-    assert validation._without_dropout(config).tune.lora == changed(lora, dropout=0.0)
-    assert validation._without_dropout(tiny.config()) == tiny.config()
+    assert trainable.without_dropout(config).tune.lora == changed(lora, dropout=0.0)
+    assert trainable.without_dropout(tiny.config()) == tiny.config()
 
 
 # ------------------------------------------------------------------------------------- what is kept
@@ -227,6 +229,13 @@ def test_what_cannot_be_is_refused_before_any_work(run, changes, message):
         validation.check(config, mesh_of(2))
 
 
+def test_the_best_by_its_clips_needs_clips_of_every_checkpoint(run):
+    clips = ValidationConfig(best="val_sync_lag_ms", clips_every=2)
+    with pytest.raises(UserError, match=r"every 3 steps lack: make checkpoint.every_steps a mult"):
+        validation.check(changed(run, validation=clips), mesh_of(1))
+    validation.check(changed(run, validation=changed(clips, clips_every=3)), mesh_of(1))
+
+
 def test_a_stream_that_is_not_learned_has_no_metric(run):
     video = changed(run.flow, audio=config_lib.StreamConfig("frozen"))
     config = changed(run, flow=video, validation=changed(EVERY_2, best="val_audio_loss"))
@@ -252,6 +261,7 @@ def test_too_few_clips_of_the_first_size_are_told(run):
     ("flags", "message"),
     [
         ({"validation.best": "val_loss"}, "best: needs every"),
+        ({"validation.best": "val_sync_lag_ms"}, "best=val_sync_lag_ms: needs clips_every"),
         ({"validation.samples": "4"}, "validation.samples is not used: validation.every is 0"),
         ({"validation.every": "-1"}, "every=-1 must be at least 0"),
     ],
@@ -270,11 +280,20 @@ def test_clips_are_due_where_either_field_says():
     )
     assert [step for step in range(1, 13) if validation.clips_due(config, step)] == [3, 4, 8, 12]
     assert not any(validation.clips_due(tiny.config(), step) for step in range(1, 13))
+    # After the last step they are made when all is saved, unless they tell which is the best.
+    for best, due in ((None, [5]), ("val_sync_lag_ms", [5, 10])):
+        config = tiny.config(validation=ValidationConfig(clips_every=5, best=best))
+        assert [step for step in range(1, 11) if validation.clips_due(config, step)] == due
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("\n", "has no prompts"), ("a\n\nb\n", "line 2 of .* is blank")],
+    [
+        (None, "cannot be read"),
+        ("\n", "has no prompts"),
+        ("a\n\nb\n", "line 2 of .* is blank"),
+        ('a\n{"prompt": "b", "imgae": "b.png"}', "line 2: no argument is called"),
+    ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, text, message):
     path = tmp_path / "prompts.txt"
@@ -282,7 +301,7 @@ def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, text, messag
         path.write_text(text)
     config = tiny.config(validation=ValidationConfig(prompts=str(path)))
     with pytest.raises(UserError, match=f"validation.prompts: .*{message}"):
-        validation.prompts_of(config)
+        train.wishes_of(config)
 
 
 def test_clips_of_the_file_are_made_on_the_way_and_at_the_end(monkeypatch, tmp_path):
@@ -293,11 +312,11 @@ def test_clips_of_the_file_are_made_on_the_way_and_at_the_end(monkeypatch, tmp_p
         sample=SampleConfig(preview_step=3),
         validation=ValidationConfig(clips_every=4, prompts=str(prompts)),
     )
-    made = []
+    made, shown = [], []
 
-    def training(config, make_clips):
-        for step in (3, 4, 8, 10):
-            make_clips("weights", [], step)
+    def training(config, make_clips, check_clips):
+        check_clips([])
+        shown.extend(make_clips("weights", [], step) for step in (3, 4, 8, 10))
         return 0
 
     class Pipeline(SimpleNamespace):
@@ -306,18 +325,31 @@ def test_clips_of_the_file_are_made_on_the_way_and_at_the_end(monkeypatch, tmp_p
             return cls(config=config)
 
         def __call__(self, texts):
-            return [text.upper() for text in texts]
+            return [Clip(np.full((2, 16, 16, 3), len(text), np.uint8), 8.0) for text in texts]
+
+    def written(clips, texts, folder, sheet="samples.png"):
+        sizes = [int(clip.video[0, 0, 0, 0]) for clip in clips]
+        made.append((str(folder.relative_to(tmp_path)), sizes, texts))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / sheet).write_text(f"{folder.name}/{sheet}")
+        return folder / sheet
 
     monkeypatch.setattr(train, "Pipeline", Pipeline)
     monkeypatch.setattr(train, "train", training)
     monkeypatch.setattr(train, "local_folder", lambda path: path)
     monkeypatch.setattr(
-        train, "contact_sheet", lambda path, clips, texts, title: made.append((path, clips, texts))
+        train,
+        "contact_sheet",
+        lambda path, clips, texts, title: written(clips, texts, path.parent, path.name),
     )
-    monkeypatch.setattr(
-        train, "write_clips", lambda clips, texts, folder: made.append((folder, clips, texts))
-    )
+    monkeypatch.setattr(train, "write_clips", written)
     train.main(config)
-    files = ["preview.png", "validation/step-000004", "validation/step-000008", "."]
     of_file = ["a dog barks", "a cat"]
-    assert made == [(tmp_path / name, ["A DOG BARKS", "A CAT"], of_file) for name in files]
+    folders = [".", "validation/step-000004", "validation/step-000008", "."]
+    assert made == [(folder, [11, 5], of_file) for folder in folders]
+    # For the boards they are large enough to be looked at; without sound nothing is measured.
+    sheets = [f"{tmp_path.name}/preview.png", "step-000004/samples.png", "step-000008/samples.png",
+              f"{tmp_path.name}/samples.png"]  # fmt: skip
+    assert [one.sheet.decode() for one in shown] == sheets
+    assert {clip.video.shape for one in shown for clip in one.clips} == {(2, 256, 256, 3)}
+    assert [one.metrics for one in shown] == [{}] * 4

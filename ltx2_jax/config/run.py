@@ -1,24 +1,14 @@
-"""The configuration of a run: frozen dataclasses, a file that fills them, flags that change them.
-
-A config file is Python with a function `get_config(arg: str | None) -> Config`. On the command line
-
-    --config=configs/quickstart.py:ARG --config.optim.learning_rate=3e-4 --config.mesh.model=2
-
-calls it with ARG and then replaces fields. A wrong name or type is an error that lists what is
-right. One config object goes down through the program, and into every checkpoint.
-"""
+"""The fields of a run's configuration, which check themselves."""
 
 import math
-import runpy
-import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
-from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share, replaced
+from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share
 from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.quantized import check_form
 from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.weights.lora_targets import TARGETS
@@ -275,8 +265,9 @@ class LoraConfig:
 class TuneConfig:
     """What is trained of the weights in `init_from`; the rest is frozen.
 
-    Frozen weights are kept in the dtype that they are used in, and are no part of checkpoints: a
-    run that goes on reads them again from `init_from`. A rule is a path such as
+    Frozen weights are kept in the dtype that they are used in, or their large matrices quantised,
+    and are no part of checkpoints: a run that goes on reads them again from `init_from`. A rule is
+    a path such as
     "transformer/blocks/audio_self", which means all that is in it; "*" stands for anything, and the
     words "video" and "audio" for all weights of a stream.
     """
@@ -285,8 +276,10 @@ class TuneConfig:
     lora: LoraConfig | None = None  # adapters are trained, and nothing else
     rates: tuple[tuple[str, float], ...] = ()  # rules, and times what rate; the last one counts
     resident: bool = False  # frozen weights whole along data and sequence, not FSDP
+    quantize: str | None = None  # a form of `models.quantized`, of the large frozen matrices
 
     def __post_init__(self):
+        check_form(self.quantize)
         if self.lora is not None and self.train != ("transformer",):
             raise UserError("train: with lora, the adapters alone are trained; leave it out")
         for rule, rate in self.rates:
@@ -351,6 +344,18 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Where metrics and clips go beside the files of the workdir, and TensorBoard."""
+
+    wandb: str | None = None  # project of Weights & Biases, or ENTITY/PROJECT; None: nowhere
+
+    def __post_init__(self):
+        parts = [] if self.wandb is None else self.wandb.split("/")
+        if len(parts) > 2 or not all(parts):
+            raise UserError(f"wandb={self.wandb!r} is not PROJECT or ENTITY/PROJECT")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The clips that `train` makes when it ends, and the defaults of `sample`."""
 
@@ -372,6 +377,9 @@ class SampleConfig:
         schedules.make_sigmas(self.schedule, self.steps)  # refused now, not after the training
 
 
+SYNC_LAG = "val_sync_lag_ms"  # of sound and picture, the one metric of clips that can be best
+
+
 @dataclass(frozen=True)
 class ValidationConfig:
     """The loss on fixed samples, and clips of fixed prompts, while a training goes on."""
@@ -381,7 +389,7 @@ class ValidationConfig:
     samples: int = 16  # the first so many records of one size
     seed: int = 0  # of their noise and noise levels, whatever the seed of the run
     # A metric, such as "val_loss": it is taken of every checkpoint too, and that in which it is
-    # lowest is never deleted.
+    # lowest is never deleted. Or "val_sync_lag_ms", of the clips: of checkpoints that have some.
     best: str | None = None
     clips_every: int = 0  # steps after which clips are made; 0: never
     prompts: str | None = None  # file of their prompts, one a line, and of those at the end
@@ -389,9 +397,18 @@ class ValidationConfig:
     def __post_init__(self):
         check_least(self, every=0, samples=1, clips_every=0)
         check_seed(self)
-        for name in ("path", "best"):
+        if self.best_of_clips and not self.clips_every:
+            raise UserError(
+                f"best={self.best}: needs clips_every, the steps after which clips are made"
+            )
+        for name in ("path",) if self.best_of_clips else ("path", "best"):
             if getattr(self, name) is not None and not self.every:
                 raise UserError(f"{name}: needs every, the steps after which the loss is taken")
+
+    @property
+    def best_of_clips(self) -> bool:
+        """Whether the best checkpoint is told by its clips, not by its loss."""
+        return self.best == SYNC_LAG
 
 
 @dataclass(frozen=True)
@@ -409,6 +426,7 @@ class Config:
     check: CheckConfig = field(default_factory=CheckConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     # Compiled programs are kept in the workdir, so that the next start needs no compiler.
@@ -430,105 +448,3 @@ class Config:
     def networks(self) -> LTX2Config:
         """Of what is trained: the transformer, and the connectors before it."""
         return LTX2Config(self.model, self.text.video_connector, self.text.audio_connector)
-
-
-# ------------------------------------------------------------------------------- files and flags
-
-
-def load(source: str, overrides: dict[str, str] | None = None) -> Config:
-    """`file.py` or `file.py:ARG`, then `{"optim.learning_rate": "3e-4", ...}`.
-
-    Raises:
-      UserError: no such file, one that does not run, no `get_config`, an argument it refuses, an
-        unknown or mistyped field.
-    """
-    # A name may hold colons too: what stands after the last one is ARG where the rest is a file.
-    path, _, arg = source.rpartition(":")
-    if Path(source).is_file() or not path:
-        path, arg = source, ""
-    if not Path(path).is_file():
-        raise UserError(f"--config: no file {path}")
-    try:
-        names = runpy.run_path(path)
-        if "get_config" not in names:
-            raise UserError("has no function get_config(arg)")
-        config = names["get_config"](arg or None)
-    except Exception as error:  # whatever it is, it is in the user's file
-        first = error  # of a config that this one is made from
-        while isinstance(first, UserError) and first.__cause__ is not None:
-            first = first.__cause__
-        kind = "" if isinstance(first, UserError) else f"{type(first).__name__}: "
-        message = kind + " ".join(str(first).split())
-        raise UserError(f"--config: {source}{_place(error, path)}: {message}") from error
-    if not isinstance(config, Config):
-        raise UserError(f"--config: {source}: get_config returned {config!r:.40}, not a Config")
-    return changed(config, overrides or {})
-
-
-def changed(config: Config, overrides: dict[str, str]) -> Config:
-    """`config` with the fields that flags name; UserError for one that would not be read."""
-    config = replaced(config, overrides)
-    _check_used(config, overrides)
-    return config
-
-
-def _check_used(config: Config, overrides: dict[str, str]) -> None:
-    """UserError for a flag that this config would accept and never read."""
-    idle = {}
-    if config.data.path is not None:
-        made = ("data.synthetic.", "data.codec.", "text.encoder.")
-        idle = dict.fromkeys(made, f"the dataset is given (data.path={config.data.path})")
-    for name, readers in {
-        "start_fraction": ("linear",),
-        "final_fraction": ("linear", "cosine", "cosine_with_restarts"),
-        "restart_after": ("cosine_with_restarts",),
-        "restart_growth": ("cosine_with_restarts",),
-        "power": ("polynomial",),
-        "step_every": ("step",),
-        "step_fraction": ("step",),
-    }.items():
-        if config.optim.schedule not in readers:
-            idle[f"optim.{name}"] = f"optim.schedule is {config.optim.schedule}"
-    for sampler, names in {
-        "shifted_logit_normal": ("sigma_std", "sigma_uniform_prob", "sigma_eps"),
-        "uniform": ("sigma_min", "sigma_max"),
-    }.items():
-        if config.flow.sigma != sampler:
-            idle |= {f"flow.{name}": f"flow.sigma is {config.flow.sigma}" for name in names}
-    for stream, names in {
-        "video": ("video_weight", "first_frame_prob", "shared_sigma_prob"),
-        "audio": ("audio_weight", "shared_sigma_prob"),
-    }.items():
-        if stream not in config.flow.generated:
-            why = f"flow.{stream}.role is {getattr(config.flow, stream).role}"
-            idle |= {f"flow.{name}": why for name in names}
-    if not config.validation.every:
-        idle |= dict.fromkeys(
-            ("validation.samples", "validation.seed"), "validation.every is 0: no loss is taken"
-        )
-    for flag in overrides:
-        for name, why in idle.items():
-            if flag.startswith(name):
-                raise UserError(f"--config.{flag} is not used: {why}")
-
-
-def _place(error: Exception, path: str) -> str:
-    """Where in the file at `path` the error came from, as a suffix of its name."""
-    trace = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in trace if frame.filename == path]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def overrides(flags: list[str]) -> dict[str, str]:
-    """`--config.a.b=value` or `--config.a.b value` -> {"a.b": "value"}; UserError for others."""
-    found, rest = {}, list(flags)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--config."):
-            raise UserError(f"unknown flag {name}; fields of the config are --config.FIELD=VALUE")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{name} needs a value")
-            value = rest.pop(0)
-        found[name.removeprefix("--config.")] = value
-    return found

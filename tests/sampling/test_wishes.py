@@ -1,0 +1,168 @@
+"""Files of prompts, whose lines may say what else a clip is given."""
+
+import dataclasses
+import inspect
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ltx2_jax.errors import UserError
+from ltx2_jax.sampling import wishes
+from ltx2_jax.sampling.making import Maker
+from ltx2_jax.sampling.tasks import Asked
+from ltx2_jax.sampling.wishes import Wish, read_wishes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "c.mp4", "d.wav"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def read(folder, *lines):
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return read_wishes(path, "--prompts")
+
+
+def test_names_are_those_of_the_call():
+    call = set(inspect.signature(Maker.make).parameters) - {"self", "prompts", "batch_size"}
+    call |= {field.name for field in dataclasses.fields(Asked)} - {"notes"}
+    assert set(wishes.KINDS) == call - {"given"}
+    checked = inspect.signature(Maker.check).parameters
+    assert list(checked) == list(inspect.signature(Maker.make).parameters)
+
+
+def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
+    found = read(
+        folder,
+        "a dog barks {twice}",
+        {"prompt": "a cat", "seed": 3, "fps": 24, "video": None, "sound": False},
+        {"prompt": "a", "image": "a.png", "audio": str(folder / "d.wav")},
+        {"prompt": "b", "image": ["a.png", 0, 1]},
+        {"prompt": "c", "keyframes": [["a.png", 0, 1.0], ["b.png", -1, 0.5, 20]]},
+        {"prompt": "d", "references": ["c.mp4", "c.mp4"], "dub": ["c.mp4", 0.5]},
+        {"prompt": "e", "changes": {"stage1.steps": 3, "stage1.sigmas": [1, 0.5, 0]}},
+    )
+    a, b, c, d = (str(folder / name) for name in ("a.png", "b.png", "c.mp4", "d.wav"))
+    assert found[0] == Wish("a dog barks {twice}", where=found[0].where)
+    assert [wish.given for wish in found] == [
+        {},
+        {"seed": 3, "fps": 24, "sound": False},
+        {"image": [a], "audio": d},
+        {"image": [(a, 0, 1)]},
+        {"keyframes": [(a, 0, 1.0), (b, -1, 0.5, 20)]},
+        {"references": [c, c], "dub": (c, 0.5)},
+        {"changes": {"stage1.steps": "3", "stage1.sigmas": "1,0.5,0"}},
+    ]
+    assert found[5].files == (folder / "c.mp4",) * 3
+    # What a clip remembers is read again.
+    for wish in found[1:]:
+        stored = json.loads(json.dumps(wish.given))
+        assert wishes.wish_of({"prompt": wish.prompt, **stored}, folder).given == wish.given
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"is not JSON \("),
+        ({"image": "a.png"}, '"prompt" is missing'),
+        ({"prompt": " "}, '"prompt" is missing'),
+        ({"prompt": "a", "imgae": "a.png"}, 'no argument is called "imgae"; did you mean image'),
+        ({"prompt": "a", "batch_size": 2}, 'no argument is called "batch_size"'),
+        ({"prompt": "a", "image": "no.png"}, "image: no such file: .*no.png"),
+        ({"prompt": "a", "image": ["a.png", 1.5, 1]}, "is not a file, .FILE, FRAME, STRENGTH"),
+        ({"prompt": "a", "image": {"a.png": 0}}, "is not a file, "),
+        ({"prompt": "a", "image": 3}, "image=3 is not a file"),
+        ({"prompt": "a", "num_frames": "9"}, 'num_frames="9" is not a whole number'),
+        ({"prompt": "a", "seed": 2**32}, "seed=4294967296 is not a whole number from 0 to"),
+        ({"prompt": "a", "picture": 0}, "picture=0 is not true or false"),
+        ({"prompt": "a", "start": True}, "start=true is not a number"),
+        ('{"prompt": "a", "duration": NaN}', "duration=NaN is not seconds"),
+        ({"prompt": "a", "recipe": "best"}, 'recipe="best" is not one_stage or two_stage'),
+        ({"prompt": "a", "changes": "stage1.steps=3"}, "is not an object such as"),
+        ({"prompt": "a", "auto_duration": [1]}, r"auto_duration=\[1\] is not \[MIN, MAX\]"),
+        ({"prompt": "a", "dub": ["c.mp4", "c.mp4"]}, "dub=.* is not a file, or "),
+    ],
+)
+def test_a_line_that_cannot_be_is_named(folder, line, message):
+    with pytest.raises(UserError, match=f"^--prompts: .*prompts.jsonl, line 2: .*{message}"):
+        read(folder, "a", line)
+
+
+class Recorder:
+    """A maker that notes what it is asked for."""
+
+    seed = 10
+
+    def __init__(self):
+        self.checked, self.calls = [], []
+
+    def check(self, prompts, **given):
+        self.checked.append(given)
+        if given.get("image") == "refused":
+            raise UserError("an image too many")
+
+    def make(self, prompts, **given):
+        self.calls.append((prompts, given))
+        return [f"{prompt}/{seed}" for prompt, seed in zip(prompts, given["seed"], strict=True)]
+
+
+def test_clips_come_in_the_order_of_lines_and_what_lines_share_is_made_together():
+    maker = Recorder()
+    asked = [
+        Wish("a"),
+        Wish("b", {"num_frames": 9}),
+        Wish("c", {"seed": 5}),
+        Wish("d", {"duration": 2, "changes": {"stage1.steps": "3"}}),
+    ]
+    shared = {"num_frames": 17, "fps": 8, "changes": {"stage1.steps": "9", "image_crf": "0"}}
+    made = wishes.make(maker, asked, **shared)
+    assert made == ["a/10", "b/11", "c/5", "d/13"]
+    calls = [(prompts, {k: v for k, v in given.items() if v}) for prompts, given in maker.calls]
+    assert calls == [
+        (["a", "c"], {**shared, "seed": [10, 5]}),
+        (["b"], {**shared, "num_frames": 9, "seed": [11]}),
+        (["d"], {"fps": 8, "duration": 2, "seed": [13],
+                 "changes": {"stage1.steps": "3", "image_crf": "0"}}),
+    ]  # fmt: skip
+    assert wishes.make(maker, [Wish("a"), Wish("b")], seed=2**32 - 1) == ["a/4294967295", "b/0"]
+
+
+def test_lengths_that_the_model_chooses_are_chosen_clip_by_clip():
+    maker = Recorder()
+    wishes.make(maker, [Wish("a", {"duration": "auto"}), Wish("b", {"duration": "auto"})])
+    assert [prompts for prompts, _ in maker.calls] == [["a"], ["b"]]
+
+
+def test_what_a_line_cannot_have_is_refused_by_line_before_any_clip_is_made():
+    maker = Recorder()
+    asked = [Wish("a"), Wish("b", {"image": "refused"}, "prompts.jsonl, line 2")]
+    with pytest.raises(UserError, match=r"prompts.jsonl, line 2: an image too many"):
+        wishes.make(maker, asked)
+    assert not maker.calls
+
+
+def test_a_check_refuses_what_the_work_would_refuse(monkeypatch):
+    """The parts that do not look at pictures; those are `_task`, which both call."""
+    maker = SimpleNamespace(
+        seed=1,
+        chosen=lambda name, changes: "plan",
+        files=None,
+        _task=lambda *given: seen.append(given),
+    )
+    for name in ("_writer", "_check_auto"):
+        monkeypatch.setattr(maker, name, lambda *a, n=name: getattr(Maker, n)(maker, *a), False)
+    seen = []
+    Maker.check(maker, ["a"], seed=[3], num_frames=9)
+    ((asked, plan, skip),) = seen
+    assert (asked.num_frames, plan, skip) == (9, "plan", False)
+    for given, message in (
+        ({"duration": "auto"}, "has no duration head"),
+        ({"enhance_prompt": True}, "give --prompt-enhancer-gemma-root"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Maker.check(maker, ["a"], **given)
