@@ -185,8 +185,8 @@ def test_a_pipeline_chooses_the_mesh_for_its_work_as_plan_does(
 ):
     calls = called(networks, recipe, None, monkeypatch, image=image)
     assert [tuple(where.values()) for *_, where in calls] == [mesh] * len(recipe.stages)
-    assert {len(args[1]) for args, *_ in calls} == {1}  # the clip once
     if image is None:
+        assert {len(args[1]) for args, *_ in calls} == {1}  # the clip once
         task, codec = clip._task(recipe, SIZE, networks, []), clip._codec(networks, jax.devices())
         numbers = range(len(recipe.stages))
         shapes = [clip._shapes(recipe, number, task, codec) for number in numbers]
