@@ -115,6 +115,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         "prepare",
         lambda: command.on_hosts(argv, lambda: main(parser.parse_args(argv))),
         interrupted="the same command goes on",
+        stopped=hosts.STOPPED,
     )
 
 
