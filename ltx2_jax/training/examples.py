@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from ltx2_jax import hosts
 from ltx2_jax.config import Config
+from ltx2_jax.data.fetching import local_dataset
 from ltx2_jax.data.mixtures import Dataset, name_of
 from ltx2_jax.data.order import BatchSize, Kind, Order, by_tokens
 from ltx2_jax.data.schema import BucketFields
@@ -15,6 +17,22 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.training import objective
+
+
+def with_data_here(config: Config) -> Config:
+    """The config, its datasets in buckets copied to this host and named as they are here."""
+
+    def fetched(folder: str | None) -> str | None:
+        return None if folder is None else local_dataset(folder, config.data.cache)
+
+    def fetch() -> Config:
+        mixture = tuple((fetched(folder), share) for folder, share in config.data.mixture)
+        data = dataclasses.replace(config.data, path=fetched(config.data.path), mixture=mixture)
+        held_out = dataclasses.replace(config.validation, path=fetched(config.validation.path))
+        return dataclasses.replace(config, data=data, validation=held_out)
+
+    hosts.progress("fetch", seconds=config.watchdog.long_seconds)
+    return hosts.agree(fetch, config.watchdog.long_seconds, "the dataset is copied to all hosts")
 
 
 def clip_tokens(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -4,7 +4,6 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import sys
@@ -24,7 +23,6 @@ from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
-from ltx2_jax.data.fetching import local_dataset
 from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.mixtures import Dataset, index_of, open_datasets, sources_of
 from ltx2_jax.data.records import INDEX_NAME, open_records
@@ -39,7 +37,7 @@ from ltx2_jax.training.batch import batches_of, place
 from ltx2_jax.training.boards import Shown, WeightsAndBiases, weights_and_biases
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
-from ltx2_jax.training.examples import Examples, batch_size, clip_tokens
+from ltx2_jax.training.examples import Examples, batch_size, clip_tokens, with_data_here
 from ltx2_jax.training.housekeeping import (
     Profile,
     Reader,
@@ -308,22 +306,6 @@ def last_clips(
 
 
 # ------------------------------------------------------------------------------------ data, state
-
-
-def with_data_here(config: Config) -> Config:
-    """The config, its datasets in buckets copied to this host and named as they are here."""
-
-    def fetched(folder: str | None) -> str | None:
-        return None if folder is None else local_dataset(folder, config.data.cache)
-
-    def fetch() -> Config:
-        mixture = tuple((fetched(folder), share) for folder, share in config.data.mixture)
-        data = dataclasses.replace(config.data, path=fetched(config.data.path), mixture=mixture)
-        held_out = dataclasses.replace(config.validation, path=fetched(config.validation.path))
-        return dataclasses.replace(config, data=data, validation=held_out)
-
-    hosts.progress("fetch", seconds=config.watchdog.long_seconds)
-    return hosts.agree(fetch, config.watchdog.long_seconds, "the dataset is copied to all hosts")
 
 
 def dataset(config: Config, anew: bool = False) -> Dataset:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from ltx2_jax.config import Condition, FlowConfig, StreamConfig
+from ltx2_jax.config import Condition, DataConfig, FlowConfig, StreamConfig, ValidationConfig
 from ltx2_jax.data.mixtures import Mixture
 from ltx2_jax.data.order import Order
 from ltx2_jax.data.schema import BucketFields, Field
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.training import examples
 from ltx2_jax.training.batch import batches_of
 from ltx2_jax.training.examples import Examples, batch_size, names_of
 
@@ -107,3 +108,16 @@ def test_a_step_is_known_by_its_size_and_dataset_and_rows_before_it_is_read():
     assert Examples(run, Set("a", {"clip": 3}), mesh).share(0).labels == {}
     alone = Examples(run, Set("a", {"clip": 3, "silent": 2}), mesh)
     assert {tuple(alone.share(step).labels) for step in range(9)} == {("bucket",)}
+
+
+def test_datasets_of_buckets_are_read_from_their_copies(monkeypatch):
+    monkeypatch.setattr(examples, "local_dataset", lambda path, cache: f"{cache}/{path[5:]}")
+    held_out = ValidationConfig(every=1, path="gs://b/held_out")
+    one = tiny.config(data=DataConfig(path="gs://a/set", cache="/disk"), validation=held_out)
+    here = examples.with_data_here(one)
+    assert (here.data.path, here.validation.path) == ("/disk/a/set", "/disk/b/held_out")
+    mixture = (("gs://a/set", 0.25), ("gs://c/set", 0.75))
+    several = tiny.config(data=DataConfig(mixture=mixture, cache="/disk"))
+    found = examples.with_data_here(several).data.mixture
+    assert found == (("/disk/a/set", 0.25), ("/disk/c/set", 0.75))
+    assert examples.with_data_here(tiny.config()) == tiny.config()

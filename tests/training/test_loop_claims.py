@@ -19,7 +19,6 @@ from resume_config import get_config
 
 from ltx2_jax.config import (
     CheckpointConfig,
-    DataConfig,
     OptimConfig,
     SampleConfig,
     ValidationConfig,
@@ -480,17 +479,6 @@ def test_what_sampling_needs_is_copied_out_of_the_dataset(tmp_path):
     loop.keep_assets(SimpleNamespace(folder=tmp_path, **paths), tmp_path / "run" / "assets")
     found = {path.name: path.read_text() for path in (tmp_path / "run" / "assets").iterdir()}
     assert found == {name: name for name in names}
-
-
-def test_datasets_of_buckets_are_read_from_their_copies(monkeypatch):
-    monkeypatch.setattr(loop, "local_dataset", lambda path, cache: f"{cache}/{path[5:]}")
-    config = tiny.config(
-        data=DataConfig(path="gs://a/set", cache="/disk"),
-        validation=ValidationConfig(every=1, path="gs://b/held_out"),
-    )
-    here = loop.with_data_here(config)
-    assert (here.data.path, here.validation.path) == ("/disk/a/set", "/disk/b/held_out")
-    assert loop.with_data_here(tiny.config()) == tiny.config()
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
