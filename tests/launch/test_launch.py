@@ -135,6 +135,12 @@ def test_a_training_from_up_to_down(tmp_path, cloud):
     assert not (tmp_path / "cloud" / "first").exists()
 
 
+def end_with(workdir, code):
+    """Tells the trainings there how to end; they look at any moment."""
+    (workdir / "exit.part").write_text(str(code))
+    (workdir / "exit.part").replace(workdir / "exit")
+
+
 def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_path, cloud):
     step, request = tmp_path / "step", tmp_path / "cloud" / "first.json"
     words = ["run", "first", "--type=v5p-16", "--slices=2", "--spot"]
@@ -149,7 +155,7 @@ def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_pa
         request.write_text(request.read_text().replace('"ACTIVE"', '"SUSPENDED"'))
         wait_for(lambda: not request.exists() or "SUSPENDED" not in request.read_text())
         wait_for(lambda: len(list((tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"))) == 4)
-        (tmp_path / "exit").write_text("42")
+        end_with(tmp_path, 42)
         _, said = running.communicate(timeout=60)
     finally:
         running.kill()
@@ -165,7 +171,7 @@ def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_pa
 
 @pytest.mark.parametrize("code", [2, 3])
 def test_run_does_not_repeat_a_mistake(tmp_path, cloud, code):
-    (tmp_path / "exit").write_text(str(code))
+    end_with(tmp_path, code)
     words = ["run", "first", "--type=v5p-16", "--", f"--config.workdir={tmp_path}"]
     returned, _, said = tpu(*words, **cloud)
     assert (returned, f"ended with {code}; see launch/tpu.sh tail first" in said) == (code, True)

@@ -157,7 +157,6 @@ def test_sampling_and_planning_take_the_largest_clips_of_a_mixture(trained):
     ("flags", "message"),
     [
         ({"data.mixture": "('HUM', 0.5), ('none', 0.5)"}, "none: no dataset here"),
-        ({"data.mixture": "('gs://a/b', 1.0),"}, "data.mixture=gs://a/b: a dataset is read from a"),
         (
             {"data.batch_tokens": "70"},
             r"films.*: data.batch_tokens=70: data.batch_size=2 clips of "
