@@ -10,6 +10,7 @@ import tiny
 from ltx2_jax.config import Config, load, overrides
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import difference, from_json, to_json
+from ltx2_jax.training import trainable
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
@@ -324,3 +325,15 @@ def test_a_name_may_hold_a_colon(tmp_path):
     (folder / "c.py").write_text(Path(QUICKSTART).read_text())
     assert load(f"{folder}/c.py") == load(QUICKSTART)
     assert load(f"{folder}/c.py:ablation") == load(f"{QUICKSTART}:ablation")
+
+
+@pytest.mark.parametrize("variant", ["night", "official", "shared", "video", "v2a", "extend"])
+def test_variants_that_tune_the_quickstarts_model_fit_it(variant):
+    base, tuned = load(QUICKSTART), load(QUICKSTART.replace(".py", f"_lora.py:{variant}"))
+    assert (tuned.networks, tuned.text) == (base.networks, base.text)
+    trainable.check(tuned)
+    assert set(tuned.flow.generated) == {"video": {"video"}, "v2a": {"audio"}}.get(
+        variant, {"video", "audio"}
+    )
+    assert tuned.data.batch_size == base.data.batch_size
+    assert {folder for folder, _ in tuned.data.folders} >= {"workdir/quickstart/data/records"}
