@@ -1,6 +1,7 @@
 """The command that turns clips and captions into a dataset: python -m ltx2_jax.prepare --help."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
@@ -123,12 +124,11 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
     """The sizes of the clips."""
     one = {name: getattr(args, name) for name in ("num_frames", "height", "width")}
     given = [f"--{name.replace('_', '-')}" for name, value in one.items() if value is not None]
-    strides = args.video_strides or LinearCodecConfig().video_strides
     buckets = ()
     if args.buckets is not None:
         if given:
             raise UserError(f"{', '.join(given)}: --buckets says the sizes")
-        buckets = parse_buckets(args.buckets, VIDEO_STRIDES if args.codec else strides)
+        buckets = parse_buckets(args.buckets, _codec_strides(args))
         one = max(buckets, key=math.prod)._asdict()
     for name, value in one.items():
         if value is None:
@@ -145,6 +145,15 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
         reference_slowdown=args.reference_slowdown,
         trigger=args.trigger,
     )
+
+
+def _codec_strides(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Of the codec that is fitted or given, as far as they are known before it is loaded."""
+    if not args.codec:
+        return args.video_strides or LinearCodecConfig().video_strides
+    with contextlib.suppress(UserError):  # a released one, or a fault that loading tells
+        return LinearCodec.load(args.codec[0]).config.video_strides
+    return VIDEO_STRIDES
 
 
 def _look(args: argparse.Namespace) -> int:

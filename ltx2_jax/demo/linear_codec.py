@@ -207,10 +207,12 @@ class LinearCodec:
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                ours = metadata.get("kind") == _KIND  # others may be large
+                tensors = {name: file.get_tensor(name) for name in file.keys() if ours}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-        if (kind := metadata.get("kind")) != _KIND:
+        if not ours:
+            kind = metadata.get("kind")
             raise UserError(f"{path}: kind {kind}, not {_KIND}; expected a file that prepare wrote")
         try:
             fields = json.loads(metadata["config"])

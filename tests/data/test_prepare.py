@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltx2_jax import prepare
+from ltx2_jax.blobs import content_hash
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.records import open_records
 from ltx2_jax.demo.linear_codec import LinearCodec
@@ -45,6 +46,17 @@ def dataset(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "nested" / "set"
     assert prepare.cli([str(clips / "captions.csv"), str(out), *SIZE, *CHANNELS]) == 0
     return out
+
+
+def test_sizes_to_choose_from_are_those_of_the_codec_that_is_given(clips, dataset, tmp_path):
+    """Also if it is one that another dataset was fitted with, whose strides are its own."""
+    out = tmp_path / "set"
+    given = [f"--codec={dataset / 'codec.safetensors'}", "--buckets=16x8x9,24x24x9"]
+    assert prepare.cli([str(clips / "captions.csv"), str(out), *given]) == 0
+    records = open_records(out)
+    assert {record["video"].shape for record in records} == {(3, 3, 3, 6)}
+    same = out / "codec.safetensors", dataset / "codec.safetensors"
+    assert content_hash(same[0]) == content_hash(same[1])
 
 
 def test_the_records_are_what_the_stored_codec_makes_of_the_clips(clips, dataset):
