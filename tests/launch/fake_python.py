@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Stands in for a host's Python: makes environments that hold itself, and trains by counting.
 
-A training counts to 30 in the file WORKDIR/step, and ends as the file WORKDIR/exit says, once.
+A training counts to 30 in the file WORKDIR/step, and ends as the file WORKDIR/exit says, once. It
+counts no further while there is a file WORKDIR/hold.
 """
 
 import contextlib
@@ -42,8 +43,10 @@ def train(workdir: Path) -> int:
     print(f"run      steps {first} to 30", flush=True)
     for step in range(first, 30):
         time.sleep(0.05)
+        while (workdir / "hold").exists() and not (workdir / "exit").exists() and not stopped:
+            time.sleep(0.05)
         if os.environ["FAKE_HOST"].endswith("/0"):
-            part = file.with_suffix(".part")
+            part = file.with_suffix(f".{os.getpid()}")  # each slice has a first host
             part.write_text(str(step + 1))
             part.replace(file)
         with contextlib.suppress(FileNotFoundError):
