@@ -127,6 +127,7 @@ def test_a_training_from_up_to_down(tmp_path, cloud):
     # Stand-ins of hosts do not know each other: host 1 counts to its end.
     home = tmp_path / "cloud" / "first" / "1" / "ltx2_jax_run"
     wait_for((home / "exit").exists)
+    (tmp_path / "hold").touch()  # to be found at work
     assert tpu("train", "first", "--", f"--config.workdir={tmp_path}", **cloud)[0] == 0
     wait_for(lambda: f"run      steps {reached} to 30" in (home / "log").read_text())
     code, out, _ = tpu("stacks", "first", **cloud)
