@@ -132,6 +132,8 @@ def test_a_training_from_up_to_down(tmp_path, cloud):
     wait_for(lambda: f"run      steps {reached} to 30" in (home / "log").read_text())
     code, out, _ = tpu("stacks", "first", **cloud)
     assert (code, "stack of first/0" in out, "stack of first/1" in out) == (0, True, True)
+    (tmp_path / "hold").unlink()
+    wait_for((home / "exit").exists)
     assert tpu("down", "first", **cloud)[0] == 0
     assert not (tmp_path / "cloud" / "first").exists()
 
