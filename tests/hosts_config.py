@@ -117,11 +117,6 @@ def event_in(process, phase, name):
     hosts.progress = noted
 
 
-def clips(config, make_clips, weights, records, step):
-    hosts.progress("sample", step)
-    time.sleep(30 if hosts.index() == 0 else 0)
-
-
 def slowly():
     """Steps of a twentieth of a second."""
     log = MetricsLogger.log
@@ -136,8 +131,6 @@ def get_config(arg: str | None = None) -> Config:
             loop.last_clips = lambda *_: None
         elif word == "unsampled":
             loop.last_clips = lambda *_: None
-        elif word == "clips":
-            loop.last_clips = clips
         elif word == "interleaved":
             loop.make_mesh = interleaved
         elif word == "slow":

@@ -150,7 +150,7 @@ class ForSizes:
     """A train step compiled for every size of clips of a dataset, before the first step."""
 
     def __init__(
-        self, what: str, config: Config, step: Any, args: tuple[Any, ...], batches: Sequence[Any]
+        self, what: str, step: Any, config: Config, args: tuple[Any, ...], batches: Sequence[Any]
     ):
         """`args` are those of the first step, `batches` the batch of every size: shapes will do."""
         state, first, *beside = args
@@ -176,18 +176,16 @@ class Steps:
     """The compiled train step, and now and then the same with libtpu's checker in it."""
 
     def __init__(
-        self,
-        config: Config,
-        make_step: Callable[..., Any],
-        args: tuple[Any, ...],
-        batches: Sequence[Any] = (),
+        self, config: Config, make_step: Callable[..., Any], ready: Callable[..., ForSizes]
     ):
-        """`make_step` makes the jitted step, with `checked=True` the one with the checker."""
+        """`make_step` makes the jitted step, with `checked=True` the one with the checker.
+
+        `ready` compiles it, as `ForSizes` does: (what, step) -> program.
+        """
         self._every = config.check.sdc_every
-        self._usual = ForSizes("the train step", config, make_step(), args, batches)
+        self._usual = ready("the train step", make_step())
         if self._every:
-            checked = make_step(checked=True)
-            self._checked = ForSizes("the checked step", config, checked, args, batches)
+            self._checked = ready("the checked step", make_step(checked=True))
 
     def __call__(self, step: int, *args: Any) -> Any:
         """`step`, by the program whose turn it is."""
@@ -202,16 +200,15 @@ class Replay:
         self,
         config: Config,
         make_step: Callable[..., Any],
-        args: tuple[Any, ...],
-        batches: Sequence[Any] = (),
+        ready: Callable[..., ForSizes],
+        state: Any,
     ):
-        """`make_step` makes the jitted step, with `donate=False` one that keeps its state."""
+        """`make_step(donate=False)` makes a step that keeps its state; `ready` as for `Steps`."""
         self._every = config.check.replay_every
         if self._every:
-            step = make_step(donate=False)
-            self._step = ForSizes("the replayed step", config, step, args, batches)
+            self._step = ready("the replayed step", make_step(donate=False))
             # A state twice: the shapes of what is compared.
-            self._same = compiled("the comparison", config, jax.jit(_same_bits), args[0], args[0])
+            self._same = compiled("the comparison", config, jax.jit(_same_bits), state, state)
 
     def before(self, step: int, args: tuple[Any, ...]) -> None:
         """Replays `step` if it is its turn.

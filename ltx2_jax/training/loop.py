@@ -4,6 +4,7 @@ Clips are made by whoever calls `train`, through a function: training knows no s
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -24,21 +25,22 @@ from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
 from ltx2_jax.data.loader import make_dataset, seek
-from ltx2_jax.data.mixtures import Dataset, index_of, open_datasets, sources_of
+from ltx2_jax.data.mixtures import Dataset, index_of, open_datasets
 from ltx2_jax.data.records import INDEX_NAME, open_records
 from ltx2_jax.demo import synthetic
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import in_bucket, local_folder, location, only_run, replacing
 from ltx2_jax.hosts import rows_of_host
-from ltx2_jax.sharding import abstract_state, bytes_per_chip, make_mesh, sharding_of
+from ltx2_jax.sharding import abstract_state, make_mesh, sharding_of
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, goodput, initial, trainable, validation
 from ltx2_jax.training.batch import batches_of, place
 from ltx2_jax.training.boards import Shown, WeightsAndBiases, weights_and_biases
 from ltx2_jax.training.cadence import Cadence
 from ltx2_jax.training.checkpoint import ASSETS, Checkpoints
-from ltx2_jax.training.examples import Examples, batch_size, clip_tokens, with_data_here
+from ltx2_jax.training.examples import Examples, batch_size, with_data_here
 from ltx2_jax.training.housekeeping import (
+    ForSizes,
     Profile,
     Reader,
     Replay,
@@ -50,6 +52,7 @@ from ltx2_jax.training.housekeeping import (
     same_collections,
 )
 from ltx2_jax.training.metrics import MetricsLogger, StepTimer
+from ltx2_jax.training.reports import describe, log, step_timer, work
 from ltx2_jax.training.state import State, finite_program, init_state, state_of
 from ltx2_jax.training.step import make_train_step
 from ltx2_jax.training.workdir import opened
@@ -57,6 +60,41 @@ from ltx2_jax.training.workdir import opened
 # Makes clips with weights (a tree as `models.ltx2.init_params` gives it), after so many steps. What
 # process 0 gives of them is shown where the metrics are.
 MakeClips = Callable[[Any, Dataset, int], Shown | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training works with, from when its data and its checkpoints are open."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    records: Dataset
+    checkpoints: Checkpoints
+    make_clips: MakeClips
+    frozen: Any = None  # weights that are not trained
+    board: WeightsAndBiases | None = None
+
+    def weights(self, state: State) -> Any:
+        """What clips are made with: all weights, averaged if the run averages."""
+        trained = validation.sampled_weights(self.config, state)
+        return trainable.as_sampled(trained, self.frozen, self.config)
+
+    def clips(self, state: State, step: int) -> Shown | None:
+        """Clips on the way."""
+        weights = self.weights(state)
+        with goodput.part("sampling"):
+            return self.make_clips(weights, self.records, step)
+
+    def logger(self, step: int, *, bar: bool = True) -> MetricsLogger:
+        """Where metrics go from a step on, on process 0."""
+        return MetricsLogger(
+            self.config.workdir,
+            total_steps=self.config.num_steps,
+            start_step=step,
+            process_index=hosts.index(),
+            wandb=self.board,
+            bar=bar,
+        )
 
 
 def train(
@@ -77,64 +115,24 @@ def train(
         full; DivergedError if the gradients of too many steps in a row are not finite.
     """
     began, long = time.time(), config.watchdog.long_seconds
-    hosts.progress("checks", seconds=long)
-    checks.same_run_everywhere(config)
-    workdir, sizes = opened(config.workdir), config.mesh
-    hosts.keep_log(workdir, hosts.index())
-    mesh = hosts.agree(
-        lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
-    )
-    config = with_data_here(config)
-    checks.before_work(config, mesh)
-    validation.check(config, mesh)
+    config, workdir, mesh = _checked(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hosts.watched())
         stack.enter_context(programs_kept(config))
         check = hosts.agree(lambda: stack.enter_context(only_run(workdir, hosts.index())))
         board = hosts.agree(lambda: stack.enter_context(weights_and_biases(config)))
         spent = stack.enter_context(goodput.Goodput(workdir, config.num_steps, began=began))
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir,
-                keep=config.checkpoint.keep,
-                keep_every=config.checkpoint.keep_every,
-                best=config.validation.best,
-                max_failures=config.checkpoint.max_failures,
-                check=check,
-            )
-        )
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, check))
         stack.enter_context(hosts.together())
         start = checkpoints.latest_step or 0
-        records = dataset(config, anew=not start)
-        checks.same_dataset(records)
-        if start:
-            hosts.agree(lambda: checks.check_same_makers(records, local_folder(workdir / ASSETS)))
-        hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
+        records = _data(config, workdir, start)
         stack.enter_context(jax.set_mesh(mesh))
         hosts.agree(lambda: check_clips(records))
-        create = partial(init_state, config=config)
-        abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
-        describe(config, records, abstract, mesh, start)
-        hosts.progress("restore" if start else "begin", start, long)
-        with goodput.part("restore" if start else "init"):
-            frozen = initial.load_frozen(config, mesh)
-            state = first_state(config, checkpoints, start, abstract, mesh)
-            state = initial.tied(config, state, frozen)
+        state, frozen = _begun(config, records, checkpoints, start, mesh)
         start = checkpoints.latest_step or 0  # an earlier one if the newest was damaged
-        clips = partial(_clips, config, make_clips, records, frozen)
+        run = Run(config, mesh, records, checkpoints, make_clips, frozen, board)
         stop = stack.enter_context(contextlib.closing(StopSignals()))
-        state, step = take_steps(
-            config,
-            state,
-            start,
-            records,
-            checkpoints,
-            mesh,
-            clips,
-            stop=stop,
-            frozen=frozen,
-            board=board,
-        )
+        state, step = take_steps(run, state, start, stop)
         with goodput.part("checkpoint"):
             checkpoints.wait()
             hosts.barrier("waiting for the last checkpoint", long)
@@ -144,63 +142,53 @@ def train(
             hosts.say(str(spent))
             return stop_signals.exit_code()
         validation.tell_best(config, checkpoints)
-        weights = _weights(config, state, frozen)
-        del state, clips, frozen  # moments, whose memory the sampler can have
+        weights = run.weights(state)
+        run = dataclasses.replace(run, frozen=None)
+        del state, frozen  # moments, whose memory the sampler can have
         # They may have been made before its checkpoint was saved, to tell whether it is the best.
         if step == start or not validation.clips_due(config, step):
-            last_clips(config, make_clips, weights, records, step, board)
+            last_clips(run, weights, step)
         hosts.say(str(spent))
     return 0
 
 
-def take_steps(
-    config: Config,
-    state: State,
-    start: int,
-    records: Dataset,
-    checkpoints: Checkpoints,
-    mesh: jax.sharding.Mesh,
-    clips: Callable[[State, int], Shown | None],
-    stop: StopSignals,
-    frozen: Any = None,
-    board: WeightsAndBiases | None = None,
-) -> tuple[State, int]:
+def _checked(config: Config) -> tuple[Config, epath.Path, jax.sharding.Mesh]:
+    """The config with its data on this host, workdir and mesh; UserError before any work."""
+    hosts.progress("checks", seconds=config.watchdog.long_seconds)
+    checks.same_run_everywhere(config)
+    workdir, sizes = opened(config.workdir), config.mesh
+    hosts.keep_log(workdir, hosts.index())
+    mesh = hosts.agree(
+        lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
+    )
+    config = with_data_here(config)
+    checks.before_work(config, mesh)
+    validation.check(config, mesh)
+    return config, workdir, mesh
+
+
+def take_steps(run: Run, state: State, start: int, stop: StopSignals) -> tuple[State, int]:
     """Steps from `start` to the last, or to a stop signal: the state and the step reached.
 
     From the first step on a signal finishes the step; who gives `stop` says until when.
     """
-    codec = load_codec(records.codec_path)
-    make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
-    examples = Examples(config, records, mesh)
-    null_text = on_all_devices(records.empty_caption(), mesh)
-    taken = checkpoints.data_position(start) if start else 0
-    reader = Reader(partial(batches, config, records, mesh), taken, config)
-    timer, pending, step = step_timer(config, records), None, start
-    health = checks.Health(config, start, checkpoints.folder)
+    config, mesh = run.config, run.mesh
+    examples = Examples(config, run.records, mesh)
+    null_text = on_all_devices(run.records.empty_caption(), mesh)
+    taken = run.checkpoints.data_position(start) if start else 0
+    reader = Reader(partial(batches, config, run.records, mesh), taken, config)
+    timer, pending, step = step_timer(config, run.records), None, start
+    health = checks.Health(config, start, run.checkpoints.folder)
     cadence = Cadence(config.checkpoint, start)
-    beside = (null_text, frozen) if frozen else (null_text,)
-    with (
-        MetricsLogger(
-            config.workdir,
-            total_steps=config.num_steps,
-            start_step=start,
-            process_index=hosts.index(),
-            wandb=board,
-        ) as logger,
-        Profile(config) as profile,
-    ):
+    beside = (null_text, run.frozen) if run.frozen else (null_text,)
+    with run.logger(start) as logger, Profile(config) as profile:
         tell = partial(log, logger, timer, partial(work, config))
-        show = partial(_shown, config, clips, logger, timer)
+        show = partial(_shown, run, logger, timer)
         goodput.goes_on(start)
         with goodput.waiting_for_data():
             batch = reader.next(step + 1)
         args = state, place(batch, mesh), *beside
-        with goodput.part("compile"):
-            sizes = batches_of(examples.kinds, mesh)
-            train_step = Steps(config, make_step, args, sizes)
-            again = Replay(config, make_step, args, sizes)
-            finite = compiled("the check of the weights", config, finite_program(), state)
-            checked = validation.Validation(config, records, codec, mesh, state, *beside)
+        train_step, again, finite, checked = _programs(run, examples, args)
         stop.begin()
         with same_collections() as collect:
             while step < config.num_steps:
@@ -233,12 +221,7 @@ def take_steps(
                     values = tell(*pending)
                     health.note(values, *pending)
                     pending = None
-                    hosts.progress("save", step, config.watchdog.long_seconds)
-                    with goodput.part("checkpoint"):
-                        if not finite(state):
-                            raise checks.diverged("a weight is not finite", step, **health.run)
-                        scores = validation.scores(values | worth)
-                        checkpoints.save(step, state, config, scores)
+                    _save(run, state, step, values | worth, finite, health)
                     timer.restart()
                 if last:
                     break
@@ -248,52 +231,62 @@ def take_steps(
     return state, step
 
 
-def _shown(
-    config: Config,
-    clips: Callable[[State, int], Shown | None],
-    logger: MetricsLogger,
-    timer: StepTimer,
+def _programs(
+    run: Run, examples: Examples, args: tuple[Any, ...]
+) -> tuple[Steps, Replay, Callable[[State], Any], validation.Validation]:
+    """What the steps run, compiled for the arguments of the first one.
+
+    The step, the one that is run twice, whether a state is finite, and the loss on fixed samples.
+    """
+    config, (state, _, *beside) = run.config, args
+    codec = load_codec(run.records.codec_path)
+    make_step = partial(make_train_step, config, codec.video.strides, codec.audio.clock)
+    with goodput.part("compile"):
+        sizes = batches_of(examples.kinds, run.mesh)
+        ready = partial(ForSizes, config=config, args=args, batches=sizes)
+        return (
+            Steps(config, make_step, ready),
+            Replay(config, make_step, ready, state),
+            compiled("the check of the weights", config, finite_program(), state),
+            validation.Validation(config, run.records, codec, run.mesh, state, *beside),
+        )
+
+
+def _save(
+    run: Run,
     state: State,
     step: int,
+    values: Mapping[str, float],
+    finite: Callable[[State], Any],
+    health: checks.Health,
+) -> None:
+    """A checkpoint with what was measured of it; DivergedError if the state is not finite."""
+    hosts.progress("save", step, run.config.watchdog.long_seconds)
+    with goodput.part("checkpoint"):
+        if not finite(state):
+            raise checks.diverged("a weight is not finite", step, **health.run)
+        run.checkpoints.save(step, state, run.config, validation.scores(values))
+
+
+def _shown(
+    run: Run, logger: MetricsLogger, timer: StepTimer, state: State, step: int
 ) -> dict[str, float]:
     """Makes the clips of a step and shows them; what they are worth, the same on all hosts."""
-    hosts.progress("sample", step, config.watchdog.long_seconds)
-    shown = clips(state, step) or Shown()
+    hosts.progress("sample", step, run.config.watchdog.long_seconds)
+    shown = run.clips(state, step) or Shown()
     logger.show(step, shown)
     timer.restart()
     return json.loads(hosts.broadcast(json.dumps(dict(shown.metrics))))
 
 
-def _clips(
-    config: Config, make_clips: MakeClips, records: Dataset, frozen: Any, state: State, step: int
-) -> Shown | None:
-    weights = _weights(config, state, frozen)
-    with goodput.part("sampling"):
-        return make_clips(weights, records, step)
-
-
-def _weights(config: Config, state: State, frozen: Any) -> Any:
-    """What clips are made with: all weights, averaged if the run averages."""
-    return trainable.as_sampled(validation.sampled_weights(config, state), frozen, config)
-
-
-def last_clips(
-    config: Config,
-    make_clips: MakeClips,
-    weights: Any,
-    records: Dataset,
-    step: int,
-    board: WeightsAndBiases | None = None,
-) -> None:
+def last_clips(run: Run, weights: Any, step: int) -> None:
     """Clips of a finished training, which is finished whether they can be made or not."""
-    hosts.progress("sample", step, config.watchdog.long_seconds)
+    hosts.progress("sample", step, run.config.watchdog.long_seconds)
     try:
         with goodput.part("sampling"):
-            shown = make_clips(weights, records, step)
+            shown = run.make_clips(weights, run.records, step)
         if shown is not None and shown.clips:
-            with MetricsLogger(
-                config.workdir, total_steps=step, start_step=step, wandb=board, bar=False
-            ) as logger:
+            with run.logger(step, bar=False) as logger:
                 logger.show(step, shown)
     except Exception as error:
         if not isinstance(error, UserError):
@@ -306,6 +299,16 @@ def last_clips(
 
 
 # ------------------------------------------------------------------------------------ data, state
+
+
+def _data(config: Config, workdir: epath.Path, start: int) -> Dataset:
+    """The records, the same on all hosts and of the makers of the run; its assets are kept."""
+    records = dataset(config, anew=not start)
+    checks.same_dataset(records)
+    if start:
+        hosts.agree(lambda: checks.check_same_makers(records, local_folder(workdir / ASSETS)))
+    hosts.agree(lambda: keep_assets(records, workdir / ASSETS))
+    return records
 
 
 def dataset(config: Config, anew: bool = False) -> Dataset:
@@ -385,6 +388,33 @@ def batches(
     return examples
 
 
+def _checkpoints(config: Config, workdir: epath.Path, check: Callable[[], None]) -> Checkpoints:
+    kept = config.checkpoint
+    return Checkpoints(
+        workdir,
+        keep=kept.keep,
+        keep_every=kept.keep_every,
+        best=config.validation.best,
+        max_failures=kept.max_failures,
+        check=check,
+    )
+
+
+def _begun(
+    config: Config, records: Dataset, checkpoints: Checkpoints, start: int, mesh: jax.sharding.Mesh
+) -> tuple[State, Any]:
+    """The state to go on from, and the weights that are not trained; says what is trained."""
+    create = partial(init_state, config=config)
+    abstract = abstract_state(create, jax.random.key(config.seed), mesh=mesh)
+    describe(config, records, abstract, mesh, start)
+    long = config.watchdog.long_seconds
+    hosts.progress("restore" if start else "begin", start, long)
+    with goodput.part("restore" if start else "init"):
+        frozen = initial.load_frozen(config, mesh)
+        state = first_state(config, checkpoints, start, abstract, mesh)
+        return initial.tied(config, state, frozen), frozen
+
+
 def first_state(
     config: Config, checkpoints: Checkpoints, start: int, abstract: Any, mesh: jax.sharding.Mesh
 ) -> State:
@@ -405,81 +435,3 @@ def first_state(
     params = initial.load(config, mesh)
     begin = once(partial(state_of, config=config, step=start), donate_argnums=0)
     return compiled("the state around them", config, begin, params)(params)
-
-
-# ------------------------------------------------------------------------------------------ reports
-
-
-def step_timer(config: Config, records: Dataset) -> StepTimer:
-    """Tokens and FLOPs of a global batch, for throughput and MFU; of the largest clips at first."""
-    shapes = {name: field.shape for name, field in records.schema.fields.items()}
-    peak = chips.peak_flops(jax.devices()[0].device_kind)
-    return StepTimer(
-        **work(config, shapes, config.data.batch_size),
-        peak_flops=None if peak is None else peak * jax.device_count(),
-    )
-
-
-def work(config: Config, shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, float]:
-    """Tokens and FLOPs of a step on so many clips with fields of these shapes."""
-    count = clip_tokens(config, shapes)
-    return {
-        "tokens_per_step": rows * sum(count.values()),
-        "flops_per_step": rows * trainable.train_flops(config, *count.values()),
-    }
-
-
-def log(
-    logger: MetricsLogger,
-    timer: StepTimer,
-    work: Callable[[Mapping[str, tuple[int, ...]], int], dict[str, float]],
-    step: int,
-    metrics: dict[str, Any],
-    rows: Rows,
-) -> dict[str, float]:
-    """Waits for a step's metrics, writes them and returns them."""
-    values: dict[str, float] = {}
-    for name, value in jax.device_get(metrics).items():
-        if np.ndim(value):
-            values |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
-        else:
-            values[name] = float(value)
-    timer.of(**work(rows.shapes, rows.size))
-    logger.log(step, rows.labels | values | timer.tick() | rows.waits())
-    return values
-
-
-def describe(
-    config: Config, records: Dataset, abstract: Any, mesh: jax.sharding.Mesh, start: int
-) -> None:
-    """What is about to run, in four lines and more of a mixture, while the first step compiles."""
-    schema = records.schema
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
-    trained = "" if config.tune is None else " trained"
-    if config.tune is not None and config.tune.quantize is not None:
-        trained += f" beside {config.tune.quantize} ones"
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    held = [name for name in config.flow.streams if name in schema.fields]
-    more = len(schema.buckets) - 1
-    hosts.say(
-        f"data     {len(records)} clips of {schema.num_frames} frames, "
-        f"{schema.height}x{schema.width} at {schema.fps:g} fps; latents "
-        f"{' and '.join(str(list(schema.fields[name].shape)) for name in held)}"
-        f"{f'; and of {more} more sizes' if more else ''}\n"
-        f"{''.join(_parts(config, records, mesh))}"
-        f"model    {parameters / 1e6:,.2f} M parameters{trained}, "
-        f"{config.model.num_layers} blocks, "
-        f"video {config.model.width} and audio {config.model.audio_width} wide\n"
-        f"devices  {jax.device_count()} {jax.devices()[0].device_kind}: {sizes}; "
-        f"{bytes_per_chip(abstract) / 1e6:,.0f} MB of train state each\n"
-        f"run      steps {start} to {config.num_steps} in {config.workdir}; compiling"
-    )
-
-
-def _parts(config: Config, records: Dataset, mesh: jax.sharding.Mesh) -> Iterator[str]:
-    """A line for every dataset of a mixture, and one for batches of several sizes."""
-    for (folder, share), source in zip(config.data.mixture, sources_of(records), strict=False):
-        yield f"         {share:.1%} of them from {folder}, which has {len(source)}\n"
-    if config.data.batch_tokens is not None:
-        sizes = [kind.batch_size for kind in Examples(config, records, mesh).kinds]
-        yield f"         in batches of {min(sizes)} to {max(sizes)}\n"

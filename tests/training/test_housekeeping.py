@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +17,7 @@ from ltx2_jax.config import CheckConfig, ProfileConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.training import checks, housekeeping
-from ltx2_jax.training.housekeeping import Profile, Reader, Replay, Rows, Steps
+from ltx2_jax.training.housekeeping import ForSizes, Profile, Reader, Replay, Rows, Steps
 
 
 @pytest.fixture
@@ -73,7 +74,8 @@ def test_a_replayed_step_that_gives_other_bits_ends_the_run():
 
     state = {"a": jnp.arange(3.0), "nan": jnp.full(2, jnp.nan)}
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        replay = Replay(config, make_step, (state, {}))
+        ready = partial(ForSizes, config=config, args=(state, {}), batches=())
+        replay = Replay(config, make_step, ready, state)
         replay.before(3, (state, {}))
         replay.before(4, (state, {}))
         with pytest.raises(hosts.LostError, match=r"step 8 gave other bits .*, on this machine"):
@@ -86,10 +88,11 @@ def test_the_checked_program_takes_its_turn_and_is_compiled_only_if_asked_for():
         return lambda state, batch: (state, checked)
 
     made = []
-    steps = Steps(tiny.config(check=CheckConfig(sdc_every=3)), make_step, ({}, {}))
+    ready = partial(ForSizes, config=tiny.config(), args=({}, {}), batches=())
+    steps = Steps(tiny.config(check=CheckConfig(sdc_every=3)), make_step, ready)
     assert [steps(step, {}, {})[1] for step in range(1, 8)] == [0, 0, 1, 0, 0, 1, 0]
     assert made == [False, True]
-    Steps(tiny.config(), make_step, ({}, {}))
+    Steps(tiny.config(), make_step, ready)
     assert made == [False, True, False]
 
 

@@ -85,7 +85,7 @@ class Run:
             signal.raise_signal(signal.SIGTERM)
         weight = jnp.float32(self.broken.get(step, step))
         metrics = {"loss": 0.5 * step, "grad_norm": 1.0, "video_loss_quarters": np.arange(4.0) / 4}
-        return {"params": weight, "step": step}, metrics | self.bad.get(step, {})
+        return {"params": weight, "ema": weight, "step": step}, metrics | self.bad.get(step, {})
 
     def __call__(self, start=0, **changes):
         config = tiny.config(workdir=str(self.folder), **changes)
@@ -96,8 +96,8 @@ class Run:
             for k in itertools.count(start):
                 yield {"video": np.full(8, k, np.float32), "id": np.arange(8)}
 
-        def show(state, step):
-            self.clips.append((float(state["params"]), step))
+        def make_clips(weights, records, step):
+            self.clips.append((float(weights), step))
             return self.shown(step)
 
         clock = itertools.count().__next__
@@ -106,11 +106,11 @@ class Run:
         self.patch.setattr(loop, "make_train_step", self.make_train_step)
         self.patch.setattr(loop, "batches", examples)
         self.patch.setattr(loop, "step_timer", lambda *_: timer)
-        state = {"params": jnp.float32(start), "step": start}
+        weight = jnp.float32(start)
+        state = {"params": weight, "ema": weight, "step": start}
         with contextlib.closing(StopSignals()) as stop:
-            return loop.take_steps(
-                config, state, start, records, self.disk, one_device(), show, stop
-            )
+            of = loop.Run(config, one_device(), records, self.disk, make_clips)
+            return loop.take_steps(of, state, start, stop)
 
     @property
     def rows(self):
@@ -221,7 +221,8 @@ def test_the_last_clips_are_shown_where_the_metrics_are(run):
     )
     board = SimpleNamespace(log=lambda *given: seen.append(given), show=lambda *given: None)
     config = tiny.config(workdir=str(run.folder))
-    loop.last_clips(config, lambda *_: shown, "weights", [], 4, board)
+    of = loop.Run(config, one_device(), [], run.disk, lambda *_: shown, board=board)
+    loop.last_clips(of, "weights", 4)
     assert run.rows[-1]["step"] == 4
     assert (run.rows[-1]["loss"], run.rows[-1]["val_x"]) == (2.0, 2.0)
     assert seen == [(4, {"val_x": 2.0})]
@@ -334,8 +335,8 @@ def test_clips_at_the_end_are_of_the_averaged_weights_if_there_are_any(
     assert names[0] == "before_work"
     assert names[-2:] == ["wait", "clips"]  # a run is on disk before its clips are made
     # Those on the way are made in the same manner.
-    (arguments, _), *_ = training.of("take_steps")
-    arguments[-1](training.state, 4)
+    ((of, *_), _), *_ = training.of("take_steps")
+    of.clips(training.state, 4)
     assert training.of("clips")[-1] == ((weights, training.records, 4), {})
 
 
@@ -359,9 +360,9 @@ def test_a_run_goes_on_from_the_newest_checkpoint_and_its_own_dataset(
     assert training.of("dataset")[0][1] == {"anew": start == 0}
     assert len(training.of("check_same_makers")) == (start > 0)
     assert training.of("first_state")[0][0][:3] == (training.config, training, start)
-    assert training.of("take_steps")[0][0][:5] == (
-        training.config, training.state, start, training.records, training,
-    )  # fmt: skip
+    of, state, since, _ = training.of("take_steps")[0][0]
+    assert (of.config, of.records, of.checkpoints) == (training.config, training.records, training)
+    assert (state, since) == (training.state, start)
 
 
 def test_a_state_is_restored_or_begins_with_given_weights_or_with_fresh_ones(monkeypatch):
