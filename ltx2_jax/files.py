@@ -410,7 +410,7 @@ def _marked(workdir: str | os.PathLike, marker: epath.Path) -> Iterator[Callable
         leave()
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """One line about an exception of a library or the system, without the path again."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())

@@ -1,7 +1,6 @@
 """The command that turns clips and captions into a dataset: python -m ltx2_jax.prepare --help."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import sys
@@ -25,7 +24,6 @@ from ltx2_jax.data.table import read_table
 from ltx2_jax.data.work import rates_of
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
-from ltx2_jax.diffusion.geometry import VIDEO_STRIDES
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.files import replacing
@@ -91,13 +89,14 @@ def _prepare(args: argparse.Namespace) -> int:
     """Make or load the codec and the text encoder, prepare, report."""
     if args.out is None:
         raise UserError("OUT: give the folder to make")
-    config = _config(args)
+    codec = _codec(args)
+    config = _config(args, codec)
     process, processes = args.part or (hosts.index(), hosts.count())
     records = prepare_dataset(
         args.table,
         args.out,
         config,
-        codec=_codec(args),
+        codec=codec,
         text_encoder=_text_encoder(args),
         overwrite=args.overwrite,
         process=process,
@@ -120,15 +119,15 @@ def cli(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _config(args: argparse.Namespace) -> PrepareConfig:
-    """The sizes of the clips."""
+def _config(args: argparse.Namespace, codec: Codec | LinearCodecConfig) -> PrepareConfig:
+    """The sizes of the clips, which are those of a codec."""
     one = {name: getattr(args, name) for name in ("num_frames", "height", "width")}
     given = [f"--{name.replace('_', '-')}" for name, value in one.items() if value is not None]
     buckets = ()
     if args.buckets is not None:
         if given:
             raise UserError(f"{', '.join(given)}: --buckets says the sizes")
-        buckets = parse_buckets(args.buckets, _codec_strides(args))
+        buckets = parse_buckets(args.buckets, rates_of(codec).strides)
         one = max(buckets, key=math.prod)._asdict()
     for name, value in one.items():
         if value is None:
@@ -145,15 +144,6 @@ def _config(args: argparse.Namespace) -> PrepareConfig:
         reference_slowdown=args.reference_slowdown,
         trigger=args.trigger,
     )
-
-
-def _codec_strides(args: argparse.Namespace) -> tuple[int, int, int]:
-    """Of the codec that is fitted or given, as far as they are known before it is loaded."""
-    if not args.codec:
-        return args.video_strides or LinearCodecConfig().video_strides
-    with contextlib.suppress(UserError):  # a released one, or a fault that loading tells
-        return LinearCodec.load(args.codec[0]).config.video_strides
-    return VIDEO_STRIDES
 
 
 def _look(args: argparse.Namespace) -> int:
@@ -191,7 +181,7 @@ def _sheet(records: Records | Linked, path: str) -> Path:
 def _foresee(args: argparse.Namespace) -> int:
     """Prints what would be made."""
     codec = _codec(args)
-    config, rates = checked(_config(args), codec), rates_of(codec)
+    config, rates = checked(_config(args, codec), codec), rates_of(codec)
     fits = isinstance(codec, LinearCodecConfig)
     channels = codec.video_channels if fits else codec.video.channels
     for line in foresee(read_table(args.table), config, rates, channels):

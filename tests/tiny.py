@@ -1,6 +1,7 @@
 """A tiny but complete run for tests: the wiring of 2.5, eight heads, eight-way shapes."""
 
 import dataclasses
+import warnings
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ltx2_jax.config import Config, DataConfig, FlowConfig, OptimConfig, TextCon
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.models.transformer.config import LTX2_5_22B
 from ltx2_jax.sharding import abstract_state, make_mesh
-from ltx2_jax.training import loop
+from ltx2_jax.training import initial, loop
 from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.state import init_state
 
@@ -118,3 +119,11 @@ def workdir(folder):
     with jax.set_mesh(make_mesh()), Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(3, state(given, make_mesh()), given)
     return folder
+
+
+def base_file(path, config: Config):
+    """Weights to tune, as an official file; its path."""
+    with warnings.catch_warnings():  # of a number of registers that official code does not read
+        warnings.simplefilter("ignore")
+        initial.as_export(config, params(config)).write(path)
+    return path

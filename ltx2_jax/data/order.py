@@ -173,15 +173,15 @@ def _draws(count: int, seed: int, purpose: int, *place: int) -> np.ndarray:  # [
     return np.random.Generator(generator).random(count)
 
 
-def clip_tokens(bucket: BucketFields) -> int:
-    """Of video and audio together."""
+def latent_tokens(bucket: BucketFields) -> int:
+    """Of the video and audio of a clip together; a training reads more, or less, in some modes."""
     video = bucket.fields["video"].shape[:3] if "video" in bucket.fields else (0,)
     audio = bucket.fields["audio"].shape[0] if "audio" in bucket.fields else 0
     return math.prod(video) + audio
 
 
 def by_tokens(
-    tokens: int, multiple: int = 1, count: Callable[[BucketFields], int] = clip_tokens
+    tokens: int, multiple: int = 1, count: Callable[[BucketFields], int] = latent_tokens
 ) -> Callable[[BucketFields], int]:
     """Batch sizes with so many tokens in every batch, or as few less as can be.
 

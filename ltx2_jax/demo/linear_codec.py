@@ -207,12 +207,10 @@ class LinearCodec:
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
-                ours = metadata.get("kind") == _KIND  # others may be large
-                tensors = {name: file.get_tensor(name) for name in file.keys() if ours}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-        if not ours:
-            kind = metadata.get("kind")
+        if (kind := metadata.get("kind")) != _KIND:
             raise UserError(f"{path}: kind {kind}, not {_KIND}; expected a file that prepare wrote")
         try:
             fields = json.loads(metadata["config"])

@@ -1,6 +1,7 @@
 """A program compiled, and what is known of it as lines for a person."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -229,22 +230,23 @@ def _clip(facts: dict[str, Any]) -> str:
 
 
 def _compiled(row: dict[str, Any]) -> str:
-    plan = row["plan"]
-    if plan is None:
-        return ""
-    if not plan["fits"]:
-        return "    does not fit"
-    times = plan["roofline"]["practical"]
-    peak = plan["peak_bytes_per_device"] / GIB
-    return f"{peak:17.1f} {times['mfu']:6.1%} {row['batch'] / times['step']:8.2f}"
+    """Of a training: peak, MFU and clips a second."""
+    return _if_compiled(row, lambda t: f"{t['mfu']:6.1%} {row['batch'] / t['step']:8.2f}", digits=1)
 
 
 def _compiled_sample(row: dict[str, Any]) -> str:
+    """Of a sampler: peak, and milliseconds of a step and of its waiting."""
+    return _if_compiled(row, lambda t: f"{t['step'] * 1e3:7.1f} {t['waited'] * 1e3:7.1f}", digits=2)
+
+
+def _if_compiled(
+    row: dict[str, Any], numbers: Callable[[dict[str, float]], str], digits: int
+) -> str:
+    """GiB of the peak and some numbers of the times of a program, if it was compiled and fits."""
     plan = row["plan"]
     if plan is None:
         return ""
     if not plan["fits"]:
         return "    does not fit"
-    times = plan["roofline"]["practical"]
     peak = plan["peak_bytes_per_device"] / GIB
-    return f"{peak:17.2f} {times['step'] * 1e3:7.1f} {times['waited'] * 1e3:7.1f}"
+    return f"{peak:17.{digits}f} {numbers(plan['roofline']['practical'])}"

@@ -43,6 +43,32 @@ SECONDS = (1.0, 20.0)  # that a duration head is held to
 
 
 @dataclass
+class Way:
+    """How clips are made; what they are is `tasks.Asked`. See `Pipeline.make`."""
+
+    recipe: str | Recipe | None = None
+    changes: dict[str, str] | None = None
+    negative_prompt: str | None = None
+    seed: int | Sequence[int] | None = None
+    auto_duration: Sequence[float] | None = None  # limits of a length that the model chooses
+    skip_stage_2: bool = False
+    enhance_prompt: bool = False
+    enhancer: Any = None
+    batch_size: int = 1
+
+    @classmethod
+    def of(cls, wishes: dict[str, Any]) -> tuple["Way", dict[str, Any]]:
+        """The way that some of the wishes say, and the others; a length by the model is one."""
+        given = dict(wishes)
+        names = [field.name for field in dataclasses.fields(cls) if field.name in given]
+        way = cls(**{name: given.pop(name) for name in names})
+        if given.get("duration") == "auto" or way.auto_duration is not None:
+            given.pop("duration", None)
+            way.auto_duration = way.auto_duration or SECONDS
+        return way, given
+
+
+@dataclass
 class Maker:
     """A model with its codec and text encoder, each of which may be loaded only when it is needed.
 
@@ -118,74 +144,43 @@ class Maker:
         )
         return recipe.replaced(changes)
 
-    def check(
-        self,
-        prompts: Sequence[str],
-        *,
-        recipe: str | Recipe | None = None,
-        changes: dict[str, str] | None = None,
-        negative_prompt: str | None = None,
-        seed: int | Sequence[int] | None = None,
-        duration: float | str | None = None,
-        auto_duration: Sequence[float] | None = None,
-        skip_stage_2: bool = False,
-        enhance_prompt: bool = False,
-        enhancer: Any = None,
-        batch_size: int = 1,
-        **given: Any,
-    ) -> None:
+    def check(self, prompts: Sequence[str], **wishes: Any) -> None:
         """UserError for what `make` could not do with these: files are read, and no weights."""
-        _seeds(self.seed if seed is None else seed, len(prompts))
-        plan = self.chosen(recipe, changes or {})
-        if enhance_prompt:
-            self._writer(enhancer)
-        if duration == "auto" or auto_duration is not None:
-            self._check_auto(prompts, auto_duration or SECONDS)
-            duration = None
-        self._task(Asked(duration=duration, **given), plan, skip_stage_2)
+        how, given = Way.of(wishes)
+        _seeds(self.seed if how.seed is None else how.seed, len(prompts))
+        plan = self.chosen(how.recipe, how.changes or {})
+        if how.enhance_prompt:
+            self._writer(how.enhancer)
+        if how.auto_duration is not None:
+            self._check_auto(prompts, how.auto_duration)
+        self._task(Asked(**given), plan, how.skip_stage_2)
 
-    def make(
-        self,
-        prompts: Sequence[str],
-        *,
-        recipe: str | Recipe | None = None,
-        changes: dict[str, str] | None = None,
-        negative_prompt: str | None = None,
-        seed: int | Sequence[int] | None = None,
-        duration: float | str | None = None,
-        auto_duration: Sequence[float] | None = None,
-        skip_stage_2: bool = False,
-        enhance_prompt: bool = False,
-        enhancer: Any = None,
-        batch_size: int = 1,
-        **given: Any,
-    ) -> list[Made]:
-        """See `Pipeline.make`."""
+    def make(self, prompts: Sequence[str], **wishes: Any) -> list[Made]:
+        """See `Pipeline.make`; `wishes` are the fields of `Way` and of `tasks.Asked`."""
         self.seconds = {}
         self._free_codec()
-        seeds = _seeds(self.seed if seed is None else seed, len(prompts))
-        plan = self.chosen(recipe, changes or {})
-        if enhance_prompt:
-            prompts = self._enhanced(prompts, enhancer, seeds[0], given)
-        negative = negative_prompt
+        how, given = Way.of(wishes)
+        seeds = _seeds(self.seed if how.seed is None else how.seed, len(prompts))
+        plan = self.chosen(how.recipe, how.changes or {})
+        if how.enhance_prompt:
+            prompts = self._enhanced(prompts, how.enhancer, seeds[0], given)
+        negative = how.negative_prompt
         if negative is None:
             negative = "" if self.files is None else NEGATIVE
-        if duration == "auto" or auto_duration is not None:
-            given["num_frames"] = self._auto_frames(
-                prompts, negative, auto_duration or SECONDS, given.get("fps") or tasks.FPS
-            )
-            duration = None
-        task, plan = self._task(Asked(duration=duration, **given), plan, skip_stage_2)
+        if how.auto_duration is not None:
+            fps = given.get("fps") or tasks.FPS
+            given["num_frames"] = self._auto_frames(prompts, negative, how.auto_duration, fps)
+        task, plan = self._task(Asked(**given), plan, how.skip_stage_2)
         if task.fresh and task.picture and task.num_frames > self._longest(task.fps):
-            again = {"recipe": recipe, "changes": changes, "negative_prompt": negative,
-                     "skip_stage_2": skip_stage_2}  # fmt: skip
+            again = {"recipe": how.recipe, "changes": how.changes, "negative_prompt": negative,
+                     "skip_stage_2": how.skip_stage_2}  # fmt: skip
             return [self._long(*of, task, again, given) for of in zip(prompts, seeds, strict=True)]
         self._settle(plan, task, len(prompts))
         self._tell(plan, task, seeds)
         text = self._text([*prompts, negative])
         if not self.keep and hasattr(self.texts, "free"):
             self.texts.free()
-        latents = self._run_stages(plan, task, text, seeds, batch_size)
+        latents = self._run_stages(plan, task, text, seeds, how.batch_size)
         about = self._about(plan, task, negative)
         return [
             Made(video, audio, task, prompt, {**about, "prompt": prompt, "seed": s})

@@ -29,7 +29,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.files import in_bucket, location
 from ltx2_jax.training import saved, saving
-from ltx2_jax.training.saving import first_said, reason
+from ltx2_jax.training.saving import first_cause, first_said
 
 # In a workdir: train states, and codec, text encoder and schema of the dataset.
 FOLDER, ASSETS = saved.FOLDER, "assets"
@@ -85,7 +85,7 @@ class Checkpoints:
         except UserError:
             raise
         except OSError as error:
-            raise UserError(f"{workdir}: cannot be a workdir ({reason(error)})") from None
+            raise UserError(f"{workdir}: cannot be a workdir ({first_cause(error)})") from None
         self._keep, self._keep_every, self._check = keep, keep_every, check
         self._best, self._scores = best, {}
         self._max_failures, self._failures = max_failures, 0
@@ -156,7 +156,7 @@ class Checkpoints:
             )
             self._attempt.follow(pending)
         except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-            self._attempt.fail(reason(error))
+            self._attempt.fail(first_cause(error))
 
     def wait(self) -> None:
         """Returns when the checkpoint of the last `save` is on disk; it is tried twice.
@@ -284,7 +284,7 @@ class Checkpoints:
             except Exception as error:  # a bucket has its own
                 raise UserError(
                     f"{self.folder / str(step)}: damaged checkpoint ({why}) that cannot be renamed "
-                    f"({reason(error)})"
+                    f"({first_cause(error)})"
                 ) from None
             hosts.say(
                 f"{self.folder / str(step)}: damaged checkpoint ({why}): kept as {aside.name}, and "
@@ -410,7 +410,7 @@ class Checkpoints:
                 state = ocp.load_checkpointables(self.folder / str(step), {"state": abstract})
             return state["state"]
         except (ValueError, KeyError, OSError) as error:
-            why, _ = reason(error), self._stored(step)
+            why, _ = first_cause(error), self._stored(step)
             if why.startswith(_DAMAGE):
                 raise self._damaged(step, why) from error
             raise UserError(f"{self.folder / str(step)} does not hold {what}: {why}") from error

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 from ltx2_jax import hosts
+from ltx2_jax.files import reason
 
 OFTEN = 0.5  # seconds between two looks whether another host has failed
 
@@ -34,7 +35,7 @@ class Attempt:
                 pending.result()
             except Exception as error:  # a full disk is a ValueError, a bucket has its own errors
                 if ended is self._ended:  # else it was left, and another one is going on
-                    self.fail(reason(error))
+                    self.fail(first_cause(error))
             ended.set()
 
         threading.Thread(target=wait, name="save", daemon=True).start()
@@ -71,10 +72,8 @@ def first_said(found: list[str]) -> str:
     return text if len(found) == 1 else f"host {host}: {text}"
 
 
-def reason(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
     """In one line, what went wrong first: Orbax reports it in the words of every layer above."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    line = line or type(error).__name__
-    return re.sub(r" \[\w+='.*", "", line)[:400]  # TensorStore ends with all its settings
+    return re.sub(r" \[\w+='.*", "", reason(error))[:400]  # TensorStore ends with all its settings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ltx2_jax.data.mixtures import Mixture, index_of, open_datasets
-from ltx2_jax.data.order import Order, by_tokens, clip_tokens
+from ltx2_jax.data.order import Order, by_tokens, latent_tokens
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME, INDEX_NAME, RecordWriter, read_schema
 from ltx2_jax.data.schema import BucketFields, Field, Schema
 from ltx2_jax.errors import UserError
@@ -78,7 +78,7 @@ def test_the_shares_of_a_mixture_are_those_of_clips_whatever_the_sizes_of_batche
     for step in range(4000):
         kind = order.kind(step)
         assert kind is order.batch(step)[0]
-        key = str(kind.source.folder), clip_tokens(kind.bucket)
+        key = str(kind.source.folder), latent_tokens(kind.bucket)
         clips[key] = clips.get(key, 0) + kind.batch_size
     assert {kind.batch_size for kind in order.kinds} == {8, 10, 22}
     shares = {key: count / sum(clips.values()) for key, count in clips.items()}

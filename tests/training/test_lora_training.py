@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import warnings
 from functools import partial
 
 import jax
@@ -55,12 +54,7 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Weights to tune, as an official file."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with warnings.catch_warnings():  # of a number of registers that official code does not read
-        warnings.simplefilter("ignore")
-        initial.as_export(RUN, tiny.params(RUN)).write(path)
-    return path
+    return tiny.base_file(tmp_path_factory.mktemp("base") / "base.safetensors", RUN)
 
 
 def tuned(base, config=RUN, **tune) -> Config:

@@ -5,7 +5,6 @@ How weights are rounded: tests/models/test_quantized.py.
 
 import dataclasses
 import shutil
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -59,12 +58,7 @@ def mesh_of(*sizes):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Weights to tune, as an official file."""
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    with warnings.catch_warnings():  # of a number of registers that official code does not read
-        warnings.simplefilter("ignore")
-        initial.as_export(RUN, tiny.params(RUN)).write(path)
-    return path
+    return tiny.base_file(tmp_path_factory.mktemp("base") / "base.safetensors", RUN)
 
 
 def tuned(base, form, config=RUN, **tune) -> Config:
