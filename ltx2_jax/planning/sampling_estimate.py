@@ -5,7 +5,7 @@ from memory: few rows a device leave the matrix unit waiting. Then what is excha
 program's way, on the links that the mesh's axes have (`compiled.interconnect`): the sums of what
 `model` splits, tokens traded for heads and back over `sequence`, and the merged sound. Memory of a
 device: the weights, exact, the text's keys and values, and some arrays as large as the activations.
-The two constants are fitted to compiled steps on v5e, v5p, v6e and tpu7x.
+The two constants are fitted to compiled steps (docs/planning.md).
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ from ltx2_jax.text.encoder import LENGTH
 
 LIVE_ROWS = 12  # arrays like the activations of the video that live at once
 MOVED_ROWS = 16  # that the elementwise rest of a block reads and writes in HBM
+# How the terms of `flops.forward_flops` end that are of matrices in blocks.
+_IN_BLOCKS = ("projections", "keys and values", "feed-forward", "gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _products(
     hbm = chip.device_hbm_bandwidth * HBM_EFFICIENCY
     products = longer = 0.0
     for rows_of, shards, parameters in _matrices(cfg, tokens, request.audio_length):
-        each = parameters * cfg.num_layers / model
+        each = parameters / model
         busy = 2 * each * rows * rows_of / shards(sequence) / chip.device_flops / chip.gemm
         products += busy
         longer += max(0.0, size * each / hbm - busy)
@@ -109,17 +111,19 @@ def _products(
 
 
 def _matrices(cfg: TransformerConfig, tokens: int, audio: int) -> list[tuple[int, Any, float]]:
-    """Of a block: rows, over how many shards of `sequence` they are, and parameters.
+    """Of all blocks: rows, over how many shards of `sequence` they are, and parameters.
 
-    Keys and values of the text are there where they change from step to step.
+    Those that read the video, the sound, and the text, if its keys and values change from step to
+    step. A parameter is two FLOPs of a row.
     """
-    wide, narrow, cross = cfg.width, cfg.audio_width, cfg.audio_video_attention
-    of_video = (6 + 2 * cfg.ff_mult) * wide**2 + 4 * wide * narrow * cross
-    of_audio = (6 + 2 * cfg.ff_mult + 4 * cross) * narrow**2
-    found = [(tokens, lambda s: s, of_video), (audio, lambda s: 1, of_audio)]
+
+    def parameters(*rows: int) -> float:
+        terms = flops.forward_flops(cfg, *rows).items()
+        return sum(work for name, work in terms if name.endswith(_IN_BLOCKS)) / 2
+
+    found = [(tokens, lambda s: s, parameters(1, 0, 0)), (audio, lambda s: 1, parameters(0, 1, 0))]
     if cfg.modulated_text_attention and cfg.prompt_adaln:
-        text = 2 * (cfg.context_dim * wide + cfg.audio_context_dim * narrow)
-        found.append((LENGTH, lambda s: 1, text))
+        found.append((LENGTH, lambda s: 1, parameters(0, 0, 1)))
     return found
 
 
