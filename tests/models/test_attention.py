@@ -174,6 +174,15 @@ def test_whole_clips_are_cut_into_large_blocks_without_a_mask(target):
     assert kernels.cut(126, 126, kernels._tuning(target).forward) == kernels.Blocks(128, 128, 128)
 
 
+@pytest.mark.parametrize("keys", [1280, 1408, 1536, 2500, 2688, 2816, 3072])
+def test_a_forward_block_that_holds_all_keys_is_small(keys):
+    tuning = kernels._tuning(V5P)
+    blocks = kernels.cut(2816, keys, tuning.forward, tuning.alone)
+    # 7 bytes for each logit, and 4 MiB besides, of the 16 MiB of scoped VMEM.
+    assert blocks.keys < keys or 7 * blocks.queries * blocks.keys <= 12.1 * 2**20
+    assert blocks.queries >= 384
+
+
 def test_the_backend_is_that_of_the_target():
     h100 = ("gpu", "NVIDIA H100 80GB HBM3")
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
