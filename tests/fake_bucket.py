@@ -112,7 +112,8 @@ def file_system(bucket):
 
         def _rm(self, path):
             bucket.touch()
-            del bucket.objects[self._strip_protocol(path)]
+            if bucket.objects.pop(self._strip_protocol(path), None) is None:
+                raise FileNotFoundError(path)
 
         def rm_file(self, path):
             self._rm(path)
