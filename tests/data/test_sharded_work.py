@@ -19,6 +19,7 @@ from ltx2_jax.data.inspection import describe, verify
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.media import scenes
 from ltx2_jax.media.media import Clip, FileSize, TooShort
 from ltx2_jax.media.scenes import Film
@@ -117,7 +118,8 @@ def disk(monkeypatch):
 
 
 def prepare(folder, rows, config=CONFIG, name="set", header="video,caption", **options):
-    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    with replacing(folder / "t.csv") as table:  # two processes write it
+        table.write_text("\n".join([header, *rows]) + "\n")
     makers = {"codec": Codec(), "text_encoder": Encoder()}
     return prepare_dataset(folder / "t.csv", folder / name, config, **makers, **options)
 

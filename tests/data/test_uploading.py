@@ -60,7 +60,8 @@ def bucket(monkeypatch, tmp_path):
 
 
 def upload(tmp_path, rows, config=CONFIG, **options):
-    (tmp_path / "t.csv").write_text("\n".join(["video,caption", *rows]) + "\n")
+    with files.replacing(tmp_path / "t.csv") as table:  # two processes write it
+        table.write_text("\n".join(["video,caption", *rows]) + "\n")
     makers = {"codec": Codec(), "text_encoder": Encoder()}
     return prepare_dataset(tmp_path / "t.csv", URL, config, **makers, **options)
 
@@ -87,7 +88,7 @@ def test_a_dataset_made_with_crashes_equals_one_made_on_a_disk(tmp_path, disk, b
     del disk.films["f5.mp4"], disk.films["f20.mp4"]
     whole = prepare(tmp_path, rows, name="whole")
     rng, left, crashed = random.Random(1), [0], []
-    for module, name in (*PLACES, *((uploading, name) for name in SENT)):
+    for module, name in PLACES + SENT:
         original = getattr(module, name)
 
         def breaks(*args, original=original, name=name, **kwargs):
@@ -282,7 +283,7 @@ def test_the_command_makes_looks_at_and_checks_a_dataset_in_a_bucket(
         ),
         (URL, FileNotFoundError("bucket"), r"no dataset can .* there \(bucket\)"),
         ("gs://bucket", None, "give a folder in the bucket, such as gs://bucket/clips"),
-        (f"--to-precomputed {URL}", None, "written to disks alone; copy the folder there then"),
+        (f"{URL} --to-precomputed", None, "written to disks alone; copy the folder there then"),
         ("s3://bucket/films", None, "s3:// cannot be written to; give a folder or gs://bucket/fo"),
     ],
 )
@@ -292,4 +293,4 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
     bucket.refuse = error
     monkeypatch.setattr(command, "_codec", lambda args: pytest.fail("the codec was loaded"))
     assert command.cli(["no.csv", *out.split(), *SIZE]) == 2
-    assert re.fullmatch(rf"prepare: error: {out.split()[-1]}: {line}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"prepare: error: {out.split()[0]}: {line}.*\n", capsys.readouterr().err)
