@@ -160,7 +160,7 @@ def bucket_files(folder: epath.Path) -> dict[str, int]:
     Raises:
       OSError: the bucket does not say.
     """
-    with _of_bucket() as bucket:
+    with of_bucket() as bucket:
         try:
             found = bucket.ls(os.fspath(folder), detail=True)
         except FileNotFoundError:
@@ -169,42 +169,14 @@ def bucket_files(folder: epath.Path) -> dict[str, int]:
     return {name: entry["size"] for name, entry in files.items() if name}
 
 
-def bucket_entries(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """What a bucket says of all files below a folder, by their paths from there: "size", dates.
-
-    Raises:
-      OSError: the bucket does not say.
-    """
-    with _of_bucket() as bucket:
-        begin = bucket._strip_protocol(os.fspath(folder)) + "/"
-        try:
-            found = bucket.find(begin[:-1], detail=True)
-        except FileNotFoundError:
-            return {}
-    files = {name: entry for name, entry in found.items() if entry["type"] == "file"}
-    return {name.removeprefix(begin): e for name, e in files.items() if name.startswith(begin)}
-
-
 def download(place: epath.Path, target: Path) -> None:
     """A file of a bucket onto a disk, in pieces; OSError if it cannot."""
-    with _of_bucket() as bucket:
+    with of_bucket() as bucket:
         bucket.get_file(os.fspath(place), os.fspath(target))
 
 
-def copy_in_bucket(source: epath.Path, target: epath.Path) -> None:
-    """A file of a bucket to another name, without a way through this machine; OSError."""
-    with _of_bucket() as bucket:
-        bucket.cp_file(*(bucket._strip_protocol(os.fspath(path)) for path in (source, target)))
-
-
-def remove_from_bucket(place: epath.Path) -> None:
-    """Removes a file of a bucket, if it is there; OSError if it cannot."""
-    with contextlib.suppress(FileNotFoundError), _of_bucket() as bucket:
-        bucket.rm_file(bucket._strip_protocol(os.fspath(place)))
-
-
 @contextlib.contextmanager
-def _of_bucket() -> Iterator[Any]:
+def of_bucket() -> Iterator[Any]:
     """The library of buckets, whose errors become OSError; FileNotFoundError stays."""
     import fsspec
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -18,9 +19,9 @@ from ltx2_jax.data.buckets import parse_buckets
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset
-from ltx2_jax.data.fetching import local_dataset, local_file, open_in_bucket
+from ltx2_jax.data.fetching import local_dataset, open_in_bucket
 from ltx2_jax.data.inspection import describe, foresee, verify
-from ltx2_jax.data.records import INDEX_NAME, Linked, Records, open_records
+from ltx2_jax.data.records import Linked, Records, open_records
 from ltx2_jax.data.table import read_table
 from ltx2_jax.data.uploading import check_place
 from ltx2_jax.data.work import rates_of
@@ -29,6 +30,7 @@ from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.files import in_bucket, location, replacing
+from ltx2_jax.media.copies import copied, kept
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, load_caption_encoder, released_encoder
 from ltx2_jax.text.encoder import LENGTH
@@ -50,7 +52,7 @@ command goes on. Clips that cannot be used are left out and listed; the same com
 it can.
 
 OUT may be gs://bucket/folder: every shard is sent there when it is made, and the same command goes
-on from any machine. The disk needs room for one shard.
+on from any machine. TABLE and films may be in buckets too, and are copied while they are read.
 """
 
 _EXAMPLE = """\
@@ -77,22 +79,24 @@ def main(args: argparse.Namespace) -> int:
     made = not (args.inspect or args.verify or args.from_precomputed or args.to_precomputed)
     for flag, given, where in (
         ("--sheet", args.sheet and not (args.inspect or args.verify), "--inspect or --verify"),
+        ("--cache", args.cache and made, "--verify, --sheet and --to-precomputed"),
         ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
         ("--trigger", args.trigger is not None and not made, "a TABLE of captions"),
     ):
         if given:
             raise UserError(f"{flag}: only with {where}")
+    if (args.from_precomputed or args.to_precomputed) and in_bucket(location(args.out or "")):
+        raise UserError(f"{args.out}: written to disks alone; copy the folder there then")
     for work, asked in (
         (_look, args.inspect or args.verify),
         (_foresee, args.dry_run),
         (_convert, args.from_precomputed),
         (_export, args.to_precomputed),
+        (_prepare, True),
     ):
         if asked:
-            if work in (_convert, _export) and in_bucket(location(args.out or "")):
-                raise UserError(f"{args.out}: written to disks alone; copy the folder there then")
-            return work(args)
-    return _prepare(args)
+            with kept():
+                return work(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -181,7 +185,7 @@ def _dataset(args: argparse.Namespace, whole: bool) -> Records | Linked:
     if not in_bucket(place) or whole:
         return open_records(local_dataset(args.table, args.cache, "--cache"))
     if (records := open_in_bucket(place)) is None:
-        raise UserError(f"{place}: no dataset here ({INDEX_NAME} is missing)")
+        raise UserError(f"{place}: no dataset here; python -m ltx2_jax.prepare makes one")
     return records
 
 
@@ -303,11 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sheet", metavar="FILE.png", help="of --inspect and --verify: a few clips, decoded"
     )
-    parser.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="of --verify, --sheet and --to-precomputed: gets the copy of a dataset in a bucket",
-    )
+    parser.add_argument("--cache", metavar="FOLDER", help="gets a copy of a dataset in a bucket")
     for add in (_clip_flags, _caption_flags, _codec_flags, _official_flags):
         add(parser)
     parser.add_argument(
@@ -477,8 +477,9 @@ def _report(records: Records | Linked) -> None:
     """Prints what was made, and writes it beside the records."""
     lines = list(describe(records))
     if records.schema.release == LinearCodec.release:
-        with local_file(records.codec_path) as path:
-            codec = LinearCodec.load(path)
+        path = records.codec_path
+        with copied(path) if in_bucket(path) else nullcontext(path) as file:
+            codec = LinearCodec.load(file)
         for name, fraction in codec.explained.items():
             lines.append(f"the codec keeps {fraction:.1%} of the {name} variance")
     for note, number in clip_notes(records).items():

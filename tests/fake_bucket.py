@@ -107,6 +107,7 @@ def file_system(bucket):
             return Written(lambda data: bucket.put(path, data))
 
         def cp_file(self, source, target, **_):
+            source = self._strip_protocol(source)
             if source in bucket.objects:  # and no folder
                 bucket.put(self._strip_protocol(target), bucket.objects[source][0])
 

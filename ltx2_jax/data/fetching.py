@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +18,7 @@ from etils import epath
 from ltx2_jax import hosts
 from ltx2_jax.data.records import INDEX_NAME, NAMES_NAME, Records
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import (
-    bucket_files,
-    download,
-    in_bucket,
-    location,
-    locked,
-    reason,
-    replacing,
-)
+from ltx2_jax.files import bucket_files, download, location, locked, reason, replacing
 
 AT_ONCE = 16  # files that are copied at a time
 
@@ -82,20 +73,6 @@ def open_in_bucket(path: str | os.PathLike) -> Records | None:
     if NAMES_NAME in files:
         raise UserError(f"{path}: .precomputed folders are read on disks alone")
     return Records(place, files) if INDEX_NAME in files else None
-
-
-@contextlib.contextmanager
-def local_file(path: Path | epath.Path) -> Iterator[Path]:
-    """A file on a disk; one in a bucket is copied for as long as the context lasts."""
-    if not in_bucket(path):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="ltx2-jax-") as folder:
-        try:
-            download(path, Path(folder) / path.name)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
-        yield Path(folder) / path.name
 
 
 @contextlib.contextmanager

@@ -43,16 +43,15 @@ from ltx2_jax.data.staging import (
 )
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import (
-    bucket_entries,
     bucket_files,
-    copy_in_bucket,
     download,
     in_bucket,
     in_time,
     location,
+    of_bucket,
     only_run,
     read_bytes,
-    remove_from_bucket,
+    reason,
     saying,
     upload,
 )
@@ -129,7 +128,8 @@ class BucketStaging(Staging):
         own = f"{HELD}{self._process}/"
         with self._lock, _told(self.place, "read"):
             found = bucket_entries(self.place)
-            if any(found.get(name) != self._found.get(name) for name in found if own not in name):
+            theirs = {name: entry for name, entry in found.items() if not name.startswith(own)}
+            if any(entry != self._found.get(name) for name, entry in theirs.items()):
                 self._sign = time.time()
             for name in self._found.keys() - found.keys():
                 (self.folder / name).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class BucketStaging(Staging):
             self._send(name)
 
     def clear(self) -> None:
-        kept = (HELD, PUBLISHING)
+        kept = (HELD, PUBLISHING, ".")  # files of others, who may have just begun
         self._remove([name for name in self._found if not name.startswith(kept)])
 
     def remove(self) -> None:
@@ -180,6 +180,7 @@ class BucketStaging(Staging):
         self._remove(list(self._found))
 
     def _remove(self, names: list[str]) -> None:
+        self._check()
         _remove(self.place, names)
         for name in names:
             self._found.pop(name, None)
@@ -212,13 +213,16 @@ class BucketStaging(Staging):
     def adopt(
         self, parts: Iterable[tuple[str, int, str | None, dict]], makers: Iterable[str]
     ) -> None:
+        def tell(part: tuple[str, int, str | None, dict]) -> None:
+            name = f"{part[0]}-{part[1]:05d}.json"
+            Staging.write_json(self, name, part[3])
+            self._send(name)
+
         parts = list(parts)
-        copies = {self.path(kind, shard).name: name for kind, shard, name, _ in parts if name}
-        copies |= {name: name for name in makers}
+        sources = {self.path(kind, shard).name: name for kind, shard, name, _ in parts if name}
         with _told(self.place, "written"):
-            copy = lambda name: copy_in_bucket(self.target / copies[name], self.place / name)  # noqa: E731
-            _at_once(copy, copies)
-        _at_once(lambda part: self.write_json(f"{part[0]}-{part[1]:05d}.json", part[3]), parts)
+            _copy(self.target, self.place, sources | {name: name for name in makers})
+        _at_once(tell, parts)
         self._look()
 
     def name_shard(self, kind: str, shard: int, name: str) -> None:
@@ -238,8 +242,7 @@ class BucketStaging(Staging):
             there = _files(self.target)
             for names in ({INDEX_NAME}.intersection(there), there.keys() - {INDEX_NAME}):
                 _at_once(lambda name: remove_from_bucket(self.target / name), names)
-            copy = lambda name: copy_in_bucket(self.place / sources[name], self.target / name)  # noqa: E731
-            _at_once(copy, sources)
+            _copy(self.place, self.target, sources)
             sizes = {name: self._found[source]["size"] for name, source in sources.items()}
             if (made := _files(self.target)) != sizes:
                 first = min(name for name, _ in made.items() ^ sizes.items())
@@ -271,6 +274,35 @@ def _stays(name: str) -> bool:
     return is_of_making(name) or name.startswith((HELD, PUBLISHING, "."))
 
 
+def bucket_entries(folder: epath.Path) -> dict[str, dict[str, Any]]:
+    """What a bucket says of all files below a folder, by their paths from there: "size", dates."""
+    begin = os.fspath(folder).removeprefix("gs://") + "/"
+    with of_bucket() as bucket:
+        try:
+            found = bucket.find(os.fspath(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+    files = {name: entry for name, entry in found.items() if entry["type"] == "file"}
+    return {name.removeprefix(begin): e for name, e in files.items() if name.startswith(begin)}
+
+
+def copy_in_bucket(source: epath.Path, target: epath.Path) -> None:
+    """A file of a bucket to another name, without a way through this machine."""
+    with of_bucket() as bucket:
+        bucket.cp_file(os.fspath(source), os.fspath(target))
+
+
+def _copy(folder: epath.Path, target: epath.Path, sources: Mapping[str, str]) -> None:
+    """Copies files of a folder to another one, under the names whose `sources` they are."""
+    _at_once(lambda name: copy_in_bucket(folder / sources[name], target / name), sources)
+
+
+def remove_from_bucket(place: epath.Path) -> None:
+    """Removes a file of a bucket, if it is there."""
+    with contextlib.suppress(FileNotFoundError), of_bucket() as bucket:
+        bucket.rm_file(os.fspath(place))
+
+
 def _files(place: epath.Path) -> dict[str, int]:
     with _told(place, "read"):
         return bucket_files(place)
@@ -294,7 +326,7 @@ def _told(place: epath.Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: cannot be {what} ({error})") from None
+        raise UserError(f"{place}: cannot be {what} ({reason(error)})") from None
 
 
 @contextlib.contextmanager

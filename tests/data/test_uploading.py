@@ -144,19 +144,26 @@ def test_a_second_run_into_one_folder_is_refused(tmp_path, disk, bucket, monkeyp
     assert seen
 
 
-def test_a_run_that_was_taken_over_sends_nothing_more(tmp_path, disk, bucket, monkeypatch):
-    rows, finish = films(disk, 8), uploading.Staging.finish
+@pytest.mark.parametrize("moment", ["keep", "finish"])
+def test_a_run_that_was_taken_over_leaves_the_other_alone(
+    moment, tmp_path, disk, bucket, monkeypatch
+):
+    """Also at its beginning, when it would remove what is not worth to be kept."""
+    rows, does = films(disk, 8), getattr(uploading.BucketStaging, moment)
     other = {"host": "host-9", "pid": 7, "since": 5.0, "refreshed": 9e9, "run": "other"}
+    there = []
 
-    def taken(self, kind, shard, *rest):
-        if kind == "clips":
+    def taken(self, *given):
+        if not there:
             bucket.put(f"{MAKING}/process-0/.run.json", json.dumps(other).encode())
-        finish(self, kind, shard, *rest)
+            there.append(dict(bucket.objects))
+        does(self, *given)
 
-    monkeypatch.setattr(uploading.Staging, "finish", taken)
+    monkeypatch.setattr(uploading.BucketStaging, moment, taken)
     with pytest.raises(UserError, match=r"another run has taken over \(host-9, process 7"):
         upload(tmp_path, rows)
-    assert not [name for name in bucket.objects if "clips" in name]
+    assert f"{MAKING}/state.json" in bucket.objects
+    assert [bucket.objects] == there
 
 
 def test_another_dataset_takes_the_place_of_one_whole(tmp_path, disk, bucket, monkeypatch):
@@ -248,8 +255,9 @@ def test_the_command_makes_looks_at_and_checks_a_dataset_in_a_bucket(
 ):
     """With a codec that is fitted by one run, and fetched by the next."""
     rows = films(disk, 6)
-    (tmp_path / "t.csv").write_text("\n".join(["video,caption", *rows, "none.mp4,no"]) + "\n")
-    argv = [str(tmp_path / "t.csv"), URL, *SIZE, "--video-channels=2", "--audio-channels=2"]
+    table = "\n".join(["video,caption", *rows, "none.mp4,no"]) + "\n"
+    bucket.put("bucket/films/t.csv", table.encode())
+    argv = ["gs://bucket/films/t.csv", URL, *SIZE, "--video-channels=2", "--audio-channels=2"]
     monkeypatch.setattr(command, "_text_encoder", lambda args: Encoder())
     with monkeypatch.context() as patch:
         patch.setattr(uploading.Staging, "finish", lambda *given: (_ for _ in ()).throw(Killed))
