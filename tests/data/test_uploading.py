@@ -241,6 +241,8 @@ def test_a_shard_counts_when_all_of_it_is_there(tmp_path, disk, bucket):
         staging.finish("clips", 3, [b"1", b"22"], {})
         assert staging.done("clips", 3)["count"] == 2
         assert not list(staging.folder.glob("*.arrayrecord"))
+    order = [name for name in bucket.objects if "clips" in name]  # as they were sent
+    assert order == [f"{MAKING}/clips-00003.{suffix}" for suffix in ("arrayrecord", "json")]
     bucket.put(f"{MAKING}/clips-00003.arrayrecord", b"cut")
     with uploading.BucketStaging(URL, {"a": 1}) as staging:
         assert staging.read_json("clips-00003.json")["count"] == 2
