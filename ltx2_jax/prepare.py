@@ -104,6 +104,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.out is None:
         raise UserError("OUT: give the folder to make")
     hosts.agree(lambda: check_place(args.out))
+    jax.local_devices()  # all processes begin with them together; one may wait for others from here
     codec = _codec(args)
     config = _config(args, codec)
     process, processes = args.part or (hosts.index(), hosts.count())

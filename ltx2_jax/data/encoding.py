@@ -232,7 +232,8 @@ def _check_clips(records: Records, rows: Sequence[Row]) -> bool:
     failures = [f for part in made["parts"] for f in part["about"].get("failures", [])]
     failed = {rows[f["row"]].name for f in failures}
     for row, now in zip(rows, fingerprints(row.path for row in rows), strict=True):
-        if now is None or row.name in failed or row.name not in then or now == then[row.name]:
+        before = then.get(row.name)  # None: it could not be told
+        if now is None or row.name in failed or before is None or now == before:
             continue
         raise OtherDataset(
             f"{records.folder}: {row.name} was another file when this dataset was made; "

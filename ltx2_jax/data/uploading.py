@@ -138,7 +138,7 @@ class BucketStaging(Staging):
                 for name in found
                 if name in _CHANGING or (_SHARD.fullmatch(name) and not self._is_here(name))
             ]
-            _at_once(self._fetch, wanted)
+            _at_once(self._fetch_if_there, wanted)
             self._found = found
 
     def _is_here(self, name: str) -> bool:
@@ -146,9 +146,12 @@ class BucketStaging(Staging):
 
     def _fetch(self, name: str) -> None:
         half = self.folder / f".{name}"
+        download(self.place / name, half)
+        os.replace(half, self.folder / name)
+
+    def _fetch_if_there(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-            download(self.place / name, half)
-            os.replace(half, self.folder / name)
+            self._fetch(name)
 
     def _send(self, name: str) -> None:
         self._check()

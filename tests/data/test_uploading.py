@@ -52,7 +52,6 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(uploading.tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setattr(files, "REFRESH", 0.02)
-    monkeypatch.setattr(files, "STALE", 0.06)
     for bucket in fake_bucket.serve(monkeypatch):
         monkeypatch.setattr(bucket, "put", functools.partial(checked_put, bucket, bucket.put))
         yield bucket
@@ -88,6 +87,7 @@ def test_a_dataset_made_with_crashes_equals_one_made_on_a_disk(tmp_path, disk, b
     del disk.films["f5.mp4"], disk.films["f20.mp4"]
     whole = prepare(tmp_path, rows, name="whole")
     rng, left, crashed = random.Random(1), [0], []
+    monkeypatch.setattr(files, "STALE", 0.05)
     for module, name in PLACES + SENT:
         original = getattr(module, name)
 
@@ -160,6 +160,7 @@ def test_a_run_that_was_taken_over_leaves_the_other_alone(
         does(self, *given)
 
     monkeypatch.setattr(uploading.BucketStaging, moment, taken)
+    monkeypatch.setattr(files, "REFRESH", 0.5)  # not before it looks itself
     with pytest.raises(UserError, match=r"another run has taken over \(host-9, process 7"):
         upload(tmp_path, rows)
     assert f"{MAKING}/state.json" in bucket.objects
@@ -247,6 +248,16 @@ def test_a_shard_counts_when_all_of_it_is_there(tmp_path, disk, bucket):
     with uploading.BucketStaging(URL, {"a": 1}) as staging:
         assert staging.read_json("clips-00003.json")["count"] == 2
         assert staging.done("clips", 3) is None
+
+
+def test_who_waits_for_a_process_that_is_gone_is_told(bucket, monkeypatch):
+    """What a process writes itself is no sign of another."""
+    monkeypatch.setattr("ltx2_jax.data.staging.LOST_SECONDS", 0.2)
+    with uploading.BucketStaging(URL, {"a": 1}):
+        pass
+    with uploading.BucketStaging(URL, {"a": 1}, process=1) as staging:
+        with pytest.raises(UserError, match=r"^gs://.*\.films\.prepare: waited .* none is at work"):
+            staging.wait(lambda: False, "finishes")
 
 
 # ---- the command ---------------------------------------------------------------------------------
