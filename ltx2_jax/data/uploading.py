@@ -75,7 +75,10 @@ def check_place(out: str | os.PathLike, seconds: float = 30.0) -> None:
     probe = _making(target) / f".probe-{secrets.token_hex(8)}"
 
     def work() -> None:
-        probe.write_text("")
+        try:
+            probe.write_text("")
+        except FileNotFoundError:
+            raise OSError("no such bucket") from None
         if probe.name not in bucket_entries(probe.parent):
             raise OSError("a file that was written is not listed")
         remove_from_bucket(probe)
@@ -290,9 +293,12 @@ def bucket_entries(folder: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def copy_in_bucket(source: epath.Path, target: epath.Path) -> None:
-    """A file of a bucket to another name, without a way through this machine."""
+    """A file of a bucket to another name, without a way through this machine if the bucket can."""
     with of_bucket() as bucket:
-        bucket.cp_file(os.fspath(source), os.fspath(target))
+        try:
+            bucket.cp_file(os.fspath(source), os.fspath(target))
+        except NotImplementedError:  # of a zonal bucket
+            source.copy(target, overwrite=True)
 
 
 def _copy(folder: epath.Path, target: epath.Path, sources: Mapping[str, str]) -> None:

@@ -1,12 +1,12 @@
 """Films in a bucket: copied to this disk for as long as they are read."""
 
+import atexit
 import contextlib
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -17,11 +17,11 @@ ROOM = 8 * 2**30  # bytes of copies that nobody reads now: a film may give more 
 
 
 class _Copy:
-    """Of one film; `file` is one of `tempfile`, None until it is here."""
+    """Of one film; `file` is None until it is here."""
 
     def __init__(self):
         self.lock, self.users = threading.Lock(), 0
-        self.file: Any = None
+        self.file: Path | None = None
 
 
 _copies: dict[epath.Path, _Copy] = {}  # the one that was asked for last is last
@@ -42,35 +42,36 @@ def copied(path: epath.Path) -> Iterator[Path]:
     try:
         with copy.lock:
             copy.file = copy.file or _fetched(path)
-        yield Path(copy.file.name)
+        yield copy.file
     finally:
         with _lock:
             copy.users -= 1
             _remove_unused(ROOM)
 
 
-def _fetched(path: epath.Path) -> Any:
+def _fetched(path: epath.Path) -> Path:
+    descriptor, name = tempfile.mkstemp(prefix="ltx2-jax-", suffix=path.suffix)
+    os.close(descriptor)
     with contextlib.ExitStack() as stack:
+        stack.callback(Path(name).unlink, missing_ok=True)
         try:
-            file = tempfile.NamedTemporaryFile(prefix="ltx2-jax-", suffix=path.suffix)
-            stack.enter_context(file)
-            download(path, Path(file.name))
+            download(path, Path(name))
         except FileNotFoundError:
             raise UserError("no such file") from None
         except OSError as error:
             raise UserError(f"cannot be copied ({error})") from error
         stack.pop_all()
-    return file
+    return Path(name)
 
 
 def _remove_unused(room: int) -> None:
     """The oldest copies that nobody reads, until the others take no more than `room` bytes."""
     unused = {path: copy for path, copy in _copies.items() if not copy.users and copy.file}
-    sizes = {path: os.path.getsize(copy.file.name) for path, copy in unused.items()}
+    sizes = {path: copy.file.stat().st_size for path, copy in unused.items()}
     for path, copy in unused.items():
         if sum(sizes.values()) > room:
             del _copies[path], sizes[path]
-            copy.file.close()
+            copy.file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -81,3 +82,6 @@ def kept() -> Iterator[None]:
             yield
     finally:
         _remove_unused(-1)
+
+
+atexit.register(_remove_unused, -1)  # of who reads films without `kept`

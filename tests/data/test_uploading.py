@@ -10,6 +10,7 @@ import re
 import threading
 
 import fake_bucket
+import fsspec
 import pytest
 from test_sharded_work import CONFIG, PLACES, Codec, Encoder, Killed, contents, films, prepare
 from test_sharded_work import disk as disk
@@ -224,6 +225,18 @@ def test_a_crash_after_the_dataset_is_there_costs_nothing(tmp_path, disk, bucket
     assert_equals(tmp_path, bucket, prepare(tmp_path, rows))
 
 
+def test_a_bucket_that_copies_no_files_itself_gets_them_from_here(
+    tmp_path, disk, bucket, monkeypatch
+):
+    def zonal(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(fsspec.filesystem("gs")), "cp_file", zonal)
+    rows = films(disk, 4)
+    upload(tmp_path, rows)
+    assert_equals(tmp_path, bucket, prepare(tmp_path, rows))
+
+
 def test_what_came_too_late_of_another_dataset_is_not_taken(tmp_path, disk, bucket):
     rows = films(disk, 8)
     upload(tmp_path, rows, dataclasses.replace(CONFIG, fps=12.0))
@@ -302,7 +315,7 @@ def test_the_command_makes_looks_at_and_checks_a_dataset_in_a_bucket(
             PermissionError("403: no access"),
             r"no dataset can .* there \(403: no access\)",
         ),
-        (URL, FileNotFoundError("bucket"), r"no dataset can .* there \(bucket\)"),
+        (URL, FileNotFoundError("bucket"), r"no dataset can .* there \(no such bucket\)"),
         ("gs://bucket", None, "give a folder in the bucket, such as gs://bucket/clips"),
         (f"{URL} --to-precomputed", None, "written to disks alone; copy the folder there then"),
         ("s3://bucket/films", None, "s3:// cannot be written to; give a folder or gs://bucket/fo"),

@@ -41,7 +41,11 @@ def fetched(monkeypatch, tmp_path):
 
     def noted(place, target):
         names.append(place.name)
-        download(place, target)
+        try:
+            download(place, target)
+        except FileNotFoundError:  # gcsfs removes what it could not write
+            target.unlink()
+            raise
 
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
