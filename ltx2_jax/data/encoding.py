@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import PrepareConfig
@@ -85,7 +87,7 @@ def prepare_dataset(
     settings = _settings(rows, config, codec, text_encoder)
     place = location(out)
     remote = in_bucket(place)
-    made = None if overwrite else open_in_bucket(place) if remote else _made(Path(out))
+    made = None if overwrite else _made(place)
     if made is not None:
         if not isinstance(made, Records):
             raise OtherDataset(f"{out}: holds a dataset of a .precomputed; choose another folder")
@@ -116,8 +118,11 @@ def prepare_dataset(
     return open_in_bucket(place) if remote else Records(out)
 
 
-def _made(out: Path) -> Records | Linked | None:
-    return open_records(out) if (out / INDEX_NAME).exists() else None
+def _made(place: epath.Path) -> Records | Linked | None:
+    """The dataset that is there."""
+    if in_bucket(place):
+        return open_in_bucket(place)
+    return open_records(place) if (place / INDEX_NAME).exists() else None
 
 
 def clip_notes(records: Records) -> dict[str, int]:

@@ -243,7 +243,7 @@ class BucketStaging(Staging):
         self._check_target(overwrite)
         text = json.dumps(index, ensure_ascii=False) + "\n"
         self.write_json(PUBLISHING, hashlib.sha256(text.encode()).hexdigest())
-        sources = {name: name for name in self._found if not _stays(name)} | self._named
+        sources = {name: name for name in self._found if not _stays_behind(name)} | self._named
         with _told(self.target, "written"):
             there = _files(self.target)
             for names in ({INDEX_NAME}.intersection(there), there.keys() - {INDEX_NAME}):
@@ -275,7 +275,7 @@ def _making(target: epath.Path) -> epath.Path:
     return target.with_name(f".{target.name}.prepare")
 
 
-def _stays(name: str) -> bool:
+def _stays_behind(name: str) -> bool:
     """Whether a file of a making is none of the dataset."""
     return is_of_making(name) or name.startswith((HELD, PUBLISHING, "."))
 

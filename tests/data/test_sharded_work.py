@@ -373,6 +373,16 @@ def test_clips_that_came_since_are_added_and_the_rest_is_kept(tmp_path, disk):
     assert contents(prepare(tmp_path, rows)) == whole
 
 
+def test_a_file_that_could_not_be_told_apart_then_is_no_other_one_now(tmp_path, disk, monkeypatch):
+    rows = films(disk, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "fingerprints", lambda paths: [None for _ in paths])
+        prepare(tmp_path, rows)
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 2
+    assert not disk.reads
+
+
 def test_clips_that_are_added_have_the_length_of_the_first(tmp_path, disk, monkeypatch):
     """Of the first of all, not the first of their shard."""
     rows = films(disk, 6)
