@@ -1,6 +1,7 @@
 """One CPU process with 8 devices for all tests; golden data from the repository or --golden-dir."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -52,6 +53,8 @@ LONG = (
 
 
 def pytest_configure(config):
+    # What tracing makes is kept in caches: to look through it every 700 objects is in vain.
+    gc.set_threshold(50_000, 20, 50)
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would put it last
         config.option.loadscopereorder = False
 
