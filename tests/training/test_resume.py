@@ -17,7 +17,6 @@ from ltx2_jax.training.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "resume_config.py"
 STEPS = 16
-SHARED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # all are programs of all processes
 
 
 def command(workdir, signalled="", code=0):
@@ -26,7 +25,7 @@ def command(workdir, signalled="", code=0):
     done = subprocess.run(
         [sys.executable, "-m", "ltx2_jax.train", f"--config={CONFIG}:{signalled}",
          f"--config.workdir={workdir}", f"--config.num_steps={STEPS}"],
-        env=os.environ | SHARED | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == code, done.stdout
