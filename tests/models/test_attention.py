@@ -51,11 +51,14 @@ def with_gradients(function, arguments, grad):
     return out, *pull(grad)
 
 
+wanted = jax.jit(partial(with_gradients, reference))
+
+
 def check_on_mesh(context, queries, keys, arguments, bias=None, backend="xla"):
     """attend() on the mesh `context` equals the plain formula, as do all gradients."""
     *qkv, grad = arguments
     qkvb = qkv if bias is None else [*qkv, bias]
-    want = with_gradients(reference, qkvb, grad)
+    want = wanted(qkvb, grad)
     run = partial(attend, queries=queries, keys=keys, backend=backend)
     with context, jax.default_matmul_precision("highest"):
         mesh = jax.sharding.get_mesh()
@@ -156,7 +159,7 @@ def test_lengths_that_fill_no_block_are_padded_and_masked(monkeypatch):
     *qkv, grad = arrays(130, 300, heads=4)
     run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
     got = with_gradients(jax.jit(run), qkv, grad)
-    for x, y in zip(got, with_gradients(reference, qkv, grad), strict=True):
+    for x, y in zip(got, wanted(qkv, grad), strict=True):
         np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
 
 
@@ -217,7 +220,7 @@ def test_bfloat16_kernels_are_as_exact_as_their_inputs(width):
     run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
     got = with_gradients(jax.jit(run), (q, k, v), grad)
     exact = [x.astype(jnp.float32) for x in (q, k, v, grad)]
-    for x, y in zip(got, with_gradients(reference, exact[:3], exact[3]), strict=True):
+    for x, y in zip(got, wanted(exact[:3], exact[3]), strict=True):
         error = np.linalg.norm(np.asarray(x, np.float32) - y) / np.linalg.norm(y)
         assert error < 2**-8  # of one rounding: 2^-9 at most
 
