@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from ltx2_jax.chips import QUICK
 from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.audio_vae import FRAMES_PER_LATENT, AudioVAEConfig
@@ -119,7 +120,7 @@ def _encode_audio(params: Any, audio: Array, *, graph: Any) -> Array:
     return nnx.merge(graph, params).encode_waveform(audio)
 
 
-@partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames="graph", compiler_options=QUICK)
 def _decode_audio(params: tuple[Any, Any], latents: Array, *, graph: tuple[Any, Any]) -> Array:
     vae, vocoder = (nnx.merge(g, p) for g, p in zip(graph, params, strict=True))
     return vocoder(vae.decode(latents))
