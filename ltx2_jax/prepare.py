@@ -19,9 +19,9 @@ from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset
 from ltx2_jax.data.inspection import describe, foresee, verify
+from ltx2_jax.data.latents import rates_of
 from ltx2_jax.data.records import Linked, Records, open_records
 from ltx2_jax.data.table import read_table
-from ltx2_jax.data.work import rates_of
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError

@@ -161,6 +161,7 @@ def _checked(config: Config) -> tuple[Config, epath.Path, jax.sharding.Mesh]:
     mesh = hosts.agree(
         lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     )
+    hosts.agree(lambda: checks.check_alone(config, mesh))  # data may take long
     config = with_data_here(config)
     checks.before_work(config, mesh)
     validation.check(config, mesh)
