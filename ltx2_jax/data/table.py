@@ -86,10 +86,10 @@ def read_table(path: str | os.PathLike) -> list[Row]:
         or value, no rows.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
     readers = dict(zip(TABLES, (_read_csv, _read_json, _read_jsonl, _read_parquet), strict=True))
     suffix = path.suffix.lower()
+    if suffix not in readers and path.is_dir():
+        return _read_folder(path)
     if suffix not in readers:
         raise UserError(f"{path}: a table is a .csv, .json, .jsonl or .parquet file")
     try:
