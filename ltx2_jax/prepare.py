@@ -39,13 +39,13 @@ _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
 
 TABLE is a CSV (with a header), JSON (list of objects), JSONL or Parquet file with the columns
-`video` (or `media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with
-the records, the codec and the text encoder. The codec is that of a release (--codec), or a linear
-one fitted on these clips. The text encoder is that of a release or of another dataset
-(--text-encoder), or a small one with random weights and a tokenizer trained on these captions. The
-folder appears when everything is done; until then what is done is kept beside it, and the same
-command goes on. Clips that cannot be used are left out and listed; the same command takes them when
-it can.
+`video` (or `media_path`) and `caption`; paths are relative to its folder. Or it is a folder of
+films, each with its caption beside it (a.txt of a.mp4). OUT becomes a folder with the records, the
+codec and the text encoder. The codec is that of a release (--codec), or a linear one fitted on
+these clips. The text encoder is that of a release or of another dataset (--text-encoder), or a
+small one with random weights and a tokenizer trained on these captions. The folder appears when
+everything is done; until then what is done is kept beside it, and the same command goes on. Clips
+that cannot be used are left out and listed; the same command takes them when it can.
 """
 
 _EXAMPLE = """\
