@@ -53,7 +53,8 @@ spec:
     maxRestarts: {args.restarts}
     rules:
       # A mistake or a run that diverged (see podFailurePolicy) does not get better by trying again.
-      - action: FailJobSet
+      - name: mistakeOrDiverged  # letters and digits: a JobSet takes no hyphens here
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice

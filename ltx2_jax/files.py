@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import queue
 import re
 import secrets
 import shutil
@@ -159,26 +160,67 @@ def bucket_files(folder: epath.Path) -> dict[str, int]:
     Raises:
       OSError: the bucket does not say.
     """
-    import fsspec
-
-    try:
-        found = fsspec.filesystem("gs").ls(os.fspath(folder), detail=True)
-    except FileNotFoundError:
-        return {}
-    except Exception as error:  # each library has its own
-        raise OSError(reason(error)) from error
+    with of_bucket() as bucket:
+        try:
+            found = bucket.ls(os.fspath(folder), detail=True)
+        except FileNotFoundError:
+            return {}
     files = {entry["name"].rpartition("/")[2]: entry for entry in found if entry["type"] == "file"}
     return {name: entry["size"] for name, entry in files.items() if name}
 
 
 def download(place: epath.Path, target: Path) -> None:
     """A file of a bucket onto a disk, in pieces; OSError if it cannot."""
+    with of_bucket() as bucket:
+        bucket.get_file(os.fspath(place), os.fspath(target))
+
+
+@contextlib.contextmanager
+def of_bucket() -> Iterator[Any]:
+    """The library of buckets, whose errors become OSError; FileNotFoundError stays."""
     import fsspec
 
     try:
-        fsspec.filesystem("gs").get_file(os.fspath(place), os.fspath(target))
+        yield fsspec.filesystem("gs")
+    except FileNotFoundError:
+        raise
     except Exception as error:  # each library has its own
         raise OSError(reason(error)) from error
+
+
+def read_bytes(path: Path | epath.Path) -> bytes:
+    """A small file of a disk or a bucket; OSError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise
+    except Exception as error:  # of a bucket, each library's own
+        raise OSError(reason(error)) from error
+
+
+def in_time(work: Callable[[], object], seconds: float, name: str, refusal: str) -> None:
+    """Does `work`; UserError if it fails, or takes longer: libraries of buckets try for minutes.
+
+    `name` is what the error is about, and `refusal` what it is then.
+    """
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+            answers.put(None)
+        except Exception as error:  # each library has its own
+            answers.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise UserError(f"{name}: no answer in {seconds:.0f} s") from None
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        raise UserError(f"{name}: {refusal} ({reason(error)})") from None
 
 
 class Mirror:

@@ -83,6 +83,11 @@ def main(args: argparse.Namespace, overrides: dict[str, str]) -> bool:
     return facts["fits"]
 
 
+def _progress(text: str) -> None:
+    """Beside the answer, which may be JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _check_flags(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     """UserError for a flag of another program; fills in what was not given."""
     for flag, (programs, default) in FLAGS.items():
@@ -124,7 +129,7 @@ def _released(args: argparse.Namespace) -> dict[str, Any]:
             layers=networks.transformer.num_layers,
             name=args.recipe,
         )
-        how = {"sizes": args.mesh, "offload": args.offload}
+        how = {"sizes": args.mesh, "offload": args.offload, "say": _progress}
         return planning.plan_clip(networks, recipe, size, args.topology, **how)
     return planning.plan_vae(planning.VAES[args.release], args.half, size, args.topology)
 

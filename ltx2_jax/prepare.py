@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -18,15 +19,18 @@ from ltx2_jax.data.buckets import parse_buckets
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset
+from ltx2_jax.data.fetching import local_dataset, open_in_bucket
 from ltx2_jax.data.inspection import describe, foresee, verify
 from ltx2_jax.data.latents import rates_of
 from ltx2_jax.data.records import Linked, Records, open_records
 from ltx2_jax.data.table import read_table
+from ltx2_jax.data.uploading import check_place
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
-from ltx2_jax.files import replacing
+from ltx2_jax.files import in_bucket, location, replacing
+from ltx2_jax.media.copies import copied, kept
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import FeatureEncoder, load_caption_encoder, released_encoder
 from ltx2_jax.text.encoder import LENGTH
@@ -46,6 +50,9 @@ these clips. The text encoder is that of a release or of another dataset (--text
 small one with random weights and a tokenizer trained on these captions. The folder appears when
 everything is done; until then what is done is kept beside it, and the same command goes on. Clips
 that cannot be used are left out and listed; the same command takes them when it can.
+
+OUT may be gs://bucket/folder: every shard is sent there when it is made, and the same command goes
+on from any machine. TABLE and films may be in buckets too, and are copied while they are read.
 """
 
 _EXAMPLE = """\
@@ -56,6 +63,9 @@ example:
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
   python -m ltx2_jax.prepare films.jsonl data/films --buckets 768x512x121,512x768x121 \\
       --stride 121 --incomplete --codec ltx-2-19b-dev.safetensors \\
+      --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
+  python -m ltx2_jax.prepare films.jsonl gs://my-bucket/films --buckets 768x512x121 \\
+      --codec ltx-2-19b-dev.safetensors \\
       --text-encoder ltx-2-19b-dev.safetensors gemma-3-12b-it/
   python -m ltx2_jax.prepare --inspect data/films
   python -m ltx2_jax.prepare --from-precomputed clips/.precomputed \\
@@ -69,26 +79,32 @@ def main(args: argparse.Namespace) -> int:
     made = not (args.inspect or args.verify or args.from_precomputed or args.to_precomputed)
     for flag, given, where in (
         ("--sheet", args.sheet and not (args.inspect or args.verify), "--inspect or --verify"),
+        ("--cache", args.cache and made, "--verify, --sheet and --to-precomputed"),
         ("--folders", args.folders and not args.from_precomputed, "--from-precomputed"),
         ("--trigger", args.trigger is not None and not made, "a TABLE of captions"),
     ):
         if given:
             raise UserError(f"{flag}: only with {where}")
+    if (args.from_precomputed or args.to_precomputed) and in_bucket(location(args.out or "")):
+        raise UserError(f"{args.out}: written to disks alone; copy the folder there then")
     for work, asked in (
         (_look, args.inspect or args.verify),
         (_foresee, args.dry_run),
         (_convert, args.from_precomputed),
         (_export, args.to_precomputed),
+        (_prepare, True),
     ):
         if asked:
-            return work(args)
-    return _prepare(args)
+            with kept():
+                return work(args)
 
 
 def _prepare(args: argparse.Namespace) -> int:
     """Make or load the codec and the text encoder, prepare, report."""
     if args.out is None:
         raise UserError("OUT: give the folder to make")
+    hosts.agree(lambda: check_place(args.out))
+    jax.local_devices()  # all processes begin with them together; one may wait for others from here
     codec = _codec(args)
     config = _config(args, codec)
     process, processes = args.part or (hosts.index(), hosts.count())
@@ -150,7 +166,7 @@ def _look(args: argparse.Namespace) -> int:
     """Prints what a dataset holds; 2 if --verify finds a fault."""
     if args.out is not None:
         raise UserError(f"{args.out}: --inspect and --verify take a dataset and nothing else")
-    records = open_records(args.table)
+    records = _dataset(args, args.verify or args.sheet)
     for line in describe(records):
         print(line)
     if args.sheet is not None:
@@ -162,6 +178,16 @@ def _look(args: argparse.Namespace) -> int:
     if args.verify:
         print(f"{len(records)} records read, {faults} faults")
     return 2 if faults else 0
+
+
+def _dataset(args: argparse.Namespace, whole: bool) -> Records | Linked:
+    """The dataset TABLE; one in a bucket is copied first, if it is needed `whole`."""
+    place = location(args.table)
+    if not in_bucket(place) or whole:
+        return open_records(local_dataset(args.table, args.cache, "--cache"))
+    if (records := open_in_bucket(place)) is None:
+        raise UserError(f"{place}: no dataset here; python -m ltx2_jax.prepare makes one")
+    return records
 
 
 def _sheet(records: Records | Linked, path: str) -> Path:
@@ -213,7 +239,7 @@ def _export(args: argparse.Namespace) -> int:
     """Writes a dataset as the official trainer reads it."""
     if args.out is None:
         raise UserError("OUT: give the folder to make")
-    records = open_records(args.table)
+    records = _dataset(args, True)
     if not isinstance(records, Records):
         raise UserError(f"{args.table}: its records are those of a .precomputed already")
     print(f"in {to_precomputed(records, args.out, overwrite=args.overwrite)}")
@@ -268,7 +294,9 @@ def _mesh() -> jax.sharding.Mesh:
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser("prepare", _DESCRIPTION, _EXAMPLE)
     parser.add_argument("table", metavar="TABLE", help="clips and captions; or a folder to convert")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="folder of the dataset")
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help="folder of the dataset, or gs://bucket/folder"
+    )
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--dry-run", action="store_true", help="only tell what would be made")
     look.add_argument(
@@ -280,13 +308,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sheet", metavar="FILE.png", help="of --inspect and --verify: a few clips, decoded"
     )
+    parser.add_argument("--cache", metavar="FOLDER", help="gets a copy of a dataset in a bucket")
     for add in (_clip_flags, _caption_flags, _codec_flags, _official_flags):
         add(parser)
     parser.add_argument(
         "--part",
         type=_part,
         metavar="I/N",
-        help="this is process I of N, from 0 on, that run the same command on one disk",
+        help="this is process I of N, from 0 on, that run the same command on one disk, or with "
+        "OUT in a bucket",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a dataset made with other settings"
@@ -448,12 +478,15 @@ def _report(records: Records | Linked) -> None:
     """Prints what was made, and writes it beside the records."""
     lines = list(describe(records))
     if records.schema.release == LinearCodec.release:
-        for name, fraction in LinearCodec.load(records.codec_path).explained.items():
+        path = records.codec_path
+        with copied(path) if in_bucket(path) else nullcontext(path) as file:
+            codec = LinearCodec.load(file)
+        for name, fraction in codec.explained.items():
             lines.append(f"the codec keeps {fraction:.1%} of the {name} variance")
     for note, number in clip_notes(records).items():
         lines.append(f"{number} clip{'s' if number > 1 else ''} {note}")
     skipped = [f"skipped {clip['source']}: {clip['reason']}" for clip in records.skipped]
-    path = Path(records.folder) / REPORT_NAME
+    path = records.folder / REPORT_NAME
     with replacing(path) as temporary:
         temporary.write_text("\n".join([*lines, *skipped]) + "\n", encoding="utf-8")
     if len(skipped) > SHOWN:

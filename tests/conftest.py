@@ -1,6 +1,7 @@
 """One CPU process with 8 devices for all tests; golden data from the repository or --golden-dir."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -43,15 +44,19 @@ def pytest_addoption(parser):
 
 # Longest first: workers take whole files, and what is begun last should be short.
 LONG = (
-    "test_resume.py", "test_hosts.py", "test_golden_training.py", "test_lora_training.py",
-    "test_training.py", "test_sharding.py", "test_golden.py", "test_cli.py", "test_generate.py",
-    "test_release.py", "test_convert.py", "test_transformer.py", "test_plan_transformer.py",
-    "test_mixed.py", "test_validation.py", "test_loading.py", "test_bench.py", "test_initial.py",
-    "test_sampling_given.py", "test_tasks.py", "test_notebook.py", "test_launch.py",
+    "test_golden.py", "test_hosts.py", "test_resume.py", "test_plan_transformer.py",
+    "test_tasks.py", "test_release.py", "test_sharding.py", "test_quantized_sampling.py",
+    "test_golden_training.py", "test_bench.py", "test_lora_training.py",
+    "test_quantized_training.py", "test_convert.py", "test_mixed.py", "test_release_25.py",
+    "test_validation.py", "test_training.py", "test_cli.py", "test_loop_claims.py",
+    "test_generate.py", "test_notebook.py", "test_attention.py", "test_launch.py",
+    "test_loading.py", "test_codec.py", "test_sampling_given.py", "test_transformer.py",
 )  # fmt: skip
 
 
 def pytest_configure(config):
+    # What tracing makes is kept in caches: to look through it every 700 objects is in vain.
+    gc.set_threshold(50_000, 20, 50)
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would put it last
         config.option.loadscopereorder = False
 

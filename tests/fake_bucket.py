@@ -107,12 +107,14 @@ def file_system(bucket):
             return Written(lambda data: bucket.put(path, data))
 
         def cp_file(self, source, target, **_):
+            source = self._strip_protocol(source)
             if source in bucket.objects:  # and no folder
                 bucket.put(self._strip_protocol(target), bucket.objects[source][0])
 
         def _rm(self, path):
             bucket.touch()
-            del bucket.objects[self._strip_protocol(path)]
+            if bucket.objects.pop(self._strip_protocol(path), None) is None:
+                raise FileNotFoundError(path)
 
         def rm_file(self, path):
             self._rm(path)

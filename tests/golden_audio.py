@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from golden_case import Case, file_of, load
 
 from ltx2_jax.models.codecs.audio_vae import AudioVAE
@@ -25,11 +25,11 @@ def vocoder_of(folder: Path) -> Vocoder:
 
 
 def channels_last(x):
-    return jnp.moveaxis(x, 1, -1)
+    return np.moveaxis(x, 1, -1)
 
 
 def channels_first(x):
-    return jnp.moveaxis(x, -1, 1)
+    return np.moveaxis(x, -1, 1)
 
 
 def run_audio(case: Case):
@@ -42,8 +42,8 @@ def run_audio(case: Case):
 
 def run_waveform_to_mel(case, waveform):
     given = {"n_fft": case.args["n_fft"], "hop": case.args["hop"], "bins": case.args["n_mels"]}
-    config = audio_vae_of(case.folder).config.mel
-    return {"mel": channels_first(log_mel(waveform, dataclasses.replace(config, **given)))}
+    config = dataclasses.replace(audio_vae_of(case.folder).config.mel, **given)
+    return {"mel": channels_first(jax.jit(log_mel, static_argnums=1)(waveform, config))}
 
 
 def run_resample(case, waveform):
@@ -80,7 +80,7 @@ def run_vocoder_parts(case, mel):
     mel2 = model.extension.log_mel(low_rate)
     return {
         "low_rate": channels_first(low_rate),
-        "mel2": jnp.moveaxis(mel2, (1, 2, 3), (3, 2, 1)),
+        "mel2": np.moveaxis(mel2, (1, 2, 3), (3, 2, 1)),
         "residual": channels_first(model.extension.generator(mel2)),
         "skip": channels_first(model.extension.interpolate(low_rate)),
     }

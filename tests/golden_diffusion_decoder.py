@@ -45,20 +45,20 @@ def formula_noise(shape: tuple[int, ...], draw: int) -> np.ndarray:
     return ((2 * u - 1) * np.sqrt(3)).astype(np.float32).reshape(shape)
 
 
-def _drawing(case: Case) -> Callable[[tuple[int, ...]], jax.Array]:
+def _drawing(case: Case) -> Callable[[tuple[int, ...]], np.ndarray]:
     """Gives the noise of the case, and checks that its shapes are asked for in its order."""
     shapes = iter(enumerate(case.args["noise_draws"]))
 
     def draw(shape):
         number, official = next(shapes)
         assert [shape[0], shape[4], *shape[1:4]] == official, f"draw {number}"
-        return jnp.moveaxis(formula_noise(official, number), 1, -1)
+        return np.moveaxis(formula_noise(official, number), 1, -1)
 
     return draw
 
 
 def _latents(case: Case) -> jax.Array:
-    latents = jnp.moveaxis(jnp.asarray(case.inputs()["latent"]), 1, -1)
+    latents = np.moveaxis(case.inputs()["latent"], 1, -1)
     return load_encoder(case.folder).statistics.unnormalize(latents)
 
 
@@ -87,7 +87,7 @@ def run_block(case: Case, decoder: DiffusionDecoder) -> dict[str, jax.Array]:
         attended = block.attention(x, lambda frame: frame)
         return {"attn": block.attention_out(attended), "y": block(x)}
 
-    return run(decoder.stages[0].blocks[0], jnp.asarray(case.inputs()["x"]))
+    return run(decoder.stages[0].blocks[0], case.inputs()["x"])
 
 
 def run_video_vae_diffusion(case: Case) -> dict[str, np.ndarray | jax.Array]:
@@ -95,7 +95,7 @@ def run_video_vae_diffusion(case: Case) -> dict[str, np.ndarray | jax.Array]:
     if kind.startswith("encode"):
         pixels = pixels_of(case.inputs()["pixels_u8"])
         latents = nnx.jit(VideoVAE.encode)(load_encoder(case.folder), pixels)
-        return {"latent": jnp.moveaxis(latents, -1, 1)}
+        return {"latent": np.moveaxis(latents, -1, 1)}
     steps = case.args.get("steps")
     decoder = load_decoder(case.folder, case.args.get("model_output_type"), steps)
     if kind.startswith(("decode", "tiled_decode")):

@@ -5,7 +5,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from golden_case import Case, load, release_of
@@ -91,10 +90,10 @@ def run_tokenize(case: Case) -> dict:
 
 def run_features_connectors(case: Case) -> dict:
     inputs = case.inputs()
-    mask = jnp.asarray(inputs["attention_mask"])
+    mask = inputs["attention_mask"]
     states = inputs["hidden_states_valid"]  # the last rows; those before are padding
     front = mask.shape[1] - states.shape[2]
-    states = jnp.pad(states, [(0, 0), (0, 0), (front, 0), (0, 0)])
+    states = np.pad(states, [(0, 0), (0, 0), (front, 0), (0, 0)])
     features = features_of(case.folder, states.shape[-1], states.shape[0] - 1)
     video, audio = project(*nnx.split(features), states, mask)
     connectors = connectors_of(case.folder)
@@ -104,7 +103,7 @@ def run_features_connectors(case: Case) -> dict:
         "audio_features": audio,
         "video_encoding": video_context,
         "audio_encoding": audio_context,
-        "mask": jnp.ones_like(mask) if left is None else left,
+        "mask": np.ones_like(mask) if left is None else left,
     }
     return {name: outputs[name] for name in case.expected()}
 
@@ -113,10 +112,10 @@ def run_video_connector(case: Case) -> dict:
     features = case.inputs()["features"]
     (length,) = {shape[1] for shape in case.spec["shapes"]["outputs"].values()}
     valid = case.args["valid"]
-    features = jnp.pad(features, [(0, 0), (0, length - features.shape[1]), (0, 0)])
-    mask = jnp.broadcast_to(jnp.arange(length) < valid, features.shape[:2])
+    features = np.pad(features, [(0, 0), (0, length - features.shape[1]), (0, 0)])
+    mask = np.broadcast_to(np.arange(length) < valid, features.shape[:2])
     connectors = connectors_of(case.folder)
-    audio = jnp.zeros((*mask.shape, connectors.audio.cfg.width))
+    audio = np.zeros((*mask.shape, connectors.audio.cfg.width), np.float32)
     return {"encoding": connect(*nnx.split(connectors), features, audio, mask)[0]}
 
 

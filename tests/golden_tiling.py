@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from golden_case import Case
@@ -39,7 +38,7 @@ def run_tiled(case: Case) -> dict[str, np.ndarray]:
         pixels = np.moveaxis(case.inputs()["pixels_u8"], 1, -1)
         plan = tiling.plan_encode(pixels.shape[1:4], vae.cfg.strides, tiles)
         latents = tiling.tiled_encode(
-            lambda tile: encode(jnp.asarray(tile, jnp.float32) / 127.5 - 1), pixels, plan
+            lambda tile: encode(tile.astype(np.float32) / np.float32(127.5) - 1), pixels, plan
         )
         return {"latent": np.moveaxis(latents, -1, 1)}
     if kind.startswith("tiled_decode"):

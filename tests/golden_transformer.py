@@ -24,7 +24,7 @@ def load_transformer(folder: Path) -> LTX2Transformer:
 
 def modality(inputs: dict[str, np.ndarray], stream: str, **changes) -> Modality:
     """Inputs named `v_...` or `a_...` -> Modality; timesteps may end with an axis of size 1."""
-    x = {name[2:]: jnp.asarray(v) for name, v in inputs.items() if name[:2] == f"{stream}_"}
+    x = {name[2:]: v for name, v in inputs.items() if name[:2] == f"{stream}_"}
     timesteps = x["timesteps"]
     fields = {
         "latent": x["latent"],
@@ -37,7 +37,7 @@ def modality(inputs: dict[str, np.ndarray], stream: str, **changes) -> Modality:
     }
     for shared in ("context_mask", "context_bias"):
         if shared in inputs:
-            fields["context_mask"] = jnp.asarray(inputs[shared])
+            fields["context_mask"] = inputs[shared]
     return Modality(**(fields | changes))
 
 
@@ -73,7 +73,7 @@ def keep_masks(case: Case, layers: int, batch: int) -> Keep | None:
         if blocks is not None:  # a rule for released models may name blocks that a small one lacks
             blocks = [block for block in blocks if block < layers]
         masks[PERTURBATIONS[kind]][samples, slice(None) if blocks is None else blocks] = 0
-    return Keep(**{name: jnp.asarray(mask) for name, mask in masks.items()})
+    return Keep(**masks)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -113,18 +113,33 @@ def block(model: LTX2Transformer, i: int):
 
 
 def run_attention(model, case: Case):
-    inputs = {k: jnp.asarray(v) for k, v in case.inputs().items()}
+    inputs = case.inputs()
     attention = block(model, case.args["block"]).video_self
     rope = tuple(inputs[name].swapaxes(1, 2) for name in ("cos", "sin"))
-    hidden = inputs["hidden"]
-    return {
-        "out": attention(hidden, rope=rope),
-        "out_perturbed": attention(hidden, rope=rope, keep=jnp.zeros(hidden.shape[0])),
-    }
+
+    @nnx.jit
+    def run(attention, hidden):
+        return {
+            "out": attention(hidden, rope=rope),
+            "out_perturbed": attention(hidden, rope=rope, keep=jnp.zeros(hidden.shape[0])),
+        }
+
+    return run(attention, inputs["hidden"])
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def embed(graphdef, params, video, audio):
+    return nnx.merge(graphdef, params).embed(video, audio)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def run_block(graphdef, params, i, *given):
+    """Block `i` of the stacked ones: one program for all."""
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[i], params))(*given, Keep())
 
 
 def run_prepared(model, video, audio):
-    v, a, video_cond, audio_cond = model.embed(video, audio)
+    v, a, video_cond, audio_cond = embed(*nnx.split(model), video, audio)
     outputs = {}
     for prefix, x, cond in (("v", v, video_cond), ("a", a, audio_cond)):
         outputs |= {
@@ -138,14 +153,15 @@ def run_prepared(model, video, audio):
         }
     # The reference flattens modulation rows: [B, T, R, D] -> [B, T, R * D].
     outputs = {k: x for k, x in outputs.items() if x is not None}
+    outputs = jax.tree.map(np.asarray, outputs)
     return {k: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x for k, x in outputs.items()}
 
 
 def run_blocks(model, video, audio):
-    v, a, *conds = model.embed(video, audio)
-    outputs = {}
+    v, a, *conds = embed(*nnx.split(model), video, audio)
+    outputs, blocks = {}, nnx.split(model.blocks)
     for i in range(model.cfg.num_layers):
-        v, a = block(model, i)(v, a, *conds, Keep())
+        v, a = run_block(*blocks, i, v, a, *conds)
         outputs |= {f"v_block{i}": v, f"a_block{i}": a}
     return outputs
 

@@ -4,7 +4,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from golden_case import Case, file_of, load
@@ -24,9 +23,9 @@ def load_timestep_vae(folder: Path) -> VideoVAE:
     return load(folder / "vae_timestep.safetensors", "video_vae", dtype="float32")
 
 
-def pixels_of(pixels_u8: np.ndarray) -> jax.Array:
+def pixels_of(pixels_u8: np.ndarray) -> np.ndarray:
     """uint8 (B, 3, F, H, W) -> float32 [B, F, H, W, 3]."""
-    return jnp.moveaxis(jnp.asarray(pixels_u8, jnp.float32) / 127.5 - 1, 1, -1)
+    return np.moveaxis(pixels_u8.astype(np.float32) / np.float32(127.5) - 1, 1, -1)
 
 
 @cache
@@ -47,7 +46,7 @@ def _jitted(vae: VideoVAE):
     return partial(encode, state), partial(decode, state)
 
 
-def _run(case: Case, vae: VideoVAE) -> dict[str, jax.Array]:
+def _run(case: Case, vae: VideoVAE) -> dict[str, np.ndarray]:
     encode, decode = _jitted(vae)
     kind, inputs = case.name.split("/")[1].split("_")[0], case.inputs()
     if kind == "encode":
@@ -55,18 +54,18 @@ def _run(case: Case, vae: VideoVAE) -> dict[str, jax.Array]:
     elif kind == "decode":
         noise = inputs.get("noise")
         if noise is not None:  # of latents, and maps
-            noise = [jnp.moveaxis(x, 1, -1) if x.ndim == 5 else jnp.asarray(x) for x in noise]
-        outputs = decode(jnp.moveaxis(inputs["latent"], 1, -1), case.args.get("timestep"), noise)
+            noise = [np.moveaxis(x, 1, -1) if x.ndim == 5 else x for x in noise]
+        outputs = decode(np.moveaxis(inputs["latent"], 1, -1), case.args.get("timestep"), noise)
     else:
         raise KeyError(case.name)
-    return {name: jnp.moveaxis(outputs[name], -1, 1) for name in case.spec["outputs"]}
+    return {name: np.moveaxis(outputs[name], -1, 1) for name in case.spec["outputs"]}
 
 
-def run_vae(case: Case) -> dict[str, jax.Array]:
+def run_vae(case: Case) -> dict[str, np.ndarray]:
     return _run(case, load_video_vae(case.folder))
 
 
-def run_vae_timestep(case: Case) -> dict[str, jax.Array]:
+def run_vae_timestep(case: Case) -> dict[str, np.ndarray]:
     return _run(case, load_timestep_vae(case.folder))
 
 

@@ -155,17 +155,20 @@ def test_the_host_that_is_behind_is_named_and_all_show_what_they_do(tmp_path, wh
     assert any(f"in {what}" in line for line in stacks)
 
 
-def test_a_signal_to_one_host_ends_those_that_wait_for_it(tmp_path):
-    ended = drill(tmp_path, "told")
-    assert ended.codes == [143, 143]
-    assert ended.lines() == ["drill: interrupted"]
+@pytest.fixture(scope="module")
+def talked(tmp_path_factory):
+    """Two hosts talk; then one of them gets a signal."""
+    return drill(tmp_path_factory.mktemp("talk"), "talk")
 
 
-def test_hosts_agree_or_refuse_together(tmp_path):
-    ended = drill(tmp_path, "talk")
-    assert ended.codes == [0, 0], ended.err
+def test_a_signal_to_one_host_ends_those_that_wait_for_it(talked):
+    assert talked.codes == [143, 143]
+    assert talked.lines() == ["drill: interrupted"]
+
+
+def test_hosts_agree_or_refuse_together(talked):
     name = rf"host-1 \({re.escape(socket.gethostname())}\)"
-    for me, output in enumerate(ended.out):
+    for me, output in enumerate(talked.out):
         lines = output.splitlines()
         assert lines[:4] == [
             f"{me} of 2", "['from 0', 'from 1']", "from 0", f"went on with {me}",

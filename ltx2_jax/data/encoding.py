@@ -13,20 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from ltx2_jax import hosts
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import PrepareConfig
+from ltx2_jax.data.fetching import open_in_bucket
 from ltx2_jax.data.merging import CLIPS_NAME, adopt, finish, made_of
-from ltx2_jax.data.records import INDEX_NAME, Records, open_records
+from ltx2_jax.data.records import INDEX_NAME, Linked, Records, open_records
 from ltx2_jax.data.staging import READY, Staging, tidy
 from ltx2_jax.data.survey import Survey
 from ltx2_jax.data.table import Row, read_table
+from ltx2_jax.data.uploading import BucketStaging, tidy_bucket
 from ltx2_jax.data.work import NoneUsableError, Work, may_succeed_now
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import flat
+from ltx2_jax.files import in_bucket, location, read_bytes
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import check_even
 from ltx2_jax.media.scenes import RULE
@@ -59,19 +64,21 @@ def prepare_dataset(
 
     Args:
       table: see `read_table`.
-      out: the folder to make.
+      out: the folder to make, of a disk or a bucket (gs://bucket/folder).
       config: sizes of the clips, text and batch.
       codec: any codec of `ltx2_jax.codecs`, or a `LinearCodecConfig` to fit a linear one on these
         clips; None fits one with the defaults. The dataset takes its release from it.
       text_encoder: of a release or of another dataset, or a `RandomEncoderConfig` to make one for
         these captions; None makes one with the defaults.
       overwrite: replace a dataset made with other settings.
-      process, processes: which of how many are at work on it; all are called alike, on one disk.
+      process, processes: which of how many are at work on it; all are called alike, on one disk or
+        with `out` in a bucket.
       later: clips are decoded and encoded when they are first read, see `data.films`; of a codec
-        that is given. `OtherDataset` if films are gone, too.
+        that is given, on a disk. `OtherDataset` if films are gone, too.
 
     Returns:
-      The dataset; None for processes other than the first, when their part is done.
+      The dataset, of a bucket without its records (`open_in_bucket`); None for processes other than
+      the first, when their part is done.
 
     Raises:
       UserError: what `read_table` raises; a size that the codec's strides do not fit; no usable
@@ -83,14 +90,15 @@ def prepare_dataset(
     config = _resolved(config, codec, text_encoder)
     rows = read_table(table)
     settings = _settings(rows, config, codec, text_encoder)
-    made = None
-    if (Path(out) / INDEX_NAME).exists() and not overwrite:
-        made = open_records(out)
+    place = location(out)
+    remote = in_bucket(place)
+    made = None if overwrite else _made(place)
+    if made is not None:
         if not isinstance(made, Records):
             raise OtherDataset(f"{out}: holds a dataset of a .precomputed; choose another folder")
         _check_settings(made, settings)
         if process == 0:
-            tidy(Path(os.path.abspath(out)))
+            tidy_bucket(place) if remote else tidy(Path(os.path.abspath(out)))
         if later and made.films.changed():
             raise OtherDataset(f"{out}: films have changed, or are gone, since it was made")
         if not _check_clips(made, rows):
@@ -100,8 +108,9 @@ def prepare_dataset(
             return made
     read = [row.triggered(config.trigger) for row in rows]
     given = read, config, codec, text_encoder, process, processes
-    work = Survey(os.path.abspath(table), *given) if later else Work(*given)
-    with Staging(out, settings, process=process, overwrite=overwrite) as staging:
+    work = Survey(table, *given) if later else Work(*given)
+    kind = BucketStaging if remote else Staging
+    with kind(out, settings, process=process, overwrite=overwrite) as staging:
         try:
             if process == 0 and made is not None and staging.read_json(READY) is None:
                 adopt(staging, made)
@@ -115,7 +124,14 @@ def prepare_dataset(
             if process == 0 and made is None and nothing:
                 staging.remove()  # there is nothing to go on with
             raise
-    return Records(out)
+    return open_in_bucket(place) if remote else Records(out)
+
+
+def _made(place: epath.Path) -> Records | Linked | None:
+    """The dataset that is there."""
+    if in_bucket(place):
+        return open_in_bucket(place)
+    return open_records(place) if (place / INDEX_NAME).exists() else None
 
 
 def clip_notes(records: Records) -> dict[str, int]:
@@ -128,7 +144,7 @@ def clip_notes(records: Records) -> dict[str, int]:
 
 def _clips_of(records: Records) -> dict[str, dict]:
     try:
-        return json.loads((Path(records.folder) / CLIPS_NAME).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(records.folder / CLIPS_NAME).decode())
     except (OSError, ValueError):
         return {"files": {}, "notes": {}}
 
@@ -230,7 +246,8 @@ def _check_clips(records: Records, rows: Sequence[Row]) -> bool:
     failures = [f for part in made["parts"] for f in part["about"].get("failures", [])]
     failed = {rows[f["row"]].name for f in failures}
     for row, now in zip(rows, fingerprints(row.path for row in rows), strict=True):
-        if now is None or row.name in failed or row.name not in then or now == then[row.name]:
+        before = then.get(row.name)  # None: it could not be told
+        if now is None or row.name in failed or before is None or now == before:
             continue
         raise OtherDataset(
             f"{records.folder}: {row.name} was another file when this dataset was made; "

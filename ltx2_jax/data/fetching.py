@@ -16,19 +16,19 @@ from pathlib import Path
 from etils import epath
 
 from ltx2_jax import hosts
-from ltx2_jax.data.records import INDEX_NAME
+from ltx2_jax.data.records import INDEX_NAME, NAMES_NAME, Records
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import bucket_files, download, location, locked, reason, replacing
 
 AT_ONCE = 16  # files that are copied at a time
 
 
-def local_dataset(path: str, cache: str | None) -> str:
+def local_dataset(path: str, cache: str | None, flag: str = "--config.data.cache") -> str:
     """The folder of a dataset; that of a bucket is copied into `cache` first, and stays there.
 
     Its folder there has the sum of its index in its name: another dataset at the same place gets
     another folder. What is there already, whole, is not copied again. Processes that share the
-    disk wait for each other.
+    disk wait for each other. `flag` is how a user gives the cache.
 
     Raises:
       UserError: no such dataset, no `cache`, or the disk does not take it.
@@ -39,7 +39,7 @@ def local_dataset(path: str, cache: str | None) -> str:
     if cache is None:
         raise UserError(
             f"{path}: a dataset in a bucket is copied to every host first: name a folder of a disk "
-            "with --config.data.cache"
+            f"with {flag}"
         )
     try:
         files = bucket_files(place)
@@ -55,6 +55,24 @@ def local_dataset(path: str, cache: str | None) -> str:
     with _alone(folder):
         _copy(place, files, folder)
     return str(folder)
+
+
+def open_in_bucket(path: str | os.PathLike) -> Records | None:
+    """The dataset in a folder of a bucket, as far as it is known without its records.
+
+    None if there is none.
+
+    Raises:
+      UserError: the bucket does not answer; as `open_records` does.
+    """
+    place = location(path)
+    try:
+        files = bucket_files(place)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    if NAMES_NAME in files:
+        raise UserError(f"{path}: .precomputed folders are read on disks alone")
+    return Records(place, files) if INDEX_NAME in files else None
 
 
 @contextlib.contextmanager

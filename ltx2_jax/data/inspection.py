@@ -13,6 +13,7 @@ from ltx2_jax.data.schema import BucketFields
 from ltx2_jax.data.table import Row
 from ltx2_jax.diffusion.geometry import video_latent_shape
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import in_bucket
 from ltx2_jax.media.scenes import watch_all
 
 Dataset = Records | Linked
@@ -63,8 +64,8 @@ def _seconds(bucket: BucketFields) -> float:
 
 
 def _text_lengths(records: Dataset) -> np.ndarray:
-    """Tokens of some captions."""
-    if "text_mask" not in records.schema.fields:
+    """Tokens of some captions; none of a dataset in a bucket, whose records are not here."""
+    if "text_mask" not in records.schema.fields or in_bucket(records.folder):
         return np.zeros(0)
     step = max(1, len(records) // LOOKED_AT)
     return np.array([records[i]["text_mask"].sum() for i in range(0, len(records), step)])

@@ -13,8 +13,9 @@ from ltx2_jax.data.clips import Failure, PrepareConfig
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME, VERSION, Records
 from ltx2_jax.data.schema import BucketFields, Schema, fields_from_json
 from ltx2_jax.data.shards import TABLE_NAME
-from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, SCENES, Staging, link_or_copy
+from ltx2_jax.data.staging import CAPTIONS, CLIPS, READY, SCENES, Staging
 from ltx2_jax.data.work import CODEC_NAME, TEXT_ENCODER_NAME, Work
+from ltx2_jax.files import read_bytes
 from ltx2_jax.text.captions import tell_cut
 
 CLIPS_NAME = "clips.json"  # {"files": name -> fingerprint, "notes": note -> number of clips}
@@ -35,8 +36,9 @@ def finish(staging: Staging, work: Work, settings: dict[str, Any], overwrite: bo
     shards = {CLIPS: _named(staging, "data", CLIPS, clips)}
     shards[CAPTIONS] = _named(staging, "captions", CAPTIONS, captions)
     text = captions[0]["fields"]
-    schema = _schema(staging.folder, work.config, clips, text)
+    schema = _schema(staging, work.config, clips, text)
     _write_table(staging.folder, work, clips, schema, text)
+    staging.keep(TABLE_NAME)
     files = {name: file for about in clips for name, file in about["files"].items()}
     notes = sum((Counter(about["notes"]) for about in clips), Counter())
     staging.write_json(CLIPS_NAME, {"files": files, "notes": notes})
@@ -76,14 +78,12 @@ def _named(staging: Staging, name: str, kind: str, abouts: list[dict]) -> list[d
     for number, shard in enumerate(there):
         about = abouts[shard]
         about["file"] = f"{name}-{number:05d}-of-{len(there):05d}.arrayrecord"
-        # Under both names, until the folder is published: a crash here costs nothing.
-        target = staging.folder / about["file"]
-        link_or_copy(staging.path(kind, shard), target)
+        staging.name_shard(kind, shard, about["file"])
         shards.append({"file": about["file"], "records": about["count"], "bytes": about["bytes"]})
     return shards
 
 
-def _schema(folder: Path, config: PrepareConfig, clips: list[dict], text: dict) -> Schema:
+def _schema(staging: Staging, config: PrepareConfig, clips: list[dict], text: dict) -> Schema:
     """All sizes, largest first; `text` are the fields of a caption."""
     found = {}
     for values in (bucket for about in clips for bucket in about["buckets"]):
@@ -99,9 +99,9 @@ def _schema(folder: Path, config: PrepareConfig, clips: list[dict], text: dict) 
         text="features",
         text_release=config.text_release,
         codec=CODEC_NAME,
-        codec_hash=content_hash(folder / CODEC_NAME),
+        codec_hash=content_hash(staging.file(CODEC_NAME)),
         text_encoder=TEXT_ENCODER_NAME,
-        text_encoder_hash=content_hash(folder / TEXT_ENCODER_NAME),
+        text_encoder_hash=content_hash(staging.file(TEXT_ENCODER_NAME)),
     )
 
 
@@ -141,16 +141,14 @@ def adopt(staging: Staging, made: Records) -> None:
         kind, held = part["kind"], part["about"]
         taken.append((kind, numbers[kind], held.get("file"), held))
         numbers[kind] += 1
-    staging.adopt(Path(made.folder), taken)
-    for name in (CODEC_NAME, TEXT_ENCODER_NAME, EMPTY_CAPTION_NAME):
-        (staging.folder / name).write_bytes((Path(made.folder) / name).read_bytes())
+    staging.adopt(taken, (CODEC_NAME, TEXT_ENCODER_NAME, EMPTY_CAPTION_NAME))
     staging.write_json(READY, about[READY])
 
 
 def made_of(records: Records) -> dict[str, Any] | None:
     """The shards of a dataset; None if another version made it, which cannot be added to."""
     try:
-        values = json.loads((Path(records.folder) / MADE_NAME).read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(records.folder / MADE_NAME).decode())
         return values if {"rows", "parts", READY} <= values.keys() else None
     except (OSError, ValueError, AttributeError):
         return None

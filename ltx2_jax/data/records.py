@@ -49,7 +49,7 @@ from ltx2_jax.data.precomputed import Precomputed, precomputed_folder
 from ltx2_jax.data.schema import Schema, renamed
 from ltx2_jax.data.shards import OPTIONS, TABLE_NAME, Shards, Table
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import locked, reason
+from ltx2_jax.files import locked, read_bytes, reason
 
 VERSION = 3
 OLDER = (2,)  # versions that are read: of one size
@@ -295,7 +295,7 @@ class Records(_Made, Sequence):
     Safe to read from several threads. Arrays are read-only. Shards are opened when first read.
 
     Attributes:
-      folder: pathlib.Path.
+      folder: pathlib.Path; of a bucket epath.Path, and there the records cannot be read.
       schema: `Schema`.
       buckets: int [n], of each record, its entry of `schema.buckets`.
       skipped: clips left out when it was made, list of {"source", "reason"}.
@@ -303,9 +303,9 @@ class Records(_Made, Sequence):
       films: what makes the clips when they are first read; None where they are in shards.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        """See `open_records`."""
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, sizes: Mapping[str, int] | None = None):
+        """See `open_records`, and `open_in_bucket`: `sizes` are those of its files in a bucket."""
+        self.folder = Path(folder) if sizes is None else folder
         contents = _read_index(self.folder)
         try:
             self.schema = Schema.from_json(contents["schema"])
@@ -320,12 +320,12 @@ class Records(_Made, Sequence):
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
         if self.films is None:
-            self._shards.check()
+            self._shards.check(sizes)
         several = len(self.schema.buckets) > 1 or self._captions is not None
         self._table = Table(self.folder, several, len(self), len(self.schema.buckets))
         self.buckets = self._table.buckets
         if self._captions is not None:
-            self._captions.check()
+            self._captions.check(sizes)
             self._table.check_captions(len(self._captions))
 
     def __len__(self) -> int:
@@ -415,7 +415,7 @@ def _home(folder: str | os.PathLike) -> Path:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(read_bytes(path).decode())
         version = contents["version"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
@@ -425,7 +425,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read: {reason(error)}") from None
     if version not in (VERSION, *OLDER):
         read = ", ".join(map(str, (*OLDER, VERSION)))
         raise UserError(

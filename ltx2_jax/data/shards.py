@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from ltx2_jax.blobs import deserialize
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import reason, replacing
+from ltx2_jax.files import in_bucket, read_bytes, reason, replacing
 
 T = TypeVar("T")
 
@@ -104,16 +104,15 @@ class Shards(Sequence):
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
-    def check(self) -> None:
-        """UserError for a file that is missing or has another size."""
+    def check(self, sizes: Mapping[str, int] | None = None) -> None:
+        """UserError for a file that is missing or has another size; a bucket's are `sizes`."""
         for name, _, size in self._shards:
             path = self._folder / name
-            if not path.exists():
+            if not (path.exists() if sizes is None else name in sizes):
                 raise UserError(f"{path}: this shard of the dataset is missing")
-            if path.stat().st_size != size:
-                raise UserError(
-                    f"{path}: damaged shard: {path.stat().st_size} bytes, {size} were written"
-                )
+            found = path.stat().st_size if sizes is None else sizes[name]
+            if found != size:
+                raise UserError(f"{path}: damaged shard: {found} bytes, {size} were written")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -133,6 +132,8 @@ class Shards(Sequence):
             if shard not in self._readers:
                 name, count, _ = self._shards[shard]
                 path = self._folder / name
+                if in_bucket(path):
+                    raise UserError(f"{path}: records are read on disks alone; copy the dataset")
                 # No read-ahead: the shuffled next record is somewhere else.
                 reader = ArrayRecordReader(
                     str(path),
@@ -161,7 +162,7 @@ class Table:
         self._arrays = {"bucket": np.zeros(count, np.int32)}
         if there:
             try:
-                self._arrays = deserialize(self._path.read_bytes())
+                self._arrays = deserialize(read_bytes(self._path))
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{self._path}: cannot be read ({reason(error)})") from None
         self.buckets = self._arrays.get("bucket", np.zeros(0))

@@ -38,6 +38,7 @@ class Staging:
     Attributes:
       folder: where it is (pathlib.Path).
       target: the dataset to be.
+      place: where what is done stays: the folder, or for `BucketStaging` one in a bucket.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class Staging:
           overwrite: begin anew where another dataset is half made.
         """
         self.target = Path(os.path.abspath(target))
-        self.folder = self.target.with_name(f".{self.target.name}.prepare")
+        self.place = self.folder = self.target.with_name(f".{self.target.name}.prepare")
         self._settings, self._process, self._overwrite = dict(settings), process, overwrite
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Staging":
         if self._process == 0:
-            check_target(self.target, overwrite=True)
+            self._check_target(overwrite=True)
             self._set_up()
         else:
             self.wait(lambda: self._stored() == self._settings, "begins")
@@ -72,6 +73,9 @@ class Staging:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._held.close()
+
+    def _check_target(self, overwrite: bool) -> None:
+        check_target(self.target, overwrite)
 
     def _set_up(self) -> None:
         try:
@@ -83,7 +87,7 @@ class Staging:
         if stored is not None and stored != self._settings:
             if not self._overwrite:
                 raise UserError(
-                    f"{self.folder}: a dataset is half made there with other settings; finish it "
+                    f"{self.place}: a dataset is half made there with other settings; finish it "
                     "with those, or begin anew (--overwrite)"
                 )
             self.clear()
@@ -117,6 +121,13 @@ class Staging:
         with replacing(self.folder / name) as temporary:
             temporary.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def file(self, name: str) -> Path:
+        """A file that `keep` was told of, by whichever process."""
+        return self.folder / name
+
+    def keep(self, *names: str) -> None:
+        """Tells that files of the folder are written."""
+
     def clear(self) -> None:
         """Removes what was made, but for the locks."""
         for path in self.folder.iterdir():
@@ -132,9 +143,12 @@ class Staging:
     def done(self, kind: str, shard: int) -> dict[str, Any] | None:
         """What a shard holds; None while it is not done."""
         about = self.read_json(f"{kind}-{shard:05d}.json")
-        if about is None or (about["bytes"] and not self.path(kind, shard).exists()):
+        if about is None or (about["bytes"] and not self._holds(kind, shard, about["bytes"])):
             return None
         return about
+
+    def _holds(self, kind: str, shard: int, size: int) -> bool:
+        return self.path(kind, shard).exists()
 
     def path(self, kind: str, shard: int) -> Path:
         """The file of a shard's records; a shard without records has none."""
@@ -152,7 +166,10 @@ class Staging:
         """
         if self.published:  # another process has made this shard too
             return
-        count, size = write_shard(self.path(kind, shard), blobs)
+        path = self.path(kind, shard)
+        count, size = write_shard(path, blobs)
+        if count:
+            self.keep(path.name)
         self.write_json(f"{kind}-{shard:05d}.json", about | {"count": count, "bytes": size})
 
     def alive(self) -> None:
@@ -175,28 +192,45 @@ class Staging:
         while not there() and not self.published:
             time.sleep(pause)
             pause = min(5.0, 2 * pause)
-            for path in self.folder.glob("*"):
-                with contextlib.suppress(OSError):
-                    newest = max(newest, path.stat().st_mtime)
+            newest = max(newest, self._last_sign())
             if time.time() - newest > LOST_SECONDS:
                 raise UserError(
-                    f"{self.folder}: waited until another process {what}, and none is at work; "
+                    f"{self.place}: waited until another process {what}, and none is at work; "
                     "the same command on all hosts goes on"
                 )
 
+    def _last_sign(self) -> float:
+        """When a process gave a sign of life, in seconds since 1970; 0 if none did."""
+        newest = 0.0
+        for path in self.folder.glob("*"):
+            with contextlib.suppress(OSError):
+                newest = max(newest, path.stat().st_mtime)
+        return newest
+
     # ---- the end
 
-    def adopt(self, dataset: Path, parts: Iterable[tuple[str, int, str | None, dict]]) -> None:
-        """Takes shards of a finished dataset, as (kind, number, file or None, about)."""
+    def adopt(
+        self, parts: Iterable[tuple[str, int, str | None, dict]], makers: Iterable[str]
+    ) -> None:
+        """Takes shards of a finished dataset, as (kind, number, file or None, about), and files."""
         for kind, shard, name, about in parts:
             if name is not None:
-                link_or_copy(dataset / name, self.path(kind, shard))
+                link_or_copy(self.target / name, self.path(kind, shard))
             self.write_json(f"{kind}-{shard:05d}.json", about)
+        for name in makers:
+            (self.folder / name).write_bytes((self.target / name).read_bytes())
+
+    def name_shard(self, kind: str, shard: int, name: str) -> None:
+        """Gives the records of a shard the name that they have in the dataset.
+
+        They keep the other one until the folder is published: a crash before costs nothing.
+        """
+        link_or_copy(self.path(kind, shard), self.folder / name)
 
     def publish(self, index: Mapping[str, Any], overwrite: bool) -> None:
         """Writes the index, takes the dataset's name, and removes what only the making needs."""
         self.write_json(INDEX_NAME, index)
-        check_target(self.target, overwrite)
+        self._check_target(overwrite)
         put_in_place(self.folder, self.target)
         tidy(self.target)  # not before: a crash between the two must not cost what was done
 
@@ -204,12 +238,17 @@ class Staging:
 def tidy(dataset: Path) -> None:
     """Removes what only the making of a dataset needed, which a crash at its end may leave."""
     for path in dataset.iterdir():
-        kind, _, rest = path.name.partition("-")
-        shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
         killed = re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name)  # while it wrote a file
-        if shard or killed or kind == "lock" or path.name in (STATE, BEGUN, READY):
+        if killed or is_of_making(path.name):
             path.unlink(missing_ok=True)
     shutil.rmtree(dataset.with_name(f".{dataset.name}.old"), ignore_errors=True)
+
+
+def is_of_making(name: str) -> bool:
+    """Whether a file of a dataset in the making is none of the dataset."""
+    kind, _, rest = name.partition("-")
+    shard = kind in (CLIPS, CAPTIONS, SCENES) and "-of-" not in rest
+    return shard or kind == "lock" or name in (STATE, BEGUN, READY)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

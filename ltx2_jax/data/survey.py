@@ -3,6 +3,7 @@
 The work of `data.work`, but for the clips: `data.films` makes those when they are first read.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +29,7 @@ from ltx2_jax.data.table import Row
 from ltx2_jax.data.work import CODEC_NAME, Work
 from ltx2_jax.diffusion.geometry import audio_latent_length, video_latent_shape
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import is_passing
+from ltx2_jax.files import in_bucket, is_passing
 from ltx2_jax.media.clip_files import fingerprints
 from ltx2_jax.media.media import FileSize, file_size
 
@@ -36,10 +37,11 @@ from ltx2_jax.media.media import FileSize, file_size
 class Survey(Work):
     """The work for a dataset of films whose clips are made later."""
 
-    def __init__(self, table: str, *work: Any):
+    def __init__(self, table: str | os.PathLike, *work: Any):
         """`table`: where the rows are from; the others as of `Work`, the codec one that is made."""
         super().__init__(*work)
-        self._table = table
+        # From wherever it is read later.
+        self._table = os.fspath(table if in_bucket(table) else os.path.abspath(table))
         self._found: list[list[tuple[Item, BucketFields] | Failure]] = []
 
     def make(self, staging: Staging) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import reason
+from ltx2_jax.files import read_bytes, reason
+from ltx2_jax.media.copies import placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Row:
 
     Attributes:
       name: the clip's path as the table gives it.
-      path: where that is: relative paths count from the table's folder.
+      path: where that is: relative paths count from the table's folder. Of a file in a bucket, as
+        `gs://bucket/film.mp4` or by a table there, this is an epath.Path.
       caption: its text, the first of several; may be empty.
       more_captions: the others, with the weight that the choice among all gives each.
       weight: that of the first.
@@ -85,7 +87,7 @@ def read_table(path: str | os.PathLike) -> list[Row]:
       UserError: naming the file, and the line or column: missing or malformed file, missing column
         or value, no rows.
     """
-    path = Path(path)
+    path = placed(path)
     readers = dict(zip(TABLES, (_read_csv, _read_json, _read_jsonl, _read_parquet), strict=True))
     suffix = path.suffix.lower()
     if suffix not in readers and path.is_dir():
@@ -93,11 +95,11 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     if suffix not in readers:
         raise UserError(f"{path}: a table is a .csv, .json, .jsonl or .parquet file")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such table") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot read the table: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read the table: {reason(error)}") from None
     rows = [
         _row(path.parent, where, {_OLDER_NAMES.get(k, k): v for k, v in values.items()}, values)
         for where, values in readers[suffix](path, content)
@@ -145,7 +147,7 @@ def _row(folder: Path, where: str, values: dict[str, Any], there: dict[str, Any]
         shown = "media_path" if main == "video" and "video" not in there else main
         raise UserError(f"{where}: column {shown!r} is empty")
     others = {
-        column: folder / text
+        column: _file(folder, text)
         for column in OTHERS
         if column in values and column != main and (text := _text(values, column, where))
     }
@@ -164,7 +166,7 @@ def _row(folder: Path, where: str, values: dict[str, Any], there: dict[str, Any]
         raise UserError(f"{where}: the weights of its captions are all 0")
     return Row(
         name,
-        folder / name,
+        _file(folder, name),
         caption,
         tuple((text, _weight(weights[f"_{name}"])) for name, text in more.items()),
         _weight(weights[""]),
@@ -173,6 +175,10 @@ def _row(folder: Path, where: str, values: dict[str, Any], there: dict[str, Any]
         end,
         others,
     )
+
+
+def _file(folder: Path, name: str) -> Path:
+    return placed(name) if name.startswith("gs://") else folder / name
 
 
 def _weight(number: float | None) -> float:

@@ -179,6 +179,7 @@ class Work:
             if isinstance(self._codec, LinearCodecConfig):
                 self._codec = LinearCodec.fit(self._codec, self._clips_to_fit())
             self._codec.save(staging.folder / CODEC_NAME)
+            staging.keep(TEXT_ENCODER_NAME, EMPTY_CAPTION_NAME, CODEC_NAME)
             samples = self._first_length() if self.reader.one_length else None
             staging.write_json(READY, {"audio_samples": samples})
         self._undo(
@@ -216,7 +217,7 @@ class Work:
         if not shards:
             return
         if isinstance(self._encoder, RandomEncoderConfig):
-            self._encoder = load_caption_encoder(staging.folder / TEXT_ENCODER_NAME)
+            self._encoder = load_caption_encoder(staging.file(TEXT_ENCODER_NAME))
         with tqdm(
             desc="encoding captions", total=len(shards) * SHARD_CAPTIONS, disable=None
         ) as bar:
@@ -236,7 +237,7 @@ class Work:
         if not shards:
             return
         if isinstance(self._codec, LinearCodecConfig):
-            self._codec = load_codec(staging.folder / CODEC_NAME)
+            self._codec = load_codec(staging.file(CODEC_NAME))
         total = sum(len(self.rows_of(shard)) for shard in shards)
         began = time.perf_counter()
         with tqdm(desc="encoding clips", total=total, unit="row", disable=None) as bar:

@@ -30,7 +30,6 @@ from jax import Array
 from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy.sparse.linalg import ArpackError, eigsh
 
 from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.diffusion.geometry import AudioClock
@@ -418,6 +417,8 @@ def _leading_components(covariance: np.ndarray, count: int) -> tuple[np.ndarray,
     """The largest eigenvalues of [D, D] in falling order, [count], and their vectors [D, count]."""
     variance, basis = None, None
     if 10 * count < len(covariance):  # a second where all of 3072 take fifteen
+        from scipy.sparse.linalg import ArpackError, eigsh  # slow to import
+
         start = np.random.default_rng(0).standard_normal(len(covariance))
         with contextlib.suppress(ArpackError):  # there is nothing to find in still clips
             variance, basis = eigsh(covariance, count, which="LA", v0=start)

@@ -10,7 +10,6 @@ Sources: `ltx_core/components/schedulers.py`, `ltx_pipelines/utils/constants.py`
 import math
 
 import numpy as np
-from scipy.special import betaincinv
 
 from ltx2_jax.diffusion.flow import shift_mu
 from ltx2_jax.errors import UserError
@@ -94,6 +93,8 @@ def beta_sigmas(steps: int, alpha: float = 0.6, beta: float = 0.6) -> np.ndarray
     [steps + 1] values at most: steps that fall on the same grid point are taken once. Source:
     `BetaScheduler`.
     """
+    from scipy.special import betaincinv  # slow to import, and few ask for this schedule
+
     _check_steps(steps)
     grid, mu = 10000, 2.37
     quantiles = betaincinv(alpha, beta, 1.0 - np.arange(steps) / steps)

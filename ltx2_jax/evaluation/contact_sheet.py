@@ -9,27 +9,18 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-
-if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
-    # It may name a window system that this version lacks, which ends the import; none is opened
-    # here. One that it has is taken all the same.
-    _backend = os.environ.pop("MPLBACKEND")
-    import matplotlib
-
-    os.environ["MPLBACKEND"] = _backend
-    with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = _backend
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.evaluation.sync import audio_onsets, visual_onsets
 from ltx2_jax.files import replacing
 from ltx2_jax.media.media import Clip
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1c2430", "#7d8896", "#e3e7ec"
 SOUND, HEARD, SEEN = "#8fa6bf", "#d1495b", "#00798c"
@@ -68,8 +59,7 @@ def contact_sheet(
     row_heights = [TITLE_INCHES + height + WAVE_INCHES + GAP_INCHES for height in heights]
     width = LEFT + STRIP_INCHES + RIGHT
     total = TOP + sum(row_heights) + BOTTOM - GAP_INCHES
-    figure = Figure(figsize=(width, total), dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _figure(width, total, dpi)
     _draw_legend(figure, title, total)
     top = total - TOP
     for index, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
@@ -97,6 +87,25 @@ def contact_sheet(
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     return Path(path)
+
+
+def _figure(width: float, height: float, dpi: int) -> Figure:
+    """An empty one, in inches. Commands that draw nothing do not wait for matplotlib."""
+    if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+        # It may name a window system that this version lacks, which ends the import; none is opened
+        # here. One that it has is taken all the same.
+        backend = os.environ.pop("MPLBACKEND")
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _span(clip: Clip, stride: int) -> tuple[float, float]:

@@ -18,10 +18,12 @@ import av
 import numpy as np
 import soundfile
 from av.video.reformatter import VideoReformatter
+from etils import epath
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.media.clip_files import found
+from ltx2_jax.media.clip_files import here
+from ltx2_jax.media.copies import placed
 from ltx2_jax.media.picture import orientation, shown_width, to_rgb, with_colours
 from ltx2_jax.media.sound import SoundTrack, to_stereo
 from ltx2_jax.media.timing import FrameClock, paced, resampled
@@ -62,7 +64,7 @@ def read_clip(
     frames, fewer frames than asked for, timestamps that run backwards or leave a hole, colours that
     no rule turns into SDR, or, with fps None, frames that do not keep to its rate.
     """
-    path = Path(path)
+    path = placed(path)
     if (height is None) != (width is None):
         raise UserError(f"{path}: give both height and width, or neither")
     for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
@@ -129,7 +131,7 @@ def file_size(path: str | os.PathLike) -> FileSize:
 
     Raises UserError as `read_clip` does where there is neither picture nor sound.
     """
-    path = Path(path)
+    path = placed(path)
     with _opened(path) as container:
         stream, sound = best_stream(container, "video"), best_stream(container, "audio")
         total = (container.duration or 0) / av.time_base
@@ -157,7 +159,7 @@ def read_sound(
     Trimmed or padded with zeros, from `start` seconds on. Raises UserError as `read_clip` does, and
     where there is no sound.
     """
-    path, notes = Path(path), set()
+    path, notes = placed(path), set()
     with _opened(path) as container:
         if not container.streams.audio:
             raise UserError("the file has no sound")
@@ -174,7 +176,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
     Raises UserError when the file is missing or unreadable.
     """
-    path, notes = Path(path), set()
+    path, notes = placed(path), set()
     with _opened(path) as container:
         video, _, _ = _decode_video(container, 1, None, 1.0, notes, None)
         if not len(video):
@@ -191,7 +193,7 @@ def small_frames(
 
     Raises UserError as `read_clip` does, where it comes to what cannot be read.
     """
-    path, converter = Path(path), VideoReformatter()
+    path, converter = placed(path), VideoReformatter()
     with _opened(path) as container:
         stream = _film_stream(container)
         clock = FrameClock(float(stream.average_rate or stream.guessed_rate or 0))
@@ -210,7 +212,7 @@ def read_whole_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
 
     Raises UserError when the file is missing or unreadable, or has no sound.
     """
-    path = Path(path)
+    path = placed(path)
     with contextlib.suppress(UserError):  # exact to the sample, of what soundfile knows
         audio, rate = read_wav(path)
         return (audio if audio.shape[1] < 3 else to_stereo(audio)), rate
@@ -231,7 +233,7 @@ def read_about(path: str | os.PathLike) -> str:
 
     Raises UserError when the file is missing or unreadable.
     """
-    with _opened(Path(path)) as container:
+    with _opened(placed(path)) as container:
         return container.metadata.get(ABOUT, "")
 
 
@@ -240,13 +242,13 @@ def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[n
 
     Raises UserError when the file is missing or unreadable.
     """
-    path = Path(path)
+    path = placed(path)
     try:
-        file = found(path)
-        if not file.is_file():
-            raise UserError("no such file")
-        # In full, because "-" would be the standard input.
-        audio, rate = soundfile.read(file.absolute(), dtype="float32", always_2d=True)
+        with here(path) as file:
+            if not file.is_file():
+                raise UserError("no such file")
+            # In full, because "-" would be the standard input.
+            audio, rate = soundfile.read(file.absolute(), dtype="float32", always_2d=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (soundfile.SoundFileError, OSError) as error:
@@ -260,18 +262,18 @@ def read_wav(path: str | os.PathLike, sample_rate: int | None = None) -> tuple[n
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: Path | epath.Path) -> Iterator[av.container.InputContainer]:
     """An open container; whatever is found wrong inside the block becomes a UserError.
 
     The block's own UserErrors get the path in front.
     """
     quiet()
     try:
-        file = found(path)
-        if file.is_dir():
-            raise UserError("is a folder, not a video file")
-        with av.open(file_url(file), **_ANY_TITLE) as container:
-            yield container
+        with here(path) as file:
+            if file.is_dir():
+                raise UserError("is a folder, not a video file")
+            with av.open(file_url(file), **_ANY_TITLE) as container:
+                yield container
     except TooShort as error:
         raise TooShort(f"{path}: {error}", error.frames) from None
     except UserError as error:

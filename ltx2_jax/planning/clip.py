@@ -93,6 +93,7 @@ def plan_clip(
     *,
     sizes: tuple[int, int, int] | None = None,
     offload: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What one clip of (frames, height, width) needs on a slice, program by program.
 
@@ -106,6 +107,7 @@ def plan_clip(
       topology: the slice.
       sizes: data, model, sequence of the mesh; None takes that which `Pipeline` would choose.
       offload: whether the layers of transformer and text encoder wait in the host's memory.
+      say: told a line after each program; all together may take half an hour.
 
     Raises:
       UserError: no such slice, no TPU compiler, an illegal size, a mesh that does not divide.
@@ -120,12 +122,20 @@ def plan_clip(
     mesh = make_mesh(*sizes, devices=devices)
     for shape in shapes:
         check_mesh(networks.transformer.num_heads, math.prod(shape.video), mesh)
+    programs = []
+
+    def add(name: str, times: int, facts: dict[str, Any]) -> None:
+        programs.append((name, times, facts))
+        peak = facts.get("peak_bytes_per_device", 0) / 2**30
+        came_to = facts.get("message", f"peak {peak:.2f} GiB")
+        say(f"{name}: compiled in {facts['compile_seconds']:.0f} s, {came_to}")
+
     prompts = plan_text(networks.encoder, 2, topology, mesh=mesh, connect=False, offload=offload)
-    programs = [("text encoder", 1, prompts)]
+    add("text encoder", 1, prompts)
     for number, stage in enumerate(recipe.stages):
         if number and stage.size != recipe.stages[number - 1].size:
             lowered = upsampler_program(networks.upsampler, shapes[number - 1], devices[0])
-            programs.append(("upsampler", 1, compile_facts(lowered, _alone(devices[0]), None)))
+            add("upsampler", 1, compile_facts(lowered, _alone(devices[0]), None))
         given = (networks.sampled, networks.text, recipe, number, task, codec, mesh)
         lowered = stage_program(*given, offload=offload)
         passes = 1 + len(stages.passes(stage, None)[0])
@@ -133,11 +143,11 @@ def plan_clip(
         tokens = math.prod(shapes[number].video), shapes[number].audio, LENGTH
         work = sum(flops.forward_flops(networks.transformer, *tokens).values())
         name = f"stage {number + 1}: {steps} x {stage.stepper}, {passes} pass{'es' * (passes > 1)}"
-        programs.append((name, 1, compile_facts(lowered, mesh, passes * steps * work)))
+        add(name, 1, compile_facts(lowered, mesh, passes * steps * work))
     facts = plan_vae(networks.video, "decode", size, topology)
-    programs.append(("picture, largest tile", facts["tiles"], facts))
+    add("picture, largest tile", facts["tiles"], facts)
     lowered = sound_program(codec.audio, shapes[-1])
-    programs.append(("sound", 1, compile_facts(lowered, _alone(devices[0]), None)))
+    add("sound", 1, compile_facts(lowered, _alone(devices[0]), None))
     weights = f"{networks.quantize or 'bfloat16'} weights{' in the host memory' * offload}"
     return _facts(recipe, weights, task, where, mesh, programs)
 

@@ -59,18 +59,18 @@ def dataset(path: str, config: Config) -> str:
     Raises:
       UserError: what is needed is not given; what `prepare_dataset` raises.
     """
-    films, place = config.data.films, location(config.workdir)
+    films, workdir = config.data.films, location(config.workdir)
     if films.buckets is None:
         raise UserError(
             f"{path}: films need data.films.buckets, the sizes that clips are brought to, such as "
             "--config.data.films.buckets=768x512x49"
         )
-    if config.data.cache is None and in_bucket(place):
+    if config.data.cache is None and in_bucket(workdir):
         raise UserError(
             f"{path}: latents of films are kept on a disk, and the workdir is in a bucket: name a "
             "folder with --config.data.cache"
         )
-    root = Path(config.data.cache or place)
+    root = Path(config.data.cache or workdir)
     codec, text_encoder = _makers(path, config, root / "text_cache")
     with _of("buckets"):
         buckets = parse_buckets(films.buckets, codec.video.strides)
@@ -79,7 +79,8 @@ def dataset(path: str, config: Config) -> str:
         buckets=buckets,
         **{name: getattr(films, name) for name in ("fps", "stride", "incomplete", "trigger")},
     )
-    about = [os.path.abspath(path), dataclasses.asdict(films), config.init_from, config.text.length]
+    place = path if in_bucket(path) else os.path.abspath(path)
+    about = [place, dataclasses.asdict(films), config.init_from, config.text.length]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     folder = root / "films" / f"{Path(path).stem}-{name}"
     try:

@@ -1,9 +1,7 @@
 """Whether the workdir is one place for all hosts, where they can write: known before any work."""
 
 import contextlib
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ from etils import epath
 
 from ltx2_jax import hosts
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import in_bucket, location, reason
+from ltx2_jax.files import in_bucket, in_time, location
 
 
 def opened(workdir: str | Path, seconds: float = 30.0) -> epath.Path:
@@ -61,22 +59,4 @@ def opened(workdir: str | Path, seconds: float = 30.0) -> epath.Path:
 
 
 def _in_time(work: Callable[[], object], workdir: str | Path, seconds: float) -> None:
-    """Does `work`; UserError if it fails, or takes longer: libraries of buckets try for minutes."""
-    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            work()
-            answers.put(None)
-        except Exception as error:  # each library has its own
-            answers.put(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise UserError(f"{workdir}: no answer in {seconds:.0f} s") from None
-    if isinstance(error, UserError):
-        raise error
-    if error is not None:
-        raise UserError(f"{workdir}: cannot be a workdir ({reason(error)})") from None
+    in_time(work, seconds, str(workdir), "cannot be a workdir")

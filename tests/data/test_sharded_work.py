@@ -19,6 +19,7 @@ from ltx2_jax.data.inspection import describe, verify
 from ltx2_jax.data.records import open_records
 from ltx2_jax.data.table import Row
 from ltx2_jax.errors import UserError
+from ltx2_jax.files import replacing
 from ltx2_jax.media import scenes
 from ltx2_jax.media.media import Clip, FileSize, TooShort
 from ltx2_jax.media.scenes import Film
@@ -117,7 +118,8 @@ def disk(monkeypatch):
 
 
 def prepare(folder, rows, config=CONFIG, name="set", header="video,caption", **options):
-    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    with replacing(folder / "t.csv") as table:  # two processes write it
+        table.write_text("\n".join([header, *rows]) + "\n")
     makers = {"codec": Codec(), "text_encoder": Encoder()}
     return prepare_dataset(folder / "t.csv", folder / name, config, **makers, **options)
 
@@ -369,6 +371,16 @@ def test_clips_that_came_since_are_added_and_the_rest_is_kept(tmp_path, disk):
     disk.missing.clear()
     whole = contents(prepare(tmp_path, rows, name="whole"))
     assert contents(prepare(tmp_path, rows)) == whole
+
+
+def test_a_file_that_could_not_be_told_apart_then_is_no_other_one_now(tmp_path, disk, monkeypatch):
+    rows = films(disk, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "fingerprints", lambda paths: [None for _ in paths])
+        prepare(tmp_path, rows)
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 2
+    assert not disk.reads
 
 
 def test_clips_that_are_added_have_the_length_of_the_first(tmp_path, disk, monkeypatch):

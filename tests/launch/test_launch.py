@@ -1,6 +1,7 @@
 """The launch scripts: as they are printed, and from end to end against a stand-in for gcloud."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,7 +208,10 @@ def test_a_jobset_says_hosts_chips_and_which_exits_are_final():
     assert rule["onExitCodes"]["values"] == [2, 3]
     # Kubernetes takes a podFailurePolicy with this alone.
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
-    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    # The schema of a JobSet has a name among what a rule must say, and takes no hyphens in it.
+    assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,14 @@ def with_gradients(function, arguments, grad):
     return out, *pull(grad)
 
 
+wanted = jax.jit(partial(with_gradients, reference))
+
+
 def check_on_mesh(context, queries, keys, arguments, bias=None, backend="xla"):
     """attend() on the mesh `context` equals the plain formula, as do all gradients."""
     *qkv, grad = arguments
     qkvb = qkv if bias is None else [*qkv, bias]
-    want = with_gradients(reference, qkvb, grad)
+    want = wanted(qkvb, grad)
     run = partial(attend, queries=queries, keys=keys, backend=backend)
     with context, jax.default_matmul_precision("highest"):
         mesh = jax.sharding.get_mesh()
@@ -156,7 +159,7 @@ def test_lengths_that_fill_no_block_are_padded_and_masked(monkeypatch):
     *qkv, grad = arrays(130, 300, heads=4)
     run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
     got = with_gradients(jax.jit(run), qkv, grad)
-    for x, y in zip(got, with_gradients(reference, qkv, grad), strict=True):
+    for x, y in zip(got, wanted(qkv, grad), strict=True):
         np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
 
 
@@ -172,6 +175,15 @@ def test_whole_clips_are_cut_into_large_blocks_without_a_mask(target):
     # 53680 tokens are no multiple of the 128 lanes: filled up by 80.
     assert 53760 % kernels.cut(53680, 53680, kernels._tuning(target).forward).keys == 0
     assert kernels.cut(126, 126, kernels._tuning(target).forward) == kernels.Blocks(128, 128, 128)
+
+
+@pytest.mark.parametrize("keys", [1280, 1408, 1536, 2500, 2688, 2816, 3072])
+def test_a_forward_block_that_holds_all_keys_is_small(keys):
+    tuning = kernels._tuning(V5P)
+    blocks = kernels.cut(2816, keys, tuning.forward, tuning.alone)
+    # 7 bytes for each logit, and 4 MiB besides, of the 16 MiB of scoped VMEM.
+    assert blocks.keys < keys or 7 * blocks.queries * blocks.keys <= 12.1 * 2**20
+    assert blocks.queries >= 384
 
 
 def test_the_backend_is_that_of_the_target():
@@ -208,7 +220,7 @@ def test_bfloat16_kernels_are_as_exact_as_their_inputs(width):
     run = partial(attend, queries=VIDEO, keys=VIDEO, backend="splash")
     got = with_gradients(jax.jit(run), (q, k, v), grad)
     exact = [x.astype(jnp.float32) for x in (q, k, v, grad)]
-    for x, y in zip(got, with_gradients(reference, exact[:3], exact[3]), strict=True):
+    for x, y in zip(got, wanted(exact[:3], exact[3]), strict=True):
         error = np.linalg.norm(np.asarray(x, np.float32) - y) / np.linalg.norm(y)
         assert error < 2**-8  # of one rounding: 2^-9 at most
 

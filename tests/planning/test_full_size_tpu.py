@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib.util
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.models import flops
+from ltx2_jax.models.transformer import attention_kernels as kernels
 from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.planning import programs
 from ltx2_jax.planning.compiled.facts import program_facts
@@ -114,3 +117,14 @@ def test_the_sampler_keeps_its_weights_and_sends_little():
     assert memory.argument_size_in_bytes >= sharding.bytes_per_chip(params)
     assert memory.temp_size_in_bytes < 0.25 * memory.argument_size_in_bytes
     assert facts["weight_copies"] == []
+
+
+@pytest.mark.parametrize("tokens", [1408, 2688, 2816])
+def test_attention_whose_keys_are_one_block_fits_the_fast_memory(tokens):
+    jax.config.update("jax_optimization_level", "O2")
+    mesh = sharding.make_mesh(1, 1, 1, devices=tpu_devices("v5p:2x2x1")[:1])
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((4, tokens, 128), jnp.bfloat16, sharding=where)
+    with jax.set_mesh(mesh):
+        run = partial(kernels.splash_forward, target=sharding.target(), residuals=True)
+        jax.jit(run).lower(x, x, x).compile()

@@ -119,7 +119,9 @@ def programs(monkeypatch):
 
 def test_a_recipe_is_one_program_after_another(networks, programs):
     recipe = recipes.distilled("2.3")
-    facts = clip.plan_clip(networks, recipe, SIZE, "v5p:2x2x2")
+    said = []
+    facts = clip.plan_clip(networks, recipe, SIZE, "v5p:2x2x2", say=said.append)
+    assert said[::5] == [f"{x}: compiled in 2 s, peak 1.00 GiB" for x in ("text encoder", "sound")]
     assert [(row["name"], row["times"]) for row in facts["programs"]] == [
         ("text encoder", 1),
         ("stage 1: 8 x euler, 1 pass", 1),

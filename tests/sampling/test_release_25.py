@@ -16,11 +16,15 @@ FILES = [SPLIT / f"{name}.safetensors" for name in (
 SIZE = {"num_frames": 9, "height": 64, "width": 64}
 
 
+def opened(keep):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    settings = {"dtype": "float32", "kind": "distilled", "keep": keep}
+    return Pipeline.from_pretrained(*FILES, mesh=mesh, **settings)
+
+
 @pytest.fixture(scope="module")
 def pipe():
-    mesh = make_mesh(devices=jax.devices()[:1])
-    settings = {"dtype": "float32", "kind": "distilled", "keep": False}
-    return Pipeline.from_pretrained(*FILES, mesh=mesh, **settings)
+    return opened(keep=True)  # read once for all tests
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,9 @@ def test_a_split_pack_is_a_model_with_its_own_text_encoder(pipe, bare):
     assert bare.about["recipe"]["stages"][0]["stepper"] == "ancestral"
 
 
-def test_what_is_not_needed_is_not_in_memory(pipe, bare, monkeypatch):
+def test_what_is_not_needed_is_not_in_memory(monkeypatch):
     """Each is gone when the next one comes."""
+    pipe = opened(keep=False)
     maker, order = pipe.maker, []
 
     def held():
@@ -55,7 +60,6 @@ def test_what_is_not_needed_is_not_in_memory(pipe, bare, monkeypatch):
 
         return run
 
-    maker.texts._known.clear()
     monkeypatch.setattr(maker.texts, "_load", noting("text", maker.texts._load))
     monkeypatch.setattr(maker, "open_codec", noting("codec", maker.open_codec))
     monkeypatch.setattr(maker.weights, "_load", noting("transformer", maker.weights._load))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from pod import environment
 from safetensors.numpy import load_file
 
 from ltx2_jax.models.transformer.config import LTX2_3_22B
@@ -49,20 +49,16 @@ def port():
         return s.getsockname()[1]
 
 
-def run(script, *arguments):
+def run(devices, script, *arguments):
     command = [sys.executable, script, *map(str, arguments)]
-    here = Path(__file__).parent
-    env = dict(os.environ, PYTHONPATH=f"{here.parent}:{here}")
-    env.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(devices), **output)
 
 
 def test_two_hosts_read_half_of_a_file_each_and_write_it_back_together(small, tmp_path):
     out, number = tmp_path / "out.safetensors", port()
     script = Path(__file__).parents[1] / "read_shared.py"
-    processes = [run(script, small, out, i, 2, number) for i in range(2)]
+    processes = [run(2, script, small, out, i, 2, number) for i in range(2)]
     results = []
     for process in processes:
         stdout, stderr = process.communicate(timeout=240)
@@ -129,7 +125,7 @@ def test_loading_needs_little_memory_beside_the_weights(tmp_path):
     write_synthetic(path, LARGE)
     wanted = mapping.parameters(partial(transformer.create, LARGE), transformer.TABLE)
     stacks = [p.leaf.size * 2 for p in wanted if p.stacked]
-    process = run("-c", MEASURE, path)
+    process = run(1, "-c", MEASURE, path)
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr[-2000:]
     grown, weights = map(int, stdout.split())

@@ -161,6 +161,7 @@ class Tuning:
     forward: Blocks
     backward: Blocks
     scheduler: bool = False  # the compiler's experimental scheduler
+    alone: int | None = None  # the most logits of a forward block that holds all keys
 
 
 # By a part of the lower-cased device kind; the first match wins. All blocks compile, forward with
@@ -172,18 +173,22 @@ class Tuning:
 # width). The compiler's schedules agree with these rates, hardly change beyond 1024 x 2048, and are
 # better with the experimental scheduler on v6e and v7x only. Compile time grows with the block: on
 # one core, with a mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
+#
+# A forward block that holds all keys is a loop of one round, whose pieces the compiler lets
+# overlap: it takes 7 bytes for each logit, 26 MiB for 1408 x 2816 on v5p.
+ALONE = 1408 * 1280
 TUNING = (
-    ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2560, 256))),
-    ("v5 lite", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
-    ("v5", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256))),
+    ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2560, 256), alone=ALONE)),
+    ("v5 lite", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256), alone=ALONE)),
+    ("v5", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2816, 256), alone=ALONE)),
     ("v6", Tuning(Blocks(2048, 2816, 512), Blocks(2048, 2816, 512), scheduler=True)),
     ("7x", Tuning(Blocks(2048, 2816, 512), Blocks(2048, 2816, 512), scheduler=True)),
     ("", Tuning(Blocks(1024, 1024, 256), Blocks(1024, 1024, 256))),  # a chip we do not know
 )
 
 
-def cut(queries: int, keys: int, most: Blocks) -> Blocks:
-    """The blocks for so many queries and keys.
+def cut(queries: int, keys: int, most: Blocks, alone: int | None = None) -> Blocks:
+    """The blocks for so many queries and keys; `alone` is of `Tuning`.
 
     Blocks that divide a length are taken if they are not much smaller than others. Queries that
     fill up a block are thrown away, for the price of a copy. Keys that do must also be masked, in
@@ -207,7 +212,8 @@ def cut(queries: int, keys: int, most: Blocks) -> Blocks:
         if keys % block == 0 or block <= most.keys - 256
     ]
     block, piece = min(pairs, key=key_work)
-    sizes = range(128, most.queries + 1 - 128 * (keys % block > 0), 128)
+    rows = most.queries if alone is None or block < keys else min(most.queries, alone // block)
+    sizes = range(128, rows + 1 - 128 * (keys % block > 0), 128)
     return Blocks(min(sizes, key=lambda n: work(queries, n, 128, 0.02)), block, piece)
 
 
@@ -225,7 +231,7 @@ def splash_forward(
     """
     kernel, queries, keys = _splash(), q.shape[1], k.shape[1]
     tuning = _tuning(target)
-    blocks = cut(queries, keys, tuning.forward)
+    blocks = cut(queries, keys, tuning.forward, tuning.alone)
     q, (k, v) = _fill(_base_2(q), blocks.queries), (_fill(x, blocks.keys) for x in (k, v))
     out = kernel._splash_attention_forward(
         _no_mask(kernel), q, k, v, _segments(kernel, q, k, keys), None,

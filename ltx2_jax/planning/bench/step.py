@@ -226,16 +226,18 @@ def inputs(config: Config, request: Request, batch: int) -> tuple[dict[str, Arra
 def random_params(abstract: Any) -> Any:
     """Weights that keep activations finite: matrices of unit gain, the rest ones."""
     leaves, tree = jax.tree.flatten(abstract)
+    kinds = [(x.shape, x.dtype, x.sharding.spec) for x in leaves]
 
     def draw(key: Array) -> list[Array]:
-        keys = jax.random.split(key, len(leaves))
-        return [
-            jax.random.normal(k, x.shape, x.dtype, out_sharding=x.sharding.spec)
-            / math.sqrt(x.shape[-1])
-            if x.ndim > 1
-            else jnp.ones(x.shape, x.dtype, out_sharding=x.sharding.spec)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
+        def values(shape: tuple[int, ...], dtype: Any, spec: Any) -> Array:
+            if len(shape) == 1:
+                return jnp.ones(shape, dtype, out_sharding=spec)
+            drawn = jax.random.normal(key, shape, dtype, out_sharding=spec)
+            return drawn / math.sqrt(shape[-1])
+
+        # The same numbers in all of one kind: as good for this, and soon compiled.
+        made = {kind: values(*kind) for kind in dict.fromkeys(kinds)}
+        return [made[kind] for kind in kinds]
 
     return tree.unflatten(jax.jit(draw)(jax.random.key(0)))
 
