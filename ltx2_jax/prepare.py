@@ -21,10 +21,10 @@ from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.encoding import checked, clip_notes, prepare_dataset
 from ltx2_jax.data.fetching import local_dataset, open_in_bucket
 from ltx2_jax.data.inspection import describe, foresee, verify
+from ltx2_jax.data.latents import rates_of
 from ltx2_jax.data.records import Linked, Records, open_records
 from ltx2_jax.data.table import read_table
 from ltx2_jax.data.uploading import check_place
-from ltx2_jax.data.work import rates_of
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.errors import UserError
@@ -43,13 +43,13 @@ _DESCRIPTION = """\
 Encode clips and captions into a dataset for training.
 
 TABLE is a CSV (with a header), JSON (list of objects), JSONL or Parquet file with the columns
-`video` (or `media_path`) and `caption`; paths are relative to its folder. OUT becomes a folder with
-the records, the codec and the text encoder. The codec is that of a release (--codec), or a linear
-one fitted on these clips. The text encoder is that of a release or of another dataset
-(--text-encoder), or a small one with random weights and a tokenizer trained on these captions. The
-folder appears when everything is done; until then what is done is kept beside it, and the same
-command goes on. Clips that cannot be used are left out and listed; the same command takes them when
-it can.
+`video` (or `media_path`) and `caption`; paths are relative to its folder. Or it is a folder of
+films, each with its caption beside it (a.txt of a.mp4). OUT becomes a folder with the records, the
+codec and the text encoder. The codec is that of a release (--codec), or a linear one fitted on
+these clips. The text encoder is that of a release or of another dataset (--text-encoder), or a
+small one with random weights and a tokenizer trained on these captions. The folder appears when
+everything is done; until then what is done is kept beside it, and the same command goes on. Clips
+that cannot be used are left out and listed; the same command takes them when it can.
 
 OUT may be gs://bucket/folder: every shard is sent there when it is made, and the same command goes
 on from any machine. TABLE and films may be in buckets too, and are copied while they are read.

@@ -74,7 +74,12 @@ class VideoCodec:
     @cached_property
     def params(self) -> Any:
         """The weights, whole on every device."""
-        return self._read(replicated_on(self.devices))
+        return self._whole(self._read)
+
+    def _whole(self, read: Callable[[Any], Any]) -> Any:
+        home = replicated_on(self.devices)
+        with jax.set_mesh(home.mesh):  # whatever the mesh around, such as a training's
+            return read(home)
 
     def encode(self, video: ArrayLike) -> np.ndarray:
         """Normalised latents float32 [B, F', H', W', C] of pixels [B, F, H, W, 3].
@@ -98,14 +103,17 @@ class VideoCodec:
         def encode(tile: np.ndarray) -> Array:
             return self._on_devices(_encode, tile, tile.shape[1:4])
 
-        return np.concatenate(
-            [
-                tiles.tiled_encode(
-                    encode, part, tiles.plan_encode(part.shape[1:4], self.strides, tiling)
-                )
-                for part in self._parts(video, video.shape)
-            ]
-        )
+        parts = self._parts(video, video.shape)
+        # Filled up with copies, so that a clip's numbers do not depend on which part it is in.
+        copies = [parts[-1][-1:]] * (len(parts[0]) - len(parts[-1]))
+        parts[-1] = np.concatenate([parts[-1], *copies])
+        latents = [
+            tiles.tiled_encode(
+                encode, part, tiles.plan_encode(part.shape[1:4], self.strides, tiling)
+            )
+            for part in parts
+        ]
+        return np.concatenate(latents)[: len(video)]
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
         """Pixels float32 [B, F, H, W, 3] in [-1, 1] of latents [B, F', H', W', C]."""
@@ -175,6 +183,12 @@ class VideoCodec:
             key = jax.eval_shape(jax.random.key, 0)
             return _decode.lower(params, x, key, graph=self.graph)
 
+    def at_once(self, pixel_shape: Sequence[int]) -> int:
+        """Clips of pixels [B, F, H, W, 3] in a call: with the pixels of a tile for every device."""
+        tile = tiles.TileSizes()
+        budget = len(self.devices) * tile.frames[0] * tile.height[0] * tile.width[0]
+        return max(1, budget // math.prod(pixel_shape[1:4]))
+
     def largest_tile(self, pixel_shape: Sequence[int]) -> tiles.Shape:
         """Frames, rows and columns of the largest tile that pixels [B, F, H, W, 3] are cut into."""
         plan = tiles.plan_encode(pixel_shape[1:4], self.strides, self._tiling(pixel_shape))
@@ -237,12 +251,9 @@ class VideoCodec:
         return sizes.to_counts(self._grid(pixels), self.strides)
 
     def _parts(self, array: np.ndarray, pixels: Sequence[int]) -> list[np.ndarray]:
-        """A batch in as many parts as keep a call within the pixels of one tile per device."""
-        batch, *sizes = pixels[:4]
-        tile = tiles.TileSizes()
-        budget = len(self.devices) * tile.frames[0] * tile.height[0] * tile.width[0]
-        count = max(1, budget // math.prod(sizes))
-        return [array[i : i + count] for i in range(0, batch, count)]
+        """A batch in parts for one call each."""
+        count = self.at_once(pixels)
+        return [array[i : i + count] for i in range(0, pixels[0], count)]
 
 
 class DiffusionVideoCodec(VideoCodec):
@@ -270,7 +281,7 @@ class DiffusionVideoCodec(VideoCodec):
     @cached_property
     def decoder_params(self) -> Any:
         """The decoder's weights, whole on every device."""
-        return self._read_decoder(replicated_on(self.devices))
+        return self._whole(self._read_decoder)
 
     def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
         """As that of `VideoCodec`; the devices share columns only."""

@@ -8,6 +8,7 @@ calls it with ARG and then replaces fields. A wrong name or type is an error tha
 right. One config object goes down through the program, and into every checkpoint.
 """
 
+from ltx2_jax.config.films import FilmsConfig
 from ltx2_jax.config.loading import changed, load, overrides
 from ltx2_jax.config.run import (
     CONDITIONS,
@@ -47,6 +48,7 @@ __all__ = [
     "Condition",
     "Config",
     "DataConfig",
+    "FilmsConfig",
     "FlowConfig",
     "LoraConfig",
     "MeshConfig",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ltx2_jax.config.films import FilmsConfig
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
@@ -39,12 +40,17 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on: folders written by `prepare`, or a synthetic set rendered first."""
+    """What is trained on: folders written by `prepare`, films, or a synthetic set rendered first.
+
+    Films are a table of `prepare` or a folder of them, in any place of a dataset.
+    """
 
     path: str | None = None  # dataset folder; None: rendered and prepared under the workdir
     # In place of path, several folders, and what share of the examples comes from each; together 1.
     mixture: tuple[tuple[str, float], ...] = ()
-    cache: str | None = None  # folder on a disk of every host, for the copy of one in a bucket
+    # Folder on a disk of every host, for the copy of one in a bucket, and for latents of films.
+    cache: str | None = None
+    films: FilmsConfig = field(default_factory=FilmsConfig)  # if some are given
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)  # if no folder is given
     codec: LinearCodecConfig = field(default_factory=LinearCodecConfig)  # fitted to it
     release: str = "linear"  # whose latents: of a linear codec, or of "2.0", "2.3", "2.5"

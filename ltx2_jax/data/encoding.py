@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from ltx2_jax import hosts
 from ltx2_jax.blobs import content_hash
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import PrepareConfig
@@ -22,6 +23,7 @@ from ltx2_jax.data.fetching import open_in_bucket
 from ltx2_jax.data.merging import CLIPS_NAME, adopt, finish, made_of
 from ltx2_jax.data.records import INDEX_NAME, Linked, Records, open_records
 from ltx2_jax.data.staging import READY, Staging, tidy
+from ltx2_jax.data.survey import Survey
 from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.data.uploading import BucketStaging, tidy_bucket
 from ltx2_jax.data.work import NoneUsableError, Work, may_succeed_now
@@ -50,6 +52,7 @@ def prepare_dataset(
     overwrite: bool = False,
     process: int = 0,
     processes: int = 1,
+    later: bool = False,
 ) -> Records | None:
     """Makes a dataset of the clips and captions in `table`, in one folder, all or nothing.
 
@@ -70,6 +73,8 @@ def prepare_dataset(
       overwrite: replace a dataset made with other settings.
       process, processes: which of how many are at work on it; all are called alike, on one disk or
         with `out` in a bucket.
+      later: clips are decoded and encoded when they are first read, see `data.films`; of a codec
+        that is given, on a disk. `OtherDataset` if films are gone, too.
 
     Returns:
       The dataset, of a bucket without its records (`open_in_bucket`); None for processes other than
@@ -94,12 +99,16 @@ def prepare_dataset(
         _check_settings(made, settings)
         if process == 0:
             tidy_bucket(place) if remote else tidy(Path(os.path.abspath(out)))
+        if later and made.films.changed():
+            raise OtherDataset(f"{out}: films have changed, or are gone, since it was made")
         if not _check_clips(made, rows):
             if process == 0:
-                print(f"{out}: {len(made)} records are there already, made with the same settings")
+                text = f"{len(made)} records are there already, made with the same settings"
+                hosts.say(f"{out}: {text}")
             return made
     read = [row.triggered(config.trigger) for row in rows]
-    work = Work(read, config, codec, text_encoder, process, processes)
+    given = read, config, codec, text_encoder, process, processes
+    work = Survey(table, *given) if later else Work(*given)
     kind = BucketStaging if remote else Staging
     with kind(out, settings, process=process, overwrite=overwrite) as staging:
         try:

@@ -82,12 +82,19 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)})") from None
+    with alone(folder) as held:
+        for left in folder.glob(".*") if held else ():  # by a process that was killed
+            left.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[bool | None]:
+    """While in context, no other process has `files.locked` the path; waits for one that has."""
     while True:
-        with locked(folder) as held:
+        with locked(path) as held:
             if held is not False:
-                for left in folder.glob(".*") if held else ():  # by a process that was killed
-                    left.unlink(missing_ok=True)
-                yield
+                yield held
                 return
         time.sleep(1.0)
 

@@ -6,15 +6,25 @@ from typing import Any
 import numpy as np
 
 from ltx2_jax.codecs.interface import Codec
-from ltx2_jax.data.clips import Failure, Item, PrepareConfig, Sample, fitting
+from ltx2_jax.data.clips import Failure, Item, PrepareConfig, Rates, Sample, fitting
 from ltx2_jax.data.schema import BucketFields, Field
 from ltx2_jax.data.table import Row
+from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.text.captions import FeatureEncoder, caption_features
 
 WAITING_BYTES = 2**31  # of clips that wait for others of their size
 
 Record = dict[str, Any]
+
+
+def rates_of(codec: Codec | LinearCodecConfig) -> Rates:
+    """What a codec asks of clips."""
+    if isinstance(codec, LinearCodecConfig):
+        mel = codec.mel
+        per_second = mel.sample_rate / mel.hop / codec.mel_frames_per_latent
+        return Rates(mel.sample_rate, per_second, codec.video_strides)
+    return Rates(codec.audio.sample_rate, codec.audio.latents_per_second, codec.video.strides)
 
 
 def encode_samples(
@@ -64,7 +74,10 @@ def _encode(
     }.items():
         arrays = [getattr(sample, attribute) for sample in batch]
         if arrays[0] is not None:
-            filled = np.stack(arrays + arrays[-1:] * (size - len(arrays)))
+            # What a codec does in calls of its own needs no more copies than fill the last one.
+            once = half.at_once((size, *arrays[0].shape)) if hasattr(half, "at_once") else size
+            count = min(size, -(-len(arrays) // once) * once)
+            filled = np.stack(arrays + arrays[-1:] * (count - len(arrays)))
             encoded[field] = np.asarray(half.encode(filled))
     for row, sample in enumerate(batch):
         item = sample.item

@@ -27,7 +27,7 @@ def finish(staging: Staging, work: Work, settings: dict[str, Any], overwrite: bo
     clips = [staging.done(CLIPS, shard) for shard in range(work.shards(CLIPS))]
     captions = [staging.done(CAPTIONS, shard) for shard in range(work.shards(CAPTIONS))]
     failures = [failure for about in clips for failure in about["failures"]]
-    if not any(about["count"] for about in clips):
+    if not any(about["records"] for about in clips):
         raise work.none_usable(
             [Failure(f["row"], f["reason"], f["start"], f["passing"]) for f in failures]
         )
@@ -50,13 +50,14 @@ def finish(staging: Staging, work: Work, settings: dict[str, Any], overwrite: bo
     staging.write_json(MADE_NAME, {"rows": len(work.rows_of(0)), "parts": parts, READY: ready})
     index = {
         "version": VERSION,
-        "num_records": sum(about["count"] for about in clips),
+        "num_records": sum(len(about["records"]) for about in clips),
         "seconds": sum(about["seconds"] for about in clips),
         "schema": schema.to_json(),
         "shards": shards[CLIPS],
         "captions": shards[CAPTIONS],
         "skipped": [{"source": work.rows[f["row"]].name, "reason": _reason(f)} for f in failures],
         "settings": settings,
+        **work.index(clips),
     }
     staging.publish(index, overwrite)
 

@@ -44,6 +44,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ltx2_jax.blobs import serialize, unpack
+from ltx2_jax.data.films import Films
 from ltx2_jax.data.precomputed import Precomputed, precomputed_folder
 from ltx2_jax.data.schema import Schema, renamed
 from ltx2_jax.data.shards import OPTIONS, TABLE_NAME, Shards, Table
@@ -299,6 +300,7 @@ class Records(_Made, Sequence):
       buckets: int [n], of each record, its entry of `schema.buckets`.
       skipped: clips left out when it was made, list of {"source", "reason"}.
       settings: what it was made with.
+      films: what makes the clips when they are first read; None where they are in shards.
     """
 
     def __init__(self, folder: str | os.PathLike, sizes: Mapping[str, int] | None = None):
@@ -309,14 +311,16 @@ class Records(_Made, Sequence):
             self.schema = Schema.from_json(contents["schema"])
             self.skipped = contents["skipped"]
             self.settings = renamed(contents["settings"])
-            self._shards = Shards(self.folder, contents["shards"])
+            self.films = Films(self.folder, contents) if "films" in contents else None
+            self._shards = self.films or Shards(self.folder, contents["shards"])
             apart = contents.get("captions", [])
             self._captions = Shards(self.folder, apart) if apart else None
             if len(self._shards) != contents["num_records"]:
                 raise ValueError("num_records is not the sum over the shards")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{self.folder / INDEX_NAME}: damaged: {error!r}") from None
-        self._shards.check(sizes)
+        if self.films is None:
+            self._shards.check(sizes)
         several = len(self.schema.buckets) > 1 or self._captions is not None
         self._table = Table(self.folder, several, len(self), len(self.schema.buckets))
         self.buckets = self._table.buckets
@@ -337,9 +341,11 @@ class Records(_Made, Sequence):
         """
         index = range(len(self))[index]
         record = self._shards[index]
-        if self._captions is None:
-            return record
-        return record | self._captions[self._table.caption(index, draw)]
+        if self._captions is not None:
+            record |= self._captions[self._table.caption(index, draw)]
+        if self.films is not None:  # of which is known what they say of themselves
+            self.schema.check(record, f"{self.folder}: {record['source']}", self.buckets[index])
+        return record
 
     def captions(self, index: int) -> list[tuple[str, float]]:
         """All captions of a record, with the share of draws that takes each."""

@@ -1,4 +1,7 @@
-"""The table that a dataset is made of: clips and captions, as CSV, JSON, JSONL or Parquet."""
+"""The table that a dataset is made of: clips and captions, as CSV, JSON, JSONL or Parquet.
+
+Or a folder of films, each with its caption in a file beside it.
+"""
 
 import codecs
 import csv
@@ -64,6 +67,8 @@ class Row:
 # Columns that name files beside the clip: its sound, what it is made from, what is given of it.
 OTHERS = ("audio", "reference_video", "reference_audio", "video_mask", "audio_mask")
 _OLDER_NAMES = {"media_path": "video", "ref_media_path": "reference_video"}
+TABLES = (".csv", ".json", ".jsonl", ".parquet")
+FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
 def read_table(path: str | os.PathLike) -> list[Row]:
@@ -75,6 +80,7 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     `caption_NAME`, each with a `weight_NAME` (`weight` is that of `caption`) of 1 unless given.
     Other columns are ignored. What spreadsheets write is understood: blank lines before the header,
     a first line `sep=;`, semicolons or tabs in place of commas, capitals in the header, UTF-16.
+    Of a folder, the films in it by name: the caption of a.mp4 is what a.txt says.
     Source of the columns: `packages/ltx-trainer/scripts/process_dataset.py`.
 
     Raises:
@@ -82,10 +88,10 @@ def read_table(path: str | os.PathLike) -> list[Row]:
         or value, no rows.
     """
     path = placed(path)
-    readers = {
-        ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet,
-    }  # fmt: skip
+    readers = dict(zip(TABLES, (_read_csv, _read_json, _read_jsonl, _read_parquet), strict=True))
     suffix = path.suffix.lower()
+    if suffix not in readers and path.is_dir():
+        return _read_folder(path)
     if suffix not in readers:
         raise UserError(f"{path}: a table is a .csv, .json, .jsonl or .parquet file")
     try:
@@ -100,6 +106,29 @@ def read_table(path: str | os.PathLike) -> list[Row]:
     ]
     if not rows:
         raise UserError(f"{path}: the table has no rows")
+    return rows
+
+
+def films_in(folder: Path) -> list[Path]:
+    """The films of a folder, by name; not those of folders in it, nor hidden ones."""
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.suffix.lower() in FILMS and path.is_file())
+
+
+def _read_folder(folder: Path) -> list[Row]:
+    rows = []
+    for film in films_in(folder):
+        beside = film.with_suffix(".txt")
+        try:
+            content = beside.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{film}: no caption: {beside.name} is not beside it") from None
+        except OSError as error:
+            raise UserError(f"{beside}: cannot be read ({reason(error)})") from None
+        values = {"video": film.name, "caption": _as_text(beside, content)}
+        rows.append(_row(folder, str(beside), values, values))
+    if not rows:
+        raise UserError(f"{folder}: no films here ({', '.join(FILMS)})")
     return rows
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ltx2_jax.blobs import serialize
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.data.clips import ClipReader, Failure, PrepareConfig, Rates, has_scenes
-from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples
+from ltx2_jax.data.latents import bucket_of, encode_captions, encode_samples, rates_of
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME
 from ltx2_jax.data.schema import BucketFields, Field, fields_to_json
 from ltx2_jax.data.shards import Waiting
@@ -93,6 +93,10 @@ class Work:
         self.reader.audio_samples = staging.read_json(READY)["audio_samples"]
         self._make_captions(staging)
         self._make_clips(staging)
+
+    def index(self, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What dataset.json says of clips besides, of the shards that are done."""
+        return {}
 
     def wait_for_all(self, staging: Staging) -> None:
         """Until the other processes have done theirs."""
@@ -273,19 +277,31 @@ class Work:
                     made[place] = bucket, waiting.put(serialize(record))
             failures |= {k: f for k, f in self.reader.failures.items() if f.row in rows}
             places = sorted(made)
-            about = {
-                **_of_records(places, [made[place][0] for place in places], self.rates),
-                "failures": [
-                    dataclasses.asdict(failures[place])
-                    | {"file": prints[failures[place].row - rows[0]]}
-                    for place in sorted(failures)
-                ],
-                "files": {
-                    self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
-                },
-                "notes": Counter(note for place in places for note in notes[place]),
-            }
+            about = self._about(rows, prints, {place: made[place][0] for place in places}, failures)
+            about["notes"] = Counter(note for place in places for note in notes[place])
             staging.finish(CLIPS, shard, (waiting.get(made[p][1]) for p in places), about)
+
+    def _about(
+        self,
+        rows: range,
+        prints: Sequence[str | None],
+        made: Mapping[tuple[int, int], BucketFields],
+        failures: Mapping[tuple[int, int], Failure],
+    ) -> dict[str, Any]:
+        """What a shard of rows says: `made` and `failures` are by row and window."""
+        places = sorted(made)
+        return {
+            **_of_records(places, [made[place] for place in places], self.rates),
+            "failures": [
+                dataclasses.asdict(failures[place])
+                | {"file": prints[failures[place].row - rows[0]]}
+                for place in sorted(failures)
+            ],
+            "files": {
+                self.rows[row].name: print_ for row, print_ in zip(rows, prints, strict=True)
+            },
+            "notes": {},
+        }
 
 
 def _of_records(
@@ -326,15 +342,6 @@ def may_be_seen_otherwise(about: dict[str, Any], films: Sequence[Path]) -> bool:
         return True
     pairs = zip(fingerprints(films), about["files"], strict=True)
     return any(now is not None and now != then for now, then in pairs)
-
-
-def rates_of(codec: Codec | LinearCodecConfig) -> Rates:
-    """What a codec asks of clips."""
-    if isinstance(codec, LinearCodecConfig):
-        mel = codec.mel
-        per_second = mel.sample_rate / mel.hop / codec.mel_frames_per_latent
-        return Rates(mel.sample_rate, per_second, codec.video_strides)
-    return Rates(codec.audio.sample_rate, codec.audio.latents_per_second, codec.video.strides)
 
 
 def write_empty_caption(folder: Path, encoder: FeatureEncoder) -> dict[str, np.ndarray]:

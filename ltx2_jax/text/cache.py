@@ -136,7 +136,8 @@ class TextCache:
             check_text(prompt, row)
         prompts = [prompt.strip() for prompt in prompts]
         found = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
-        found |= self._encode([prompt for prompt, record in found.items() if record is None])
+        missing = [prompt for prompt, record in found.items() if record is None]
+        found |= self._encode(missing, len(prompts))
         video, audio, mask = zip(*(self._whole(found[prompt]) for prompt in prompts), strict=True)
         return np.stack(video), np.stack(audio), np.stack(mask)
 
@@ -161,8 +162,12 @@ class TextCache:
     def _about(self, prompt: str) -> dict[str, str]:
         return {"prompt": prompt.strip(), **self._identity, "length": str(self.length)}
 
-    def _encode(self, prompts: list[str]) -> dict[str, Record]:
-        """Features of prompts that are not there, each stored as soon as its batch is computed."""
+    def _encode(self, prompts: list[str], asked: int) -> dict[str, Record]:
+        """Features of prompts that are not there, each stored as soon as its batch is computed.
+
+        In batches as the encoder would make of all that were `asked` for: other sizes of batches
+        have other programs, and last bits.
+        """
         found: dict[str, Record] = {}
         if not prompts:
             return found
@@ -176,7 +181,7 @@ class TextCache:
                 "the text cache needs a text encoder on devices of one process: build it on a mesh "
                 "of jax.local_devices()"
             )
-        size = min(encoder.batch_size, len(prompts))
+        size = min(encoder.batch_size, asked)
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             # Full batches only: another size is another program to compile.

@@ -40,10 +40,7 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     """
 
     def fits() -> None:
-        check_batch(config, mesh)
-        if config.check.sdc_every and mesh.devices.flat[0].platform != "tpu":
-            raise UserError("check.sdc_every: the checker is the TPU compiler's; no TPU is here")
-        check_text(config)
+        check_alone(config, mesh)
         if not config.data.folders:
             check_synthetic(config, mesh)
             return
@@ -56,6 +53,14 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
         hosts.agree(lambda: check_same_run(config, stored, config.workdir))
     if stored is None or stored.init_from is None or config.tune is not None:
         hosts.agree(lambda: initial.check(config))
+
+
+def check_alone(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless the config fits itself and the mesh, whatever the data are."""
+    check_batch(config, mesh)
+    if config.check.sdc_every and mesh.devices.flat[0].platform != "tpu":
+        raise UserError("check.sdc_every: the checker is the TPU compiler's; no TPU is here")
+    check_text(config)
 
 
 def check_data(config: Config, mesh: jax.sharding.Mesh) -> None:

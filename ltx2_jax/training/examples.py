@@ -16,16 +16,22 @@ from ltx2_jax.data.schema import BucketFields
 from ltx2_jax.errors import UserError
 from ltx2_jax.hosts import rows_of_host
 from ltx2_jax.sharding import sharding_of
-from ltx2_jax.training import objective
+from ltx2_jax.training import films, objective
 
 
 def with_data_here(config: Config) -> Config:
-    """The config, its datasets in buckets copied to this host and named as they are here."""
+    """The config, its datasets in buckets copied to this host and named as they are here.
+
+    So are those that are made of films, without their latents.
+    """
 
     def fetched(folder: str | None) -> str | None:
+        if folder is not None and films.are_films(folder):
+            return films.dataset(folder, config)
         return None if folder is None else local_dataset(folder, config.data.cache)
 
     def fetch() -> Config:
+        films.check(config)
         mixture = tuple((fetched(folder), share) for folder, share in config.data.mixture)
         data = dataclasses.replace(config.data, path=fetched(config.data.path), mixture=mixture)
         held_out = dataclasses.replace(config.validation, path=fetched(config.validation.path))

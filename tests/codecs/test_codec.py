@@ -86,6 +86,21 @@ def test_a_picture_too_small_for_all_devices_is_the_same(paths, codec, pixels):
     np.testing.assert_allclose(shared.video.encode(one), codec.video.encode(one), atol=1e-5)
 
 
+def test_weights_are_read_under_whatever_mesh(paths, codec, mesh_context):
+    with mesh_context(2, 1, 1):
+        read = load_codec(*paths, devices=jax.devices()[:2], dtype="float32").video.params
+    jax.tree.map(np.testing.assert_array_equal, read, codec.video.params)
+
+
+def test_what_a_clip_becomes_does_not_depend_on_its_place(codec, pixels, monkeypatch):
+    """A batch goes in calls of so many clips; that of the last one is filled up."""
+    monkeypatch.setattr(type(codec.video), "at_once", lambda self, shape: 2)
+    three = np.concatenate([pixels, pixels[:1]])
+    latents = codec.video.encode(three)
+    assert len(latents) == 3
+    np.testing.assert_array_equal(latents[2], latents[0])
+
+
 def test_tiles_come_in_time_order_and_add_up_to_the_clip(paths, pixels):
     tiling = TileSizes(frames=(16, 8), height=(0, 0), width=(0, 0))
     tiled = load_codec(*paths, devices=jax.devices()[:1], dtype="float32", tiling=tiling)

@@ -113,7 +113,7 @@ def test_every_missing_prompt_is_encoded_once_in_full_batches(tmp_path):
     assert mask.sum(1).tolist() == [2, 3, 2, 4]
     np.testing.assert_array_equal(video[0], video[2])
     cached.features(["ccc", "dddd", "bb"])
-    assert fake.asked[2:] == [["dddd"]]
+    assert fake.asked[2:] == [["dddd", "dddd"]]
     assert_same_bits(opened(tmp_path).features(["a", "bb", "a", "ccc"])[:1], [video])
 
 
