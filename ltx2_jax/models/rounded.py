@@ -37,10 +37,11 @@ def product_of_rounded(x: Array, values: Array, scale: Array, axes: Axes, lead: 
     over, (largest, sums) = mesh_axes(axes[1]), EIGHT_BITS[values.dtype]
 
     def of_shard(x: Array, values: Array, scale: Array) -> Array:
-        whole = x.astype(jnp.float32)
-        step = jnp.max(jnp.abs(whole), axis=-1, keepdims=True)
-        step = (jax.lax.pmax(step, over) if over else step) / largest
-        few = rounded(whole, step, values.dtype, largest)
+        step = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        step = (jax.lax.pmax(step, over) if over else step).astype(jnp.float32) / largest
+        # Else XLA casts x before what moves it into another layout, and moves float32.
+        x, step = jax.lax.optimization_barrier((x, step))
+        few = rounded(x.astype(jnp.float32), step, values.dtype, largest)
         y = jnp.einsum("...i,oi->...o", few, values, preferred_element_type=sums)
         y = (y.astype(jnp.float32) * step * scale).astype(x.dtype)
         return jax.lax.psum(y, over) if over else y
