@@ -15,7 +15,7 @@ Sampling has them, and a training of what stands beside them: they are not train
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -42,10 +42,10 @@ CHOICES = (*FORMS, *PRODUCTS)
 GROUP = 32  # numbers of a row that share a scale of int4
 
 
-def check_form(form: str | None) -> None:
+def check_form(form: str | None, known: Iterable[str] = CHOICES) -> None:
     """UserError for a form that is not known; None is for weights as they are."""
-    if form is not None and form not in CHOICES:
-        raise UserError(f"quantize={form!r} is not one of {', '.join(CHOICES)}")
+    if form is not None and form not in known:
+        raise UserError(f"quantize={form!r} is not one of {', '.join(known)}")
 
 
 def stored(form: str | None) -> str | None:
