@@ -16,6 +16,10 @@ as assumed where no record was found:
     b200              cuDNN and FlashAttention-4 (Dao-AILab/flash-attention, pull request 2605)
     a100              the FlashAttention-2 paper (arXiv 2307.08691)
 
+Products of int8 and of float8 are rated as times the bf16 peak, by the vendors, with the same
+sustained fraction, which is an assumption. 1 is for chips that gain nothing (docs.cloud.google.com
+says so of v4's int8, and of float8 on v5p and v6e), have no such unit, or of which nothing is said.
+
 Between slices data crosses the data-center network over the hosts. Its rate is the vendor's peak of
 a chip (docs.cloud.google.com/tpu; of v4, which has none there, assumed as v5p): 200 Gbit/s for a
 host of four v5p. That programs reach it is an assumption; no run has measured it.
@@ -45,6 +49,8 @@ class Chip:
     host_bandwidth: float  # bytes/s of one jax device to the memory of its host, one direction
     network: float = 0.0  # bytes/s of one chip to other slices, one direction
     devices: int = 1  # jax devices
+    int8: float = 1.0  # products of int8 in the time of one of bf16
+    fp8: float = 1.0  # and of float8 e4m3
 
     @property
     def device_flops(self) -> float:
@@ -62,6 +68,14 @@ class Chip:
     def device_network(self) -> float:
         return self.network / self.devices
 
+    def products(self, dtype: str) -> float:
+        """Products of two numbers of a dtype in the time of one of bf16.
+
+        The dtype is named as XLA names it, or as a form of quantised weights.
+        """
+        eight_bits = {"s8": self.int8, "int8": self.int8, "f8e4m3fn": self.fp8, "fp8": self.fp8}
+        return eight_bits.get(dtype, 1.0)
+
     @property
     def link(self) -> float:
         """Bytes/s of one link to a neighbour, one direction; of all links to a switch."""
@@ -72,16 +86,16 @@ class Chip:
         return self.attention_128 if head_width >= 128 else self.attention_64
 
 
-def _tpu(name: str, tflops: float, gib: float, *rates: float, **more: int) -> Chip:
+def _tpu(name: str, tflops: float, gib: float, *rates: float, **more: float) -> Chip:
     hbm, interconnect, torus, side, attention_128, attention_64, host, network = rates
     return Chip(name, tflops * 1e12, gib * GIB, hbm * 1e9, interconnect * 1e9, torus, side,
                 0.80, attention_128, attention_64, host * 1e9, network * 1e9, **more)  # fmt: skip
 
 
-def _gpu(name: str, tflops: float, gib: float, *rates: float) -> Chip:
+def _gpu(name: str, tflops: float, gib: float, *rates: float, **more: float) -> Chip:
     hbm, nvlink, attention_128, attention_64 = rates
     return Chip(name, tflops * 1e12, gib * GIB, hbm * 1e9, nvlink * 1e9, 0, None,
-                0.72, attention_128, attention_64, 64e9)  # fmt: skip
+                0.72, attention_128, attention_64, 64e9, **more)  # fmt: skip
 
 
 CHIPS = {
@@ -90,16 +104,16 @@ CHIPS = {
         # TFLOP/s, GiB for a program, HBM GB/s, links GB/s, torus, MXU, attention 128, 64, host,
         # network GB/s
         _tpu("v4", 275, 30.75, 1228, 300, 3, 128, 0.80, 0.42, 16, 6.25),
-        _tpu("v5e", 197, 15.75, 819, 200, 2, 128, 0.80, 0.42, 16, 3.125),
-        _tpu("v5p", 459, 95.74, 2765, 600, 3, 128, 0.89, 0.46, 16, 6.25),
-        _tpu("v6e", 918, 31.25, 1638, 400, 2, 256, 0.36, 0.19, 32, 12.5),
-        _tpu("v7x", 2307, 189.5, 7380, 600, 3, 256, 0.60, 0.17, 32, 12.5, devices=2),
+        _tpu("v5e", 197, 15.75, 819, 200, 2, 128, 0.80, 0.42, 16, 3.125, int8=2),
+        _tpu("v5p", 459, 95.74, 2765, 600, 3, 128, 0.89, 0.46, 16, 6.25, int8=2),
+        _tpu("v6e", 918, 31.25, 1638, 400, 2, 256, 0.36, 0.19, 32, 12.5, int8=2),
+        _tpu("v7x", 2307, 189.5, 7380, 600, 3, 256, 0.60, 0.17, 32, 12.5, devices=2, fp8=2),
         # bf16 TFLOP/s, GiB, HBM GB/s, NVLink GB/s, attention 128, 64
-        _gpu("a100-40gb", 312, 40, 1555, 300, 0.71, 0.60),
-        _gpu("a100", 312, 80, 2039, 300, 0.71, 0.60),
-        _gpu("h100", 989, 79.6, 3350, 450, 0.70, 0.57),
-        _gpu("h200", 989, 140.4, 4800, 450, 0.70, 0.57),
-        _gpu("b200", 2250, 179, 8000, 900, 0.57, 0.46),
+        _gpu("a100-40gb", 312, 40, 1555, 300, 0.71, 0.60, int8=2),
+        _gpu("a100", 312, 80, 2039, 300, 0.71, 0.60, int8=2),
+        _gpu("h100", 989, 79.6, 3350, 450, 0.70, 0.57, int8=2, fp8=2),
+        _gpu("h200", 989, 140.4, 4800, 450, 0.70, 0.57, int8=2, fp8=2),
+        _gpu("b200", 2250, 179, 8000, 900, 0.57, 0.46, int8=2, fp8=2),
     )
 }
 # Parts of a lower-cased `device_kind`, first match wins: jax calls a v5e "TPU v5 lite" or "TPU

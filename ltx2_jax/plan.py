@@ -14,7 +14,7 @@ from ltx2_jax import config as config_lib
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import MeshConfig
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.quantized import FORMS
+from ltx2_jax.models.quantized import CHOICES
 from ltx2_jax.sampling import recipes
 from ltx2_jax.training import trainer_yaml
 
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=count, metavar="N", help="clips of sample, prompts of text (1)")
     add("--passes", type=int, choices=(1, 2, 4), help="of guidance, of sample (1)")
     add("--steps", type=count, metavar="N", help="of sample (default: the config's)")
-    add("--quantize", choices=tuple(FORMS), help="the large matrices, of sample, text and clip")
+    add("--quantize", choices=CHOICES, help="the large matrices, of sample, text and clip")
     add(
         "--offload", action="store_true", default=None, help="weights in the host's memory, of clip"
     )

@@ -10,7 +10,7 @@ from ltx2_jax.diffusion import schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import check_least, check_one_of, check_seed, check_share
 from ltx2_jax.models.ltx2 import LTX2Config
-from ltx2_jax.models.quantized import check_form
+from ltx2_jax.models.quantized import FORMS, check_form
 from ltx2_jax.models.text.connectors import CONNECTOR_2_0, ConnectorConfig
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.weights.lora_targets import TARGETS
@@ -314,7 +314,7 @@ class TuneConfig:
     quantize: str | None = None  # a form of `models.quantized`, of the large frozen matrices
 
     def __post_init__(self):
-        check_form(self.quantize)
+        check_form(self.quantize, FORMS)  # products of what is rounded have no gradient
         if self.lora is not None and self.train != ("transformer",):
             raise UserError("train: with lora, the adapters alone are trained; leave it out")
         for rule, rate in self.rates:

@@ -16,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from ltx2_jax.models.remat import PROJECTION
+from ltx2_jax.models.rounded import product_of_rounded
 from ltx2_jax.sharding import axis_size, pin, reduces_in_float32, spec, spec_of, weight_spec
 
 Axes = tuple[str | None, ...]
@@ -61,6 +62,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, (n_out,), (axes[1] if split else "fsdp",)) if bias else None
         self.adapter = nnx.data(None)  # or an adapter of `models.lora`
         self.scale = nnx.data(None)  # or that of a weight of `models.quantized`
+        self.rounds_input = False  # whether what it reads is rounded as the weight is
 
     def __call__(self, x: Array, lead: Axes) -> Array:
         """x [..., in] -> [..., out]; `lead` names the axes before the feature axis."""
@@ -69,7 +71,8 @@ class Linear(nnx.Module):
             y = product(x, self.weight[...], (n_out, n_in), lead)
         else:
             values, scale = self.weight[...], self.scale[...]
-            y = _product_of_quantized(x, values, scale, (n_out, n_in), lead)
+            of = product_of_rounded if self.rounds_input else _product_of_quantized
+            y = of(x, values, scale, (n_out, n_in), lead)
         if self.adapter is not None:
             y = y + self.adapter(x, lead)
         if self.bias is not None:

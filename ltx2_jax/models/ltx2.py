@@ -15,7 +15,7 @@ from jax import Array
 
 from ltx2_jax.models import streamed
 from ltx2_jax.models.lora import attach
-from ltx2_jax.models.quantized import check_form, quantize
+from ltx2_jax.models.quantized import check_form, quantize, stored
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
@@ -45,7 +45,8 @@ class LTX2(nnx.Module):
     def __init__(self, config: LTX2Config, *, rngs: nnx.Rngs):
         self.connectors = Connectors(config.video_connector, config.audio_connector, rngs=rngs)
         self.transformer = LTX2Transformer(config.transformer, rngs=rngs)
-        quantize(self, config.quantized)
+        quantize(self.connectors, stored(config.quantized))  # which run once a clip
+        quantize(self.transformer, config.quantized)
 
     def context(self, text: Mapping[str, Array]) -> tuple[Array, Array, Array | None]:
         """`TEXT_FIELDS` -> context of video [B, S, Dv], of audio [B, S, Da], and its mask.

@@ -15,7 +15,7 @@ Sampling has them, and a training of what stands beside them: they are not train
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,8 +24,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ltx2_jax import chips
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.lora import linears
+from ltx2_jax.models.rounded import rounded
 from ltx2_jax.sharding import spec_of
 
 # Form -> dtype of the values, the largest of them, bits of a number with its share of a scale.
@@ -34,13 +36,32 @@ FORMS = {
     "fp8": (jnp.float8_e4m3fn, 448, 8.0),
     "int4": (jnp.int4, 7, 4.5),
 }
+# Forms of which products are made in eight bits, too (`models.rounded`) -> that of the weights.
+PRODUCTS = {"int8-products": "int8", "fp8-products": "fp8"}
+CHOICES = (*FORMS, *PRODUCTS)
 GROUP = 32  # numbers of a row that share a scale of int4
 
 
-def check_form(form: str | None) -> None:
+def check_form(form: str | None, known: Iterable[str] = CHOICES) -> None:
     """UserError for a form that is not known; None is for weights as they are."""
-    if form is not None and form not in FORMS:
-        raise UserError(f"quantize={form!r} is not one of {', '.join(FORMS)}")
+    if form is not None and form not in known:
+        raise UserError(f"quantize={form!r} is not one of {', '.join(known)}")
+
+
+def stored(form: str | None) -> str | None:
+    """The form in which weights are kept, whatever is done with them."""
+    return PRODUCTS.get(form, form)
+
+
+def described(form: str | None, device_kind: str) -> str:
+    """What is kept and multiplied so, for a person, and whether it is of use on such a device."""
+    few = stored(form)
+    if few == form:
+        return f"{form or 'bfloat16'} weights"
+    chip = chips.of_kind(device_kind)
+    slow = chip is None or chip.products(few) == 1
+    why = f", for which {device_kind} has no faster unit: --quantize={few} is closer"
+    return f"{few} weights and products{why * slow}"
 
 
 def shapes(weight: Any, form: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -73,11 +94,7 @@ def quantized(weight: Array, form: str) -> tuple[Array, Array]:
     # A row is one group, but for int4.
     groups = weight.reshape(*weight.shape[:-1], -1, weight.shape[-1] // _groups(of_scale, weight))
     scale = (jnp.max(jnp.abs(groups), axis=-1) / largest).astype(of_scale.dtype)
-    step = scale.astype(jnp.float32)[..., None]
-    values = jnp.where(step > 0, groups / step, 0 * step)  # a NaN stays one, in the scale
-    if jnp.issubdtype(dtype, jnp.integer):
-        values = jnp.round(values)
-    values = jnp.clip(values, -largest, largest).astype(dtype)
+    values = rounded(groups, scale.astype(jnp.float32)[..., None], dtype, largest)
     return values.reshape(weight.shape), scale.reshape(of_scale.shape)
 
 
@@ -110,7 +127,8 @@ def quantize(
         weight = linear.weight[...]
         if weight.ndim != 3 or path[-1] == "to_gate" or kept(path):
             continue
-        values, scale = shapes(jax.ShapeDtypeStruct(weight.shape, weight.dtype), form)
+        abstract = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        values, scale = shapes(abstract, stored(form))
         where = of_scale = None
         if not jax.sharding.get_abstract_mesh().empty:
             where = spec_of(jax.typeof(weight))
@@ -118,4 +136,5 @@ def quantize(
         linear.weight = nnx.Param(jnp.zeros(values.shape, values.dtype, out_sharding=where))
         scale = jnp.zeros(scale.shape, scale.dtype, out_sharding=of_scale)
         linear.scale = nnx.data(nnx.Param(scale))
+        linear.rounds_input = form in PRODUCTS
     return model

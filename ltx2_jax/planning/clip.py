@@ -26,6 +26,7 @@ from ltx2_jax.models.codecs.upsampler import UpsamplerConfig
 from ltx2_jax.models.codecs.video_vae import VideoVAEConfig
 from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3, VocoderConfig
 from ltx2_jax.models.ltx2 import LTX2Config
+from ltx2_jax.models.quantized import described
 from ltx2_jax.models.streamed import HOST
 from ltx2_jax.models.transformer.config import PRESETS, TransformerConfig
 from ltx2_jax.planning.reports import compile_facts
@@ -148,7 +149,7 @@ def plan_clip(
     add("picture, largest tile", facts["tiles"], facts)
     lowered = sound_program(codec.audio, shapes[-1])
     add("sound", 1, compile_facts(lowered, _alone(devices[0]), None))
-    weights = f"{networks.quantize or 'bfloat16'} weights{' in the host memory' * offload}"
+    weights = described(networks.quantize, where.chip.name) + ", on the host" * offload
     return _facts(recipe, weights, task, where, mesh, programs)
 
 

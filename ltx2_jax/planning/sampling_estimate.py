@@ -18,7 +18,7 @@ import jax
 from ltx2_jax.chips import Chip
 from ltx2_jax.models import flops, ltx2
 from ltx2_jax.models.ltx2 import LTX2Config
-from ltx2_jax.models.quantized import FORMS
+from ltx2_jax.models.quantized import FORMS, PRODUCTS, stored
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.planning.compiled.collectives import Collective
 from ltx2_jax.planning.compiled.interconnect import Network, seconds
@@ -94,12 +94,13 @@ def _products(
     """Seconds of matrix products and attention, and how much longer reading the weights takes."""
     cfg, tokens = networks.transformer, math.prod(request.video_shape)
     terms = flops.forward_flops(cfg, tokens, request.audio_length, LENGTH)
-    size = FORMS[networks.quantized][2] / 8 if networks.quantized else 2
+    size = FORMS[stored(networks.quantized)][2] / 8 if networks.quantized else 2
     hbm = chip.device_hbm_bandwidth * HBM_EFFICIENCY
+    gemm = chip.gemm * chip.products(PRODUCTS.get(networks.quantized, ""))
     products = longer = 0.0
     for rows_of, shards, parameters in _matrices(cfg, tokens, request.audio_length):
         each = parameters / model
-        busy = 2 * each * rows * rows_of / shards(sequence) / chip.device_flops / chip.gemm
+        busy = 2 * each * rows * rows_of / shards(sequence) / chip.device_flops / gemm
         products += busy
         longer += max(0.0, size * each / hbm - busy)
     for name, work in terms.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from ltx2_jax.config import Config
 from ltx2_jax.models import flops, ltx2
+from ltx2_jax.models.quantized import described
 from ltx2_jax.planning.changes import mesh_of, sizes_of, what_helps_sampling, what_helps_training
 from ltx2_jax.planning.estimate import estimate
 from ltx2_jax.planning.programs import (
@@ -84,7 +85,7 @@ def plan_sample(
     facts, tokens = _facts(config, request, where, "sample", batch)
     work = batch * passes * steps * sum(flops.forward_flops(config.model, *tokens).values())
     facts["program"] += f", {counted(steps, 'step')} of {counted(passes, 'pass')}"
-    facts["program"] += f", {quantize} weights" if quantize else ""
+    facts["program"] += f", {described(quantize, where.chip.name)}" if quantize else ""
     facts |= {"passes": passes, "steps": steps, "model_flops": work}
     if has_compiler():
         mesh = make_mesh(*sizes_of(config), slices=where.count, devices=tpu_devices(topology))

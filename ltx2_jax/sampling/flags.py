@@ -9,7 +9,7 @@ from typing import Any
 from ltx2_jax import command
 from ltx2_jax.command import count, finite, mesh_flag, positive, seed_flag
 from ltx2_jax.diffusion.schedules import SCHEDULES
-from ltx2_jax.models.quantized import FORMS
+from ltx2_jax.models.quantized import CHOICES
 from ltx2_jax.sampling.recipes import RECIPES
 from ltx2_jax.training.checkpoint import ASSETS
 
@@ -146,7 +146,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=RECIPES, help="default: by the model and what is given with it")
     add("--skip-stage-2", action="store_true", help="the first stage alone, at its size")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations")
-    add("--quantize", choices=tuple(FORMS), help="keep the large matrices in eight or four bits")
+    add("--quantize", choices=CHOICES, help="keep the large matrices in eight or four bits, and "
+        "multiply in eight if it says products")  # fmt: skip
 
 
 def _task(parser: argparse.ArgumentParser) -> None:

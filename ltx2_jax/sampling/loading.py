@@ -26,7 +26,7 @@ from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.codecs.upsampler import upsample_latents
 from ltx2_jax.models.ltx2 import LTX2Config
-from ltx2_jax.models.quantized import FORMS, quantize
+from ltx2_jax.models.quantized import FORMS, quantize, stored
 from ltx2_jax.models.streamed import place
 from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.sampling import meshes
@@ -110,10 +110,9 @@ class Weights:
     def connectors(self) -> tuple[Any, Any]:
         """Graph and weights of the connectors alone, which are small."""
         config = (self.config.video_connector, self.config.audio_connector)
+        form = stored(self.config.quantized)
         graph = nnx.graphdef(
-            jax.eval_shape(
-                lambda: quantize(Connectors(*config, rngs=nnx.Rngs(0)), self.config.quantized)
-            )
+            jax.eval_shape(lambda: quantize(Connectors(*config, rngs=nnx.Rngs(0)), form))
         )
         if self._params is not None:
             return graph, self._params["connectors"]
@@ -152,7 +151,7 @@ class Weights:
 
     def _network(self, name: str, config: Any) -> dict[Any, Any]:
         """Weights as a sampler keeps them: resident, in the dtype of their use, or quantised."""
-        homes, form = mapping.leaves(self._homes[name]), self.config.quantized
+        homes, form = mapping.leaves(self._homes[name]), stored(self.config.quantized)
         wanted = [p.at(homes, form) for p in self._release.parameters(name, config)]
         label = name if sum(p.leaf.size for p in wanted) > 2**24 else None
         found = self._release.stream(name, wanted, lambda p: p.leaf.dtype, progress=label)
@@ -319,7 +318,7 @@ class Files:
     ) -> Texts:
         checkpoint, here = self.release.networks["connectors"].file.path, _here(mesh)
         mesh = mesh if len(here) == mesh.size else make_mesh(devices=here[:1])
-        how = {"mesh": mesh, "dtype": dtype, "quantize": form, "offload": offload}
+        how = {"mesh": mesh, "dtype": dtype, "quantize": stored(form), "offload": offload}
         return Texts(lambda: released_encoder(checkpoint, self.text_encoder, cache=cache, **how))
 
     def load_upsampler(self, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -401,7 +400,7 @@ def weight_bytes(
             and int(of_block[1]) >= blocks
         ):
             return 0
-        return FORMS[form][2] if form and matrix else 16
+        return FORMS[stored(form)][2] if form and matrix else 16
 
     return sum(
         int(np.prod(shape) * bits(network, name, shape) / 8)

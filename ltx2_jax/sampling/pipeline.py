@@ -40,7 +40,7 @@ from ltx2_jax.diffusion import geometry, schedules
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import local_folder, location
 from ltx2_jax.media.media import Clip
-from ltx2_jax.models.quantized import check_form
+from ltx2_jax.models.quantized import PRODUCTS, check_form, described
 from ltx2_jax.sampling.loading import (
     Files,
     RunWeights,
@@ -157,7 +157,8 @@ class Pipeline:
             if they fit.
           dtype: "bfloat16" or "float32", of activations and matrices.
           quantize: "int8", "fp8" or "int4": the matrices of all blocks of transformer, connectors
-            and text encoder are kept so.
+            and text encoder are kept so; "int8-products" or "fp8-products": what the transformer
+            multiplies them by is rounded, too, for the faster units of a chip.
           offload: the layers of transformer and text encoder wait in the memory of the host, and
             each comes to the devices ahead of its use.
 
@@ -184,6 +185,8 @@ class Pipeline:
         mesh = mesh or best()
         if offload:
             check_host(found.release, mesh, quantize)
+        if quantize in PRODUCTS:
+            hosts.say(described(quantize, mesh.devices.flat[0].device_kind))
         maker = Maker(
             Weights(found.release, networks, mesh, offload=offload),
             found.texts(mesh, dtype, text_cache, quantize, offload),

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.models import lora, ltx2
 from ltx2_jax.models.layers import Linear
-from ltx2_jax.models.quantized import FORMS, dequantized, quantize, quantized
+from ltx2_jax.models.quantized import FORMS, PRODUCTS, dequantized, quantize, quantized, stored
 from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
 from ltx2_jax.models.transformer.config import LTX2_3_22B
+from ltx2_jax.planning.compiled import hlo
 from ltx2_jax.planning.topology import has_compiler, tpu_devices
 from ltx2_jax.sharding import bytes_per_chip, make_mesh, spec, spec_of
 
@@ -137,6 +138,66 @@ def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
             np.testing.assert_allclose(back(given), dx, rtol=1e-4, atol=1e-3)
 
 
+PRODUCT_VALUES = {"int8": VALUES["int8"], "fp8": np.array([-448, -96, -3.5, 0, 0.25, 2, 15, 120])}
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_products_are_of_the_values_of_both_sides(form):
+    """Exactly: numbers that both sides have, in steps that are powers of two, and sums of them."""
+    few = stored(form)
+    sides, steps = [], []
+    for rows, seed in ((5, 1), (ROWS, 2)):
+        values = np.random.default_rng(seed).choice(PRODUCT_VALUES[few], (rows, COLUMNS))
+        values[:, 7] = -FORMS[few][1]
+        sides.append(values.astype(np.float32))
+        steps.append(np.exp2(np.arange(rows)[:, None] - np.float32(3)))
+    x, weight = (side * step for side, step in zip(sides, steps, strict=True))
+    linear = rounding(weight, form)
+    want = sides[0].astype(np.float64) @ sides[1].T.astype(np.float64) * steps[0] * steps[1].T
+    np.testing.assert_array_equal(linear(jnp.asarray(x), (None,)), want.astype(np.float32))
+    np.testing.assert_array_equal(linear(jnp.zeros_like(x), (None,)), np.zeros_like(want))
+    text = jax.jit(lambda x: linear(x, (None,))).lower(x).as_text()
+    dtypes = {"int8": "xi8>.*xi8>.*xi32>", "fp8": "xf8E4M3FN>.*xf8E4M3FN>.*xf32>"}[few]
+    assert re.search(f"dot_general.*{dtypes}", text)
+
+
+def rounding(weight, form, axes=("fsdp", None)):
+    """A linear map of weight [out, in] that rounds what it reads, on the mesh in context."""
+    values, scale = quantized(jnp.asarray(weight), stored(form))
+    linear = Linear(*weight.shape[::-1], axes=axes, bias=False, rngs=nnx.Rngs(0))
+    rows = spec_of(jax.typeof(linear.weight[...]))
+    if not jax.sharding.get_abstract_mesh().empty:
+        values, scale = jax.device_put(values, rows), jax.device_put(scale, P(rows[0]))
+    linear.weight, linear.scale = nnx.Param(values), nnx.data(nnx.Param(scale))
+    linear.rounds_input = True
+    return linear
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "heads"), ("heads", "fsdp")], ids=str)
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_a_mesh_does_not_change_what_is_rounded(form, axes, mesh_context):
+    """Nor does an adapter, which reads what was not. One shard alone has the outlier of a token.
+
+    Another step than that of the whole token would be seen, a hundred times over.
+    """
+    x, weight = random(2, 4, COLUMNS, seed=2), random(8, COLUMNS)
+    x[:, 1, 3] *= 100
+    a, b = random(4, COLUMNS, seed=3), random(8, 4, seed=4)
+    few = stored(form)
+    step = np.abs(x).max(-1, keepdims=True) / FORMS[few][1]
+    near = np.round(x / step) if few == "int8" else (x / step).astype(FORMS[few][0]).astype("f")
+    meant = np.asarray(dequantized(*quantized(jnp.asarray(weight), few)))
+    want = (near * step) @ meant.T + x @ a.T @ b.T
+    with mesh_context(2, 2, 2):
+        linear = rounding(weight, form, axes)
+        lora.attach(linear, {"a": a, "b": b})
+        given = jax.device_put(x, spec("batch", None, axes[0] if axes[0] != "fsdp" else None))
+        graph, params = nnx.split(linear)
+        run = jax.jit(lambda p, x: nnx.merge(graph, p)(x, ("batch", None)))
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_allclose(run(params, given), want, rtol=1e-4, atol=1e-3)
+
+
 LAYERS, WIDTH = 12, 1024
 
 
@@ -157,6 +218,15 @@ class Stack(nnx.Module):
         return jax.lax.scan(body, x, params)[0]
 
 
+def stacked(form, chip):
+    """Of a `Stack` on one chip: its graph, its weights, and what it reads, [256, WIDTH]."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: Stack(form)))
+    home = NamedSharding(jax.sharding.Mesh(tpu_devices(chip)[:1], ("chip",)), P())
+    x = jax.ShapeDtypeStruct((256, WIDTH), jnp.bfloat16)
+    on = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home)  # noqa: E731
+    return graph, *jax.tree.map(on, (params, x))
+
+
 @pytest.mark.skipif(not has_compiler(), reason="no TPU compiler for this machine")
 @pytest.mark.parametrize("form", FORMS)
 def test_no_copy_of_all_layers_is_made(form):
@@ -164,12 +234,7 @@ def test_no_copy_of_all_layers_is_made(form):
 
     Neither forward nor backward, where nothing of a layer has been saved but what it is given.
     """
-    graph, params = nnx.split(nnx.eval_shape(lambda: Stack(form)))
-    home = NamedSharding(jax.sharding.Mesh(tpu_devices("v5e:2x2")[:1], ("chip",)), P())
-    params, x = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home),
-        (params, jax.ShapeDtypeStruct((256, WIDTH), jnp.bfloat16)),
-    )
+    graph, params, x = stacked(form, "v5e:2x2")
 
     def loss(x, p):
         return jnp.sum(jnp.square(nnx.merge(graph, p)(x).astype(jnp.float32)))
@@ -180,6 +245,31 @@ def test_no_copy_of_all_layers_is_made(form):
     assert memory.argument_size_in_bytes < held * 1.05
     assert memory.temp_size_in_bytes < one
     assert not re.search(rf"(f32|bf16)\[{LAYERS},{WIDTH},{WIDTH}\]", program.as_text())
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no TPU compiler for this machine")
+@pytest.mark.parametrize(
+    ("form", "chip", "side", "sums"),
+    [
+        ("int8-products", "v5e:2x2", "s8", "s32"),
+        ("int8-products", "v6e:2x2", "s8", "s32"),
+        ("fp8-products", "tpu7x:2x2x1", "f8e4m3fn", "f32"),
+    ],
+)
+def test_the_matrix_unit_is_given_what_was_rounded(form, chip, side, sums):
+    """By the compiler of a chip that has such products: it casts neither side up, nor copies."""
+    graph, params, x = stacked(form, chip)
+    program = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).lower(params, x).compile()
+    found = [
+        (computation.operands(product), product)
+        for computation in hlo.parse(program.as_text()).computations.values()
+        for product in computation.instructions
+        if product.opcode == "convolution"
+    ]
+    assert [[o.shapes[0].dtype for o in (*sides, product)] for sides, product in found] == [
+        [side, side, sums]
+    ]
+    assert program.memory_analysis().temp_size_in_bytes < WIDTH * WIDTH
 
 
 @pytest.mark.parametrize(("form", "least"), [("int8", 0.50), ("fp8", 0.50), ("int4", 0.28)])

@@ -35,6 +35,21 @@ def test_a_collective_is_waited_for_unless_it_is_asynchronous():
     assert times["step"] == pytest.approx(COMPUTE + GATHER)
 
 
+@pytest.mark.parametrize(
+    ("chip", "sides", "rate"),
+    [("v6e", ("s8", "s8"), 2), ("v6e", ("s8", "bf16"), 1), ("v6e", ("f8e4m3fn",) * 2, 1),
+     ("v7x", ("f8e4m3fn",) * 2, 2), ("v4", ("s8", "s8"), 1)],
+)  # fmt: skip
+def test_products_of_eight_bits_are_as_fast_as_the_chip_makes_them(chip, sides, rate):
+    """If both sides have them: what is cast up is multiplied in bfloat16."""
+    given = [f"%{name} = {side}[4096,4096]{{1,0}} parameter({i})"
+             for i, (name, side) in enumerate(zip("ab", sides, strict=True))]  # fmt: skip
+    dot = DOT.replace("%a, %a", "%a, %b")
+    module = program(*given, f"ROOT %d = f32[4096,4096]{{1,0}} {dot}")
+    times = roofline(module, MESH, Network(CHIPS[chip], None))["ideal"]
+    assert times["compute"] == pytest.approx(2 * 4096**3 / CHIPS[chip].device_flops / rate)
+
+
 def test_an_asynchronous_collective_hides_behind_what_runs_before_it_is_awaited():
     start = f"%g = ({SHARD}, {WHOLE}) all-gather-start(%s), {GROUPS}"
     done = f"%e = {WHOLE} all-gather-done(%g)"

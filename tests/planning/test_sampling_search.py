@@ -72,6 +72,24 @@ def test_the_default_mesh_is_the_one_that_a_search_finds(name, size, passes, qua
     assert tuple(first["mesh"]) == default
 
 
+def test_products_of_eight_bits_are_estimated_by_the_chip():
+    """All but attention takes half of the time where the chip has them."""
+
+    def times(form, name):
+        where = topology.slice_of(name)
+        mesh = make_mesh(1, 1, 4, devices=topology.places(where))
+        networks = dataclasses.replace(CONFIG.networks, quantized=form)
+        guess = sampling_estimate.estimate_sample(networks, request(MIDDLE), mesh, where.chip, 1)
+        return guess.products, guess.weights
+
+    forms = ("int8", "int8-products")
+    (plain, held), (few, same) = (times(form, "v6e:2x2") for form in forms)
+    assert held == same
+    assert 0.5 < few / plain < 0.75
+    first, second = (times(form, "v4:2x2x1") for form in forms)
+    assert first == second
+
+
 def test_what_a_mesh_exchanges_decides_not_the_bytes():
     """Splitting heads four times moves fewer bytes than eight shards of tokens, and is slower."""
     rows = searched("v6e:4x4")["rows"]

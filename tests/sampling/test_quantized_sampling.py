@@ -61,7 +61,14 @@ def case():
 # Of random weights, on which roundings act as independent noise: what three blocks make of half a
 # step, uniform in it. Trained weights are no worse conditioned.
 @pytest.mark.parametrize(
-    ("form", "least", "most"), [("int8", 5e-4, 0.02), ("fp8", 2e-3, 0.08), ("int4", 0.02, 0.3)]
+    ("form", "least", "most"),
+    [
+        ("int8", 5e-4, 0.02),
+        ("fp8", 2e-3, 0.08),
+        ("int4", 0.02, 0.3),
+        ("int8-products", 5e-4, 0.03),
+        ("fp8-products", 2e-3, 0.12),
+    ],
 )
 def test_velocities_stay_near_the_reference(form, least, most, case):
     v, a = velocities(weights(form), case)
@@ -200,7 +207,7 @@ def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys, monkeypatch):
     out = tmp_path / "clip.mp4"
     argv = [str(V20 / "checkpoint.safetensors"), "a dog barks", f"--gemma-root={V20 / 'gemma'}"]
     argv += [
-        "--quantize=int8",
+        "--quantize=int8-products",
         "--offload",
         f"--lora={V20 / 'lora.safetensors'}",
         "--num-frames=9",
@@ -211,7 +218,7 @@ def test_a_clip_is_made_of_quantised_weights(tmp_path, capsys, monkeypatch):
     argv += ["--recipe=one_stage", "--dtype=float32", f"--output-path={out}"]
     assert sample.cli(argv) == 0, capsys.readouterr().err
     assert media.read_clip(out).video.shape == (9, 64, 64, 3)
-    assert json.loads(media.read_about(out))["command"]["quantize"] == "int8"
+    assert json.loads(media.read_about(out))["command"]["quantize"] == "int8-products"
 
 
 @pytest.mark.parametrize("flag", ["--quantize=int8", "--offload"])
@@ -221,5 +228,5 @@ def test_a_training_is_not_quantised_and_stays_on_the_devices(flag, capsys):
 
 
 def test_an_unknown_form_is_one_line():
-    with pytest.raises(UserError, match=r"^quantize='int5' is not one of int8, fp8, int4$"):
+    with pytest.raises(UserError, match=r"^quantize='int5' is not one of int8, fp8, int4, int8-pr"):
         Pipeline.from_pretrained(V23 / "checkpoint.safetensors", quantize="int5")

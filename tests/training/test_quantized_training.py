@@ -315,8 +315,9 @@ def test_a_part_is_trained_beside_the_others_rounded_and_the_whole_is_exported_u
 
 
 def test_what_cannot_be_rounded_is_refused(base):
-    with pytest.raises(UserError, match=r"^quantize='int5' is not one of int8, fp8, int4$"):
-        TuneConfig(quantize="int5")
+    for form in ("int5", "int8-products"):  # the products of which have no gradient
+        with pytest.raises(UserError, match=f"^quantize='{form}' is not one of int8, fp8, int4$"):
+            TuneConfig(quantize=form)
     config = tuned(base, "int8", train=("transformer", "connectors"), lora=None)
     with pytest.raises(UserError, match=r"tune.quantize='int8': tune.train=.* trains all large"):
         initial.check(config)

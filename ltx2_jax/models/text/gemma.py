@@ -20,7 +20,7 @@ from jax import Array
 
 from ltx2_jax.models import streamed
 from ltx2_jax.models.layers import parameter
-from ltx2_jax.models.quantized import quantize
+from ltx2_jax.models.quantized import quantize, stored
 from ltx2_jax.models.text.gemma_layers import (
     Cache,
     GemmaConfig,
@@ -101,7 +101,7 @@ class Gemma(nnx.Module):
             ]
         )
         self.norm = Norm(cfg.width, cfg, rngs=rngs)
-        quantize(self, cfg.quantized)
+        quantize(self, stored(cfg.quantized))  # which runs once for a prompt
 
     def fold(
         self,

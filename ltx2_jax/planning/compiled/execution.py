@@ -7,7 +7,7 @@ and of a conditional the branch with the most FLOPs. A fusion is one instruction
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -197,31 +197,47 @@ def _constant(instruction: Instruction) -> int | None:
 # ------------------------------------------------------------------------------------------- FLOPs
 
 
-def flops(module: Module, computation: Computation, instruction: Instruction) -> float:
+Rate = Callable[[str], float]  # of a dtype: its products in the time of one of bfloat16
+
+
+def flops(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    rate: Rate = lambda dtype: 1.0,
+) -> float:
     """FLOPs of the matrix products and kernels of one run of an instruction, fused ones included.
 
     A multiply-accumulate is 2 FLOPs; of a convolution only products with elements count, not those
     with padding or between dilated ones, as XLA's own cost analysis counts. Elementwise work is
-    bandwidth, not FLOPs. What a `while` or a call runs is not part of it.
+    bandwidth, not FLOPs. What a `while` or a call runs is not part of it. Given the `rate` of
+    dtypes, they are those of bfloat16 that take as long.
     """
     opcode = instruction.opcode
-    if opcode == "dot":
+    if opcode in ("dot", "convolution"):
+        sides = {operand.shapes[0].dtype for operand in computation.operands(instruction)[:2]}
+        return _product(computation, instruction) / min(map(rate, sides))
+    if opcode == "custom-call":
+        return kernel_flops(computation, instruction)
+    if opcode == "fusion":
+        return sum(computation_flops(module, inner, rate) for inner in module.called(instruction))
+    return 0.0
+
+
+def _product(computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode == "dot":
         left = computation.operands(instruction)[0].shapes[0]
         contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
         sizes = (left.dims[int(axis)] for axis in contracted)
         return 2.0 * instruction.shapes[0].elements * math.prod(sizes)
-    if opcode == "convolution":
-        return _convolution(computation, instruction)
-    if opcode == "custom-call":
-        return kernel_flops(computation, instruction)
-    if opcode == "fusion":
-        return sum(computation_flops(module, inner) for inner in module.called(instruction))
-    return 0.0
+    return _convolution(computation, instruction)
 
 
-def computation_flops(module: Module, computation: Computation) -> float:
-    """FLOPs of one run of every instruction of a computation."""
-    return sum(flops(module, computation, instruction) for instruction in computation.instructions)
+def computation_flops(
+    module: Module, computation: Computation, rate: Rate = lambda dtype: 1.0
+) -> float:
+    """FLOPs of one run of every instruction of a computation; `rate` as in `flops`."""
+    return sum(flops(module, computation, i, rate) for i in computation.instructions)
 
 
 def is_kernel(instruction: Instruction) -> bool:

@@ -7,10 +7,11 @@ at once, or, of an asynchronous one, where the result is awaited. Copies to VMEM
 memory, run beside the program in the same way.
 
 Two rates: ideal, all peaks; and practical, with the chip's sustained fractions: attention kernels
-by their head width, all other FLOPs as matrix products, HBM and links as measured. Left out: vector
-and transcendental work (most hides behind bandwidth), the time to start a kernel, matrices too
-small to fill the matrix unit, the slower products of float32, copies that slow each other down, and
-all that `traffic.py` leaves out. It is an estimate to compare programs with.
+by their head width, all other FLOPs as matrix products (those of int8 or float8 at the chip's rate
+for them), HBM and links as measured. Left out: vector and transcendental work (most hides behind
+bandwidth), the time to start a kernel, matrices too small to fill the matrix unit, the slower
+products of float32, copies that slow each other down, and all that `traffic.py` leaves out. It is
+an estimate to compare programs with.
 """
 
 import dataclasses
@@ -178,7 +179,7 @@ class Clock:
             fraction = chip.attention(width) if width else chip.gemm
             hbm_fraction = HBM_EFFICIENCY
         return Times(
-            compute=flops(self.module, *at) / chip.device_flops / fraction,
+            compute=flops(self.module, *at, chip.products) / chip.device_flops / fraction,
             hbm=sum(hbm_bytes(self.module, *at)) / chip.device_hbm_bandwidth / hbm_fraction,
             host=host_bytes(self.module, *at) / chip.host_bandwidth,
         )

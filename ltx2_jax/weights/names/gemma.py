@@ -18,6 +18,7 @@ from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
+from ltx2_jax.models.quantized import stored
 from ltx2_jax.models.text.gemma import Gemma
 from ltx2_jax.models.text.gemma_layers import GemmaConfig, LayerKind, repeating
 from ltx2_jax.weights import mapping
@@ -255,7 +256,7 @@ def parameters(cfg: GemmaConfig, where: Any = None) -> list[Parameter]:
         inside = LAYER[".".join(map(str, path[4:]))]
         layers = range(first, first + len(pattern) * repeats, len(pattern))
         names = tuple(f"layers.{i}.{inside}" for i in layers)
-        form = cfg.quantized if leaf.ndim == 3 else None
+        form = stored(cfg.quantized) if leaf.ndim == 3 else None
         found.append(Parameter(path, names, leaf, stacked=True, form=form))
     return found
 
