@@ -358,10 +358,14 @@ class Maker:
         graph, params = self.weights.connectors()
         first = {name: value[:1] for name, value in text.items()}
         audio = first.get("audio_text", first["video_text"])
+
+        @jax.jit
+        def found(params: Any, head: nnx.Module, *text: jax.Array) -> jax.Array:
+            return head(*nnx.merge(graph, params)(*text)[:2])
+
         with jax.set_mesh(self.mesh):
-            model = nnx.merge(graph, params)
-            contexts = model(first["video_text"], audio, first["text_mask"])[:2]
-            seconds = float(hosts.whole(head(*contexts))[0])
+            made = found(params, head, first["video_text"], audio, first["text_mask"])
+            seconds = float(hosts.whole(made)[0])
         stride = self.codec.video.strides[0]
         seconds = min(max(seconds, low), high)
         lowest, highest = math.ceil(low * fps - 1e-6), math.floor(high * fps + 1e-6)
