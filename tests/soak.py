@@ -4,7 +4,8 @@
 
 The step is a stand-in that compiles at once (`hosts_config.py`); reading, checkpoints, signals and
 ends are the real ones. After each kill the next processes go on, in the same layout or, with
-`--layouts`, in a random one: 1 x 4, 2 x 2 or 4 x 1 processes x devices. At the end:
+`--layouts`, in a random one: 1 x 4, 2 x 2 or 4 x 1 processes x devices. A run that has come to its
+end is followed by another. At the end of each:
 
 - the last weights are those of a run that nobody disturbed: bit for bit on one layout, within 1e-5
   on several;
@@ -356,10 +357,12 @@ def main() -> None:
 
     from ltx2_jax.training import loop
 
-    chance, steps = random.Random(args.seed), 40 + 12 * args.kills
+    # Begun in the background, this may be told to ignore Ctrl-C, and so would its processes be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    chance, steps = random.Random(args.seed), 240
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     config = dataclasses.replace(resume_config.get_config(), workdir=str(root / "data"))
-    data, run = loop.dataset(config).folder, root / "run"
+    data, runs = loop.dataset(config).folder, [root / "run-1"]
     if args.real:
         real(root, data)
         own_disks(root, data)
@@ -367,21 +370,24 @@ def main() -> None:
         return
     assert set(attempt(root / "calm", data, LAYOUTS[0], root / "calm-log", steps, None)) == {0}
     for kill in range(args.kills):
+        if committed(runs[-1]) == steps:
+            runs.append(root / f"run-{len(runs) + 1}")
         layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]
         early = chance.random() < 0.3
         after = round(chance.uniform(0, 4 if early else 1), 2)
         what = chance.choice(SIGNALS), chance.randrange(layout[0]), after, not early
-        attempt(run, data, layout, root / f"log-{kill:02d}", steps, what)
-        if committed(run) == steps:
-            shutil.rmtree(run / "checkpoints" / str(steps))  # there are kills left
+        attempt(runs[-1], data, layout, root / f"log-{kill:02d}", steps, what)
     layout = chance.choice(LAYOUTS) if args.layouts else LAYOUTS[0]
-    assert set(attempt(run, data, layout, root / "log-last", steps, None)) == {0}
-    left = [name for name in os.listdir(run / "checkpoints") if not name.isdecimal()]
-    assert not left, left
-    ours, calm = weights(run, steps), weights(root / "calm", steps)
-    difference = np.abs(ours - calm).max() / np.abs(calm).max()
-    print(f"{args.kills} kills: weights differ by {difference:g} of the largest")
-    assert np.array_equal(ours, calm) if not args.layouts else difference < 1e-5
+    assert set(attempt(runs[-1], data, layout, root / "log-last", steps, None)) == {0}
+    calm = weights(root / "calm", steps)
+    for run in runs:
+        left = [name for name in os.listdir(run / "checkpoints") if not name.isdecimal()]
+        assert not left, left
+        ours = weights(run, steps)
+        difference = np.abs(ours - calm).max() / np.abs(calm).max()
+        print(f"{run.name}: weights differ by {difference:g} of the largest")
+        assert np.array_equal(ours, calm) if not args.layouts else difference < 1e-5
+    print(f"{args.kills} kills in {len(runs)} runs of {steps} steps")
     shutil.rmtree(root)
 
 
