@@ -14,13 +14,14 @@ number in a name counts TensorCores, of which a chip of v5p and v7x has two):
 
 On several such slices, batch_size grows with them: `--config.data.batch_size=128` on two v5p-128.
 `python -m ltx2_jax.plan` with `--hosts` says which rows every host reads. What plan says of the
-variants, compiled, not measured, with `--config.optim.reduce_dtype=bfloat16` (float32, the default,
-gave the same for the second row, and 29.5 GiB, 5.24 s and 33.5% for :v6e256 at 1280x704):
+variants, compiled, not measured, with `--config.optim.reduce_dtype=bfloat16` (:v5p512 with float32,
+the default, which gave the same for the second row, and 29.5 GiB, 5.24 s and 33.5% for :v6e256 at
+1280x704):
 
     (none)   v5p:4x4x4    121 frames of 768x512     43.7 of 95.7 GiB   2.26 s a step, 57.6% MFU
     (none)   v5p:4x4x4    121 frames of 1280x704    90.3 of 95.7 GiB   5.54 s a step, 63.3% MFU
     :v5p256  v5p:4x4x8    121 frames of 1280x704    87.0 of 95.7 GiB   5.55 s a step, 63.3% MFU
-    :v5p512  v5p:4x8x8    121 frames of 1280x704    not compiled; should be as :v5p256
+    :v5p512  v5p:4x8x8    121 frames of 1280x704    85.4 of 95.7 GiB   5.56 s a step, 63.1% MFU
     :v6e256  v6e:16x16    121 frames of 768x512     13.3 of 31.2 GiB   2.06 s a step, 31.5% MFU
     :v6e256  v6e:16x16    121 frames of 1280x704    29.3 of 31.2 GiB   5.17 s a step, 33.9% MFU
     :v7x128  tpu7x:4x4x4  121 frames of 768x512     40.4 of 94.8 GiB   1.05 s a step, 49.3% MFU
