@@ -108,7 +108,10 @@ class AudioCodec:
         return np.pad(audio, ((0, 0), (0, count - audio.shape[1]), (0, 0)))
 
     def program(self, half: str, shape: Sequence[int]) -> tuple[Any, ...]:
-        """The jitted "encode" or "decode" of an array of `shape`, and its arguments as shapes."""
+        """The jitted "encode" or "decode" of an array of `shape`, and its arguments as shapes.
+
+        It is a `functools.partial` of what is jitted, and can be part of no other program.
+        """
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         if half == "encode":
             return partial(_encode_audio, graph=self.graph[0]), self.params[0], x

@@ -102,7 +102,7 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
     ):
         seconds, first = best_of(call, args.calls)
         program, *given = codec.program(half, audio.shape if half == "encode" else latents.shape)
-        peak = measured_peak() or compiled_peak(jax.jit(program).lower(*given))
+        peak = measured_peak() or compiled_peak(program.func.lower(*given, **program.keywords))
         yield f"{half} audio", seconds, first, flops.count(program, *given), peak
 
 
