@@ -155,9 +155,10 @@ def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_pa
     try:
         wait_for(step.exists)
         (tmp_path / "hold").touch()  # none is done before all have begun again
+        # Before the trainings are gone: who sees that first starts them where they were.
+        request.write_text(request.read_text().replace('"ACTIVE"', '"SUSPENDED"'))
         for pid in (tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"):
             os.kill(int(pid.read_text()), signal.SIGKILL)
-        request.write_text(request.read_text().replace('"ACTIVE"', '"SUSPENDED"'))
         wait_for(lambda: not request.exists() or "SUSPENDED" not in request.read_text())
         wait_for(lambda: len(list((tmp_path / "cloud").glob("first-*/*/ltx2_jax_run/pid"))) == 4)
         end_with(tmp_path, 42)
