@@ -55,7 +55,8 @@ def queue(verb: str, names: list[str], flags: dict[str, str]) -> int:
     for node in request["nodes"]:
         for home in sorted((ROOT / node).iterdir()):
             end(home)
-        shutil.rmtree(ROOT / node)
+        while (ROOT / node).exists():  # who ends may still write how
+            shutil.rmtree(ROOT / node, ignore_errors=True)
     file.unlink()
     return 0
 
