@@ -210,8 +210,8 @@ def compiler_options(*, training: bool, checked: bool = False) -> Options | None
 
 
 # For the `compiler_options` of `jax.jit`, where a TPU's compiler works minutes on a program that
-# runs for a moment: the effort O1. The sound of a clip then compiles in 4 minutes of a core on v5e
-# in place of 10, and takes as long by the compiler's own estimate. No result differs by it.
+# runs for a moment: the effort O1. For v5e, six convolutions of the vocoder (96 channels, 10,000
+# samples) compile in 4.5 s of a core in place of 30, and take as long by the compiler's estimate.
 QUICK: Options = {"optimization_level": 19}
 
 

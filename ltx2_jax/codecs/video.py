@@ -74,12 +74,7 @@ class VideoCodec:
     @cached_property
     def params(self) -> Any:
         """The weights, whole on every device."""
-        return self._whole(self._read)
-
-    def _whole(self, read: Callable[[Any], Any]) -> Any:
-        home = replicated_on(self.devices)
-        with jax.set_mesh(home.mesh):  # whatever the mesh around, such as a training's
-            return read(home)
+        return self._read(replicated_on(self.devices))
 
     def encode(self, video: ArrayLike) -> np.ndarray:
         """Normalised latents float32 [B, F', H', W', C] of pixels [B, F, H, W, 3].
@@ -281,7 +276,7 @@ class DiffusionVideoCodec(VideoCodec):
     @cached_property
     def decoder_params(self) -> Any:
         """The decoder's weights, whole on every device."""
-        return self._whole(self._read_decoder)
+        return self._read_decoder(replicated_on(self.devices))
 
     def decode_chunks(self, latents: ArrayLike) -> Iterator[np.ndarray]:
         """As that of `VideoCodec`; the devices share columns only."""

@@ -149,10 +149,10 @@ class Films(Sequence):
 
     def _tell(self) -> None:
         """Says now and then how many clips are kept, and when all are, who made them goes."""
-        kept = sum(self._path(index).exists() for index in range(len(self)))
-        if kept == len(self):
+        if all(self._path(index).exists() for index in range(len(self))):
             self._codec = None  # its weights are on a device that has better things to hold
         elif time.monotonic() < self._told + TOLD_EVERY:
             return
         self._told = time.monotonic()
-        hosts.say(f"films    {kept} of {len(self)} clips are encoded")
+        count = sum(self._path(index).exists() for index in range(len(self)))
+        hosts.say(f"films    {count} of {len(self)} clips are encoded")

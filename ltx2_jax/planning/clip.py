@@ -108,7 +108,7 @@ def plan_clip(
       topology: the slice.
       sizes: data, model, sequence of the mesh; None takes that which `Pipeline` would choose.
       offload: whether the layers of transformer and text encoder wait in the host's memory.
-      say: told a line after each program; all together may take half an hour.
+      say: told a line after each program, which may take minutes to compile.
 
     Raises:
       UserError: no such slice, no TPU compiler, an illegal size, a mesh that does not divide.

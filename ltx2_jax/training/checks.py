@@ -33,14 +33,14 @@ from ltx2_jax.training import examples, housekeeping, initial, objective, runs
 def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses a run that cannot be, in this order, before any of its work.
 
-    The config alone, the config and its dataset, the config and the checkpoint of its workdir.
+    The config and its dataset, the config and the checkpoint of its workdir. The config by itself
+    was asked before (`check_alone`).
 
     Raises:
       UserError: the first thing that does not fit, and what it does not fit to.
     """
 
     def fits() -> None:
-        check_alone(config, mesh)
         if not config.data.folders:
             check_synthetic(config, mesh)
             return
@@ -56,7 +56,10 @@ def before_work(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_alone(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless the config fits itself and the mesh, whatever the data are."""
+    """UserError unless the config fits itself and the mesh, whatever the data are.
+
+    To be asked before datasets are copied from buckets, or captions of films encoded.
+    """
     check_batch(config, mesh)
     if config.check.sdc_every and mesh.devices.flat[0].platform != "tpu":
         raise UserError("check.sdc_every: the checker is the TPU compiler's; no TPU is here")

@@ -22,7 +22,7 @@ from etils import epath
 
 from ltx2_jax import chips, hosts, stop_signals
 from ltx2_jax.codecs.codec import load_codec
-from ltx2_jax.config import Config, FilmsConfig
+from ltx2_jax.config import Config
 from ltx2_jax.data.encoding import OtherDataset, PrepareConfig, prepare_dataset
 from ltx2_jax.data.loader import make_dataset, seek
 from ltx2_jax.data.mixtures import Dataset, index_of, open_datasets
@@ -161,8 +161,7 @@ def _checked(config: Config) -> tuple[Config, epath.Path, jax.sharding.Mesh]:
     mesh = hosts.agree(
         lambda: make_mesh(sizes.data, sizes.model, sizes.sequence, slices=sizes.slices)
     )
-    if config.data.films != FilmsConfig():  # whose captions may take long
-        hosts.agree(lambda: checks.check_alone(config, mesh))
+    hosts.agree(lambda: checks.check_alone(config, mesh))
     config = with_data_here(config)
     checks.before_work(config, mesh)
     validation.check(config, mesh)

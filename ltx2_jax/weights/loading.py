@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from tqdm import tqdm
 
 from ltx2_jax.models import quantized
-from ltx2_jax.sharding import SLICE
+from ltx2_jax.sharding import SLICE, replicated_on
 from ltx2_jax.weights.mapping import SAME, Parameter, in_short
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 
@@ -241,13 +241,15 @@ class _Loader:
         if parameter.form:
             made = quantized.shapes(made, parameter.form)
         homes = jax.tree.map(lambda leaf: automatic(leaf.sharding), made)
-        if (piece.first == 0 and not piece.whole) or piece.dtype is None:
-            before = jax.tree.map(lambda leaf, at: _zeros(leaf.shape, leaf.dtype, at), made, homes)
-        if piece.dtype is not None:
-            raw = jax.make_array_from_callback(
-                piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
-            )
-            before = self._converted(piece, raw, before, kind, dtype, homes)
+        with jax.set_mesh(_mesh(homes)):  # whatever the mesh around, such as a training's
+            if (piece.first == 0 and not piece.whole) or piece.dtype is None:
+                zeros = lambda leaf, home: _zeros(leaf.shape, leaf.dtype, home)  # noqa: E731
+                before = jax.tree.map(zeros, made, homes)
+            if piece.dtype is not None:
+                raw = jax.make_array_from_callback(
+                    piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
+                )
+                before = self._converted(piece, raw, before, kind, dtype, homes)
         piece.buffers.clear()
         jax.block_until_ready(before)  # or buffers of several pieces would wait for their transfer
         if not piece.last:
@@ -315,6 +317,12 @@ def _parts(out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def _home(parameter: Parameter) -> Any:
     sharding = getattr(parameter.leaf, "sharding", None)
     return SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+
+
+def _mesh(homes: Any) -> Mesh:
+    """That of all homes of a parameter."""
+    home = jax.tree.leaves(homes)[0]
+    return home.mesh if isinstance(home, NamedSharding) else replicated_on([*home.device_set]).mesh
 
 
 def automatic(sharding: Any) -> Any:

@@ -88,8 +88,10 @@ def test_a_picture_too_small_for_all_devices_is_the_same(paths, codec, pixels):
 
 def test_weights_are_read_under_whatever_mesh(paths, codec, mesh_context):
     with mesh_context(2, 1, 1):
-        read = load_codec(*paths, devices=jax.devices()[:2], dtype="float32").video.params
-    jax.tree.map(np.testing.assert_array_equal, read, codec.video.params)
+        found = load_codec(*paths, devices=jax.devices()[:2], dtype="float32")
+        read = found.video.params, found.audio.params
+    want = codec.video.params, codec.audio.params
+    jax.tree.map(np.testing.assert_array_equal, read, want)
 
 
 def test_what_a_clip_becomes_does_not_depend_on_its_place(codec, pixels, monkeypatch):

@@ -170,13 +170,10 @@ PLACES = [
 ]  # fmt: skip
 
 
-def test_a_dataset_made_with_crashes_equals_one_made_without(tmp_path, disk, monkeypatch):
-    """A crash anywhere: while decoding, encoding, writing, or giving the folder its name."""
-    rows = films(disk, 23)
-    del disk.films["f5.mp4"], disk.films["f20.mp4"]
-    whole = contents(prepare(tmp_path, rows, name="whole"))
-    rng, left, crashed = random.Random(1), [0], []
-    for module, name in PLACES:
+def killed_at(places, monkeypatch):
+    """Kills at the call of one of the places that counts `left[0]` down to 0; who was `crashed`."""
+    left, crashed = [0], []
+    for module, name in places:
         original = getattr(module, name)
 
         def breaks(*args, original=original, name=name, **kwargs):
@@ -187,6 +184,15 @@ def test_a_dataset_made_with_crashes_equals_one_made_without(tmp_path, disk, mon
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, breaks)
+    return left, crashed
+
+
+def test_a_dataset_made_with_crashes_equals_one_made_without(tmp_path, disk, monkeypatch):
+    """A crash anywhere: while decoding, encoding, writing, or giving the folder its name."""
+    rows = films(disk, 23)
+    del disk.films["f5.mp4"], disk.films["f20.mp4"]
+    whole = contents(prepare(tmp_path, rows, name="whole"))
+    rng, (left, crashed) = random.Random(1), killed_at(PLACES, monkeypatch)
     # Threads read ahead, so how far a run comes is not the same each time.
     while len(crashed) < 20 and not (tmp_path / "broken").exists():
         left[0] = rng.randrange(1, 16)

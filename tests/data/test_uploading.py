@@ -12,7 +12,17 @@ import threading
 import fake_bucket
 import fsspec
 import pytest
-from test_sharded_work import CONFIG, PLACES, Codec, Encoder, Killed, contents, films, prepare
+from test_sharded_work import (
+    CONFIG,
+    PLACES,
+    Codec,
+    Encoder,
+    Killed,
+    contents,
+    films,
+    killed_at,
+    prepare,
+)
 from test_sharded_work import disk as disk
 
 from ltx2_jax import files
@@ -87,19 +97,8 @@ def test_a_dataset_made_with_crashes_equals_one_made_on_a_disk(tmp_path, disk, b
     rows = films(disk, 23)
     del disk.films["f5.mp4"], disk.films["f20.mp4"]
     whole = prepare(tmp_path, rows, name="whole")
-    rng, left, crashed = random.Random(1), [0], []
+    rng, (left, crashed) = random.Random(1), killed_at(PLACES + SENT, monkeypatch)
     monkeypatch.setattr(files, "STALE", 0.05)
-    for module, name in PLACES + SENT:
-        original = getattr(module, name)
-
-        def breaks(*args, original=original, name=name, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                crashed.append(name)
-                raise Killed
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, breaks)
     while len(crashed) < 20 and f"{AT}/dataset.json" not in bucket.objects:
         left[0] = rng.randrange(1, 60)
         with contextlib.suppress(Killed):

@@ -42,7 +42,7 @@ def test_a_run_that_is_lost_says_which_checkpoint_to_remove_if_that_is_at_fault(
 def test_the_checker_of_a_tpu_is_refused_where_there_is_none():
     config = replace(get_config(), check=CheckConfig(sdc_every=100))
     with pytest.raises(UserError, match=r"^check\.sdc_every: .* no TPU is here$"):
-        checks.before_work(config, make_mesh(devices=jax.devices()[:1]))
+        checks.check_alone(config, make_mesh(devices=jax.devices()[:1]))
 
 
 def schema_of(**shapes):

@@ -296,7 +296,8 @@ class Training:
         def note(name, result=None):
             return lambda *args, **kw: self.events.append((name, args, kw)) or result
 
-        monkeypatch.setattr(loop.checks, "before_work", note("before_work"))
+        for name in ("check_alone", "before_work"):
+            monkeypatch.setattr(loop.checks, name, note(name))
         monkeypatch.setattr(loop.checks, "check_same_makers", note("check_same_makers"))
         monkeypatch.setattr(loop, "Checkpoints", lambda *args, **kw: self.opened(*args, **kw))
         monkeypatch.setattr(loop, "dataset", note("dataset", self.records))
@@ -332,7 +333,7 @@ def test_clips_at_the_end_are_of_the_averaged_weights_if_there_are_any(
     training = Training(monkeypatch, tmp_path, latest=None, reached=9, optim=optim)
     assert training.of("clips") == [((weights, training.records, 9), {})]
     names = [name for name, _, _ in training.events]
-    assert names[0] == "before_work"
+    assert names[:2] == ["check_alone", "before_work"]
     assert names[-2:] == ["wait", "clips"]  # a run is on disk before its clips are made
     # Those on the way are made in the same manner.
     ((of, *_), _), *_ = training.of("take_steps")

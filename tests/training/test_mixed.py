@@ -183,8 +183,13 @@ def test_a_mixture_that_does_not_fit_is_refused_before_any_work(
     given["data.mixture"] = given["data.mixture"].replace("HUM", str(hum.folder))
     mesh = make_mesh(devices=jax.devices()[:2])
     with pytest.raises(UserError, match=message):
-        checks.before_work(load(FILE, given), mesh)
+        refuse_unfit(load(FILE, given), mesh)
     assert not (tmp_path / "run").exists()
+
+
+def refuse_unfit(config, mesh):
+    checks.check_alone(config, mesh)
+    checks.before_work(config, mesh)
 
 
 def test_what_a_mode_reads_must_be_in_every_size(records, tmp_path):

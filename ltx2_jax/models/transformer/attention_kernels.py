@@ -175,7 +175,7 @@ class Tuning:
 # one core, with a mask and that scheduler, 9 s for 1920/2560/512 on v7x, 52 s for 2688/2560/256.
 #
 # A forward block that holds all keys is a loop of one round, whose pieces the compiler lets
-# overlap: it takes 7 bytes for each logit, 26 MiB for 1408 x 2816 on v5p.
+# overlap: it takes some 7 bytes for each logit, 26 MiB for 1408 x 2816 on v5p.
 ALONE = 1408 * 1280
 TUNING = (
     ("v4", Tuning(Blocks(1408, 2816, 256), Blocks(1408, 2560, 256), alone=ALONE)),
