@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from tqdm import tqdm
 
 from ltx2_jax.models import quantized
-from ltx2_jax.sharding import SLICE, replicated_on
+from ltx2_jax.sharding import SLICE
 from ltx2_jax.weights.mapping import SAME, Parameter, in_short
 from ltx2_jax.weights.tensor_files import DTYPES, Stored, TensorFile
 
@@ -32,6 +32,7 @@ PIECE_BYTES = 2**29  # of a stack, that a host reads and hands over at a time
 READ_BYTES = 2**22  # of a system call: what it brings is checked while it is in the cache
 ALIGNMENT = 64  # bytes, of arrays on CPU devices
 WHOLE_BYTES = 2**16  # smaller tensors are read whole by every host
+NO_MESH = Mesh(np.empty((), object), ())
 
 # Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
 _NOT_FINITE = {
@@ -241,7 +242,7 @@ class _Loader:
         if parameter.form:
             made = quantized.shapes(made, parameter.form)
         homes = jax.tree.map(lambda leaf: automatic(leaf.sharding), made)
-        with jax.set_mesh(_mesh(homes)):  # whatever the mesh around, such as a training's
+        with jax.set_mesh(NO_MESH):  # that around may be of other devices, as a training's is
             if (piece.first == 0 and not piece.whole) or piece.dtype is None:
                 zeros = lambda leaf, home: _zeros(leaf.shape, leaf.dtype, home)  # noqa: E731
                 before = jax.tree.map(zeros, made, homes)
@@ -317,12 +318,6 @@ def _parts(out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def _home(parameter: Parameter) -> Any:
     sharding = getattr(parameter.leaf, "sharding", None)
     return SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
-
-
-def _mesh(homes: Any) -> Mesh:
-    """That of all homes of a parameter."""
-    home = jax.tree.leaves(homes)[0]
-    return home.mesh if isinstance(home, NamedSharding) else replicated_on([*home.device_set]).mesh
 
 
 def automatic(sharding: Any) -> Any:

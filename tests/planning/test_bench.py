@@ -110,7 +110,10 @@ def tiny_model(monkeypatch):
     return ["--release=2.3", "--frames=9", "--height=64", "--width=64", "--calls=1"]
 
 
-def test_bench_step_prints_parts_and_steps_per_minute(tiny_model, capsys):
+def test_bench_step_prints_parts_and_steps_per_minute(tiny_model, capsys, monkeypatch):
+    # Of the five parts, and of two lengths of the loop.
+    took = iter([0.001] * 5 + [0.010, 0.050])
+    monkeypatch.setattr(step, "best_of", lambda call, calls: (call(), (next(took), 0.0))[1])
     assert bench.cli(["step", *tiny_model]) == 0
     title, head, *parts, whole, before, last = capsys.readouterr().out.splitlines()
     assert title.startswith("step of 2.3, 1 block: 1 clip of 9 frames of 64x64 on ")
@@ -119,10 +122,15 @@ def test_bench_step_prints_parts_and_steps_per_minute(tiny_model, capsys):
     assert [re.split(r"\s{2,}", part)[0] for part in parts] == names
     assert whole.startswith("step")
     assert before.startswith("before the loop")
-    milliseconds = float(whole.split()[1])
-    # A hundredth of a millisecond is the last digit that is printed.
-    assert 60e3 / float(last.split()[0]) == pytest.approx(milliseconds, abs=0.0051)
+    assert (float(whole.split()[1]), float(before.split()[-1])) == (10, 0)  # milliseconds
+    assert last.startswith("6000 steps/min")
     assert "49.18" in last
+
+
+def test_steps_that_are_lost_in_noise_are_told(tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(step, "best_of", lambda call, calls: (0.01, 0.01))
+    assert bench.cli(["step", *tiny_model]) == 2
+    assert "5 steps took no longer than one: raise --calls" in capsys.readouterr().err
 
 
 def test_the_parts_of_a_step_do_its_work():

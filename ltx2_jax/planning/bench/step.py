@@ -23,6 +23,7 @@ from ltx2_jax.chips import compiler_options
 from ltx2_jax.command import count, mesh_flag
 from ltx2_jax.config import Config, DataConfig, TextConfig
 from ltx2_jax.diffusion.sampler import Latents, denoise, rows_axis, unguided
+from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops, ltx2
 from ltx2_jax.models.transformer.config import PRESETS
 from ltx2_jax.models.transformer.streams import Keep, Modality
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
             for n in (1, 1 + STEPS)
         )
     seconds = (more - one) / STEPS
+    if seconds <= 0:
+        raise UserError(f"{1 + STEPS} steps took no longer than one: raise --calls, or the size")
     print(line("step", seconds, args.batch * sum(terms.values()), rate))
     print(line("before the loop", one - seconds, 0, rate))
     full = MODELS[args.release][0].num_layers
