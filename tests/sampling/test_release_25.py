@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.text.duration_head import DurationHead
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sharding import make_mesh
 
@@ -90,3 +92,18 @@ def test_the_duration_head_decides_within_the_limits(pipe, bare, capsys):
         pipe.make(["a dog", "a dog"], duration="auto", **wishes)
     with pytest.raises(UserError, match="no frame count"):
         pipe.make(["a dog"], auto_duration=(0.4, 0.5), **wishes)
+
+
+def test_the_length_is_what_the_head_says_of_the_prompt_at_the_frame_rate_asked(pipe, monkeypatch):
+    def head(self, video, audio):  # [1, S, E], one prompt's: the negative one has no say
+        assert video.shape[0] == audio.shape[0] == 1
+        return jnp.full(1, 1.05)
+
+    monkeypatch.setattr(DurationHead, "__call__", head)
+    for limits, fps, frames in (
+        ((0.01, 60.0), 24.0, 25),  # 25.2
+        ((0.01, 60.0), 50.0, 49),  # 52.5
+        ((0.3, 0.8), 24.0, 17),  # at most 19.2
+        ((1.3, 2.0), 24.0, 33),  # at least 31.2
+    ):
+        assert pipe.maker._auto_frames(["a dog"], "", limits, fps) == frames
