@@ -26,6 +26,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+UNFREEZE = gc.unfreeze
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -55,8 +57,10 @@ LONG = (
 
 
 def pytest_configure(config):
-    # What tracing makes is kept in caches: to look through it every 700 objects is in vain.
+    # What tracing makes is kept in caches: to look through it every 700 objects is in vain, and so
+    # it is before and after the loop of every training. It stays frozen: see `modules_are_apart`.
     gc.set_threshold(50_000, 20, 50)
+    gc.unfreeze = lambda: None
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would put it last
         config.option.loadscopereorder = False
 
@@ -83,14 +87,20 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_more_programs_than_a_process_can_map():
-    """Compiled programs go before they are too many: Linux maps 65,530 pieces of memory at most."""
+def modules_are_apart():
+    """The garbage of a module goes, and what is left after it is not looked through again.
+
+    Compiled programs go before they are too many: Linux maps 65,530 pieces of memory at most.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
         import jax
 
         jax.clear_caches()
+        UNFREEZE()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
