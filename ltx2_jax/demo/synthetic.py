@@ -24,6 +24,7 @@ import dataclasses
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,14 +173,17 @@ def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
     """
     folder = Path(folder)
     _claim(folder, config)
-    rows = []
-    for index in tqdm.trange(config.num_clips, desc="clips", disable=None):
+
+    def row(index: int) -> tuple[str, ...]:
         name = f"clips/{index:06d}.mp4"
         made = render(config, index)
         if not (folder / name).exists():
             media.write_mp4(folder / name, made.clip)
-        events = ";".join(f"{time:.4f}" for time in made.events)
-        rows.append((name, made.caption, made.family, events))
+        return name, made.caption, made.family, ";".join(f"{time:.4f}" for time in made.events)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(row, range(config.num_clips))
+        rows = list(tqdm.tqdm(made, total=config.num_clips, desc="clips", disable=None))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("video", "caption", "family", "events"))
