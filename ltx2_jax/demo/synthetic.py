@@ -25,6 +25,7 @@ import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -181,9 +182,10 @@ def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
             media.write_mp4(folder / name, made.clip)
         return name, made.caption, made.family, ";".join(f"{time:.4f}" for time in made.events)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(row, range(config.num_clips))
-        rows = list(tqdm.tqdm(made, total=config.num_clips, desc="clips", disable=None))
+    count = config.num_clips
+    # Closed, so that whoever is interrupted does not wait for the rest.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, closing(pool.map(row, range(count))) as made:
+        rows = list(tqdm.tqdm(made, total=count, desc="clips", disable=None))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("video", "caption", "family", "events"))

@@ -19,7 +19,7 @@ from ltx2_jax.models import ltx2
 from ltx2_jax.sampling.pipeline import ClipSize
 from ltx2_jax.sampling.programs import Request, make_sampler, released_passes
 from ltx2_jax.sharding import abstract_state, batch_shards, sharding_of
-from ltx2_jax.training import checks, initial
+from ltx2_jax.training import checks, films, initial
 from ltx2_jax.training.batch import abstract_batch, abstract_text
 from ltx2_jax.training.examples import batch_size
 from ltx2_jax.training.state import State, init_state
@@ -36,7 +36,8 @@ def request_of(config: Config, **given: int | None) -> Request:
     """The latents of one clip: of `given` num_frames, height, width, else as the config's data.
 
     Sizes that are not given are the largest of the datasets that the config names, as far as they
-    are here, of the synthetic clips if it names none, else 121 frames of 1280x704.
+    are here, of the synthetic clips if it names none, the largest of `data.films.buckets`, else 121
+    frames of 1280x704.
 
     Raises:
       UserError: a size that the codec cannot encode; a dataset or a codec whose latents or text
@@ -52,6 +53,9 @@ def request_of(config: Config, **given: int | None) -> Request:
         rate = codec.mel.sample_rate / (codec.mel.hop * codec.mel_frames_per_latent)
     else:
         size, strides, bins, rate = DEFAULT_SIZE, STRIDES, AUDIO_BINS, AUDIO_RATE
+        if (given_films := config.data.films).buckets is not None:
+            largest = max(films.sizes(given_films, STRIDES), key=math.prod)
+            size = ClipSize(*largest, given_films.fps or DEFAULT_SIZE.fps)
     if schema is not None:
         if "video" in schema.fields:
             size = ClipSize(schema.num_frames, schema.height, schema.width, schema.fps)

@@ -18,7 +18,7 @@ from ltx2_jax import hosts
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.config import Config, FilmsConfig
-from ltx2_jax.data.buckets import parse_buckets
+from ltx2_jax.data.buckets import Bucket, parse_buckets
 from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.encoding import OtherDataset, prepare_dataset
 from ltx2_jax.data.fetching import alone
@@ -51,6 +51,16 @@ def check(config: Config) -> None:
         )
 
 
+def sizes(films: FilmsConfig, strides: tuple[int, int, int]) -> tuple[Bucket, ...]:
+    """Those of `films.buckets`.
+
+    Raises:
+      UserError: a bucket that is malformed, or that no latents of these strides have the size of.
+    """
+    with _of("buckets"):
+        return parse_buckets(films.buckets, strides)
+
+
 def dataset(path: str, config: Config) -> str:
     """The folder of a dataset of films, which is made if it is not there, but for its latents.
 
@@ -72,8 +82,7 @@ def dataset(path: str, config: Config) -> str:
         )
     root = Path(config.data.cache or workdir)
     codec, text_encoder = _makers(path, config, root / "text_cache")
-    with _of("buckets"):
-        buckets = parse_buckets(films.buckets, codec.video.strides)
+    buckets = sizes(films, codec.video.strides)
     settings = PrepareConfig(
         **max(buckets, key=math.prod)._asdict(),
         buckets=buckets,

@@ -54,6 +54,15 @@ def test_a_clip_is_as_large_as_the_config_the_flags_or_the_default_say():
     assert programs.pixels_of(request) == (121, 512, 768)
     with pytest.raises(UserError, match="120"):
         programs.request_of(released, num_frames=120)
+    films = config.FilmsConfig(buckets="768x512x49,512x512x81,512x768x49", fps=25.0)
+    table = dataclasses.replace(CONFIG, data=config.DataConfig(path="clips.csv", films=films))
+    request = programs.request_of(table)  # 81 frames of 512x512 are the most pixels
+    assert (programs.pixels_of(request), request.fps) == ((81, 512, 512), 25.0)
+    assert request.audio_length == 81  # 3.24 s at 25 latents a second
+    wrong = dataclasses.replace(films, buckets="768x512x50")
+    with pytest.raises(UserError, match=r"data\.films\.buckets: bucket 768x512x50: "):
+        programs.request_of(dataclasses.replace(table, data=config.DataConfig(
+            path="clips.csv", films=wrong)))  # fmt: skip
 
 
 def test_the_train_step_is_compiled(eight_devices):
