@@ -6,6 +6,7 @@ import json
 import film
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 from resume_config import get_config
@@ -22,7 +23,7 @@ from ltx2_jax.demo.tiny_release import write_release
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import released_encoder
-from ltx2_jax.training import examples, loop
+from ltx2_jax.training import examples, films, loop
 
 BUCKETS = "64x32x9,32x64x9"
 
@@ -197,6 +198,18 @@ def test_a_mistake_is_told_before_anything_large_is_read(release, folder, given,
     with pytest.raises(UserError, match=message):
         examples.with_data_here(config(release, folder / "t.jsonl", folder / "run", **given))
     assert not list(folder.glob("run/films/*/dataset.json"))
+
+
+def test_of_what_is_skipped_the_field_that_takes_it_is_named(release, tmp_path, capsys):
+    write(tmp_path / "a.mp4", 0)
+    matplotlib.image.imsave(tmp_path / "still.png", np.zeros((32, 64, 3), np.uint8))
+    rows = [{"video": name, "caption": name} for name in ("a.mp4", "still.png")]
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    given = {"incomplete": False, "buckets": "64x32x9,64x32x1"}
+    films.dataset(str(table), config(release, table, tmp_path / "run", **given))
+    told = capsys.readouterr().out
+    assert "skipped still.png: an image; --config.data.films.incomplete=True takes it" in told
 
 
 def test_what_is_said_of_films_needs_some(release, folder):
