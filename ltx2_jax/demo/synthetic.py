@@ -182,10 +182,10 @@ def write_dataset(folder: str | os.PathLike, config: SyntheticConfig) -> Path:
             media.write_mp4(folder / name, made.clip)
         return name, made.caption, made.family, ";".join(f"{time:.4f}" for time in made.events)
 
-    count = config.num_clips
-    # Closed, so that whoever is interrupted does not wait for the rest.
-    with ThreadPoolExecutor(os.cpu_count()) as pool, closing(pool.map(row, range(count))) as made:
-        rows = list(tqdm.tqdm(made, total=count, desc="clips", disable=None))
+    count, threads = config.num_clips, min(8, os.cpu_count() or 1)
+    # Closed, so that whoever interrupts it does not wait for the rest.
+    with ThreadPoolExecutor(threads) as pool, closing(pool.map(row, range(count))) as coming:
+        rows = list(tqdm.tqdm(coming, total=count, desc="clips", disable=None))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("video", "caption", "family", "events"))

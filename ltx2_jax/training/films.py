@@ -105,14 +105,10 @@ def dataset(path: str, config: Config) -> str:
         finally:
             text_encoder.free()
     for clip in records.skipped:
-        hosts.say(f"skipped {clip['source']}: {in_fields(clip['reason'])}")
+        # The flag is that of `prepare`.
+        why = clip["reason"].replace("--incomplete", "--config.data.films.incomplete=True")
+        hosts.say(f"skipped {clip['source']}: {why}")
     return str(folder)
-
-
-def in_fields(reason: str) -> str:
-    """Why a clip is skipped, with fields of the config in place of flags of `prepare`."""
-    reason = reason.replace("--incomplete", "--config.data.films.incomplete=True")
-    return reason.replace("--fps", "--config.data.films.fps")
 
 
 def _makers(path: str, config: Config, text_cache: Path) -> tuple[Codec, TextCache]:

@@ -32,7 +32,7 @@ PIECE_BYTES = 2**29  # of a stack, that a host reads and hands over at a time
 READ_BYTES = 2**22  # of a system call: what it brings is checked while it is in the cache
 ALIGNMENT = 64  # bytes, of arrays on CPU devices
 WHOLE_BYTES = 2**16  # smaller tensors are read whole by every host
-NO_MESH = Mesh(np.empty((), object), ())
+NO_MESH = Mesh(np.empty((), object), ())  # in context, arrays say by themselves where they are
 
 # Dtype -> the first pattern, without the sign, that is no number but infinity or NaN.
 _NOT_FINITE = {
