@@ -246,7 +246,10 @@ class _Loader:
             if (piece.first == 0 and not piece.whole) or piece.dtype is None:
                 zeros = lambda leaf, home: _zeros(leaf.shape, leaf.dtype, home)  # noqa: E731
                 before = jax.tree.map(zeros, made, homes)
-            if piece.dtype is not None:
+            if self._by_host(piece):
+                ours = kind.to_ours(*piece.buffers.values()).astype(dtype)
+                before = jax.make_array_from_callback(ours.shape, homes, ours.__getitem__)
+            elif piece.dtype is not None:
                 raw = jax.make_array_from_callback(
                     piece.shape, piece.sharding, lambda index: piece.buffers[str(index)]
                 )
@@ -256,6 +259,13 @@ class _Loader:
         if not piece.last:
             return before
         return jax.tree.map(lambda array, leaf: typed(array, leaf.sharding), before, made)
+
+    def _by_host(self, piece: _Piece) -> bool:
+        """Whether the host, which has all of it, turns it: sooner than a program is compiled."""
+        if piece.dtype is None or not piece.whole or piece.parameter.form:
+            return False
+        scaled = any(name in self.scales for name in piece.names)
+        return not scaled and piece.nbytes <= len(piece.names) * WHOLE_BYTES
 
     def _converted(
         self, piece: _Piece, raw: jax.Array, before: Any, kind: Parameter, dtype: Any, home: Any

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
-from ltx2_jax.weights.loading import Source, automatic, by_rows, shape_of, typed
+from ltx2_jax.weights.loading import WHOLE_BYTES, Source, automatic, by_rows, shape_of, typed
 from ltx2_jax.weights.mapping import Parameter
 from ltx2_jax.weights.tensor_files import Layout, layout, write_rows
 
@@ -185,12 +185,16 @@ def _rows(
     parameter: Parameter, array: Any, layer: int, dtype: np.dtype
 ) -> Iterator[tuple[int, np.ndarray]]:
     """First row and values of the parts of a layer's official tensor that this host writes."""
-    sharding = getattr(array, "sharding", None)
+    sharding, shape = getattr(array, "sharding", None), parameter.official_shape
+    small = math.prod(shape) * array.dtype.itemsize <= WHOLE_BYTES
+    if small and getattr(array, "is_fully_addressable", True):
+        # The host turns it: sooner than a program is compiled.
+        array, sharding = np.asarray(array), None
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
         value = array[layer] if parameter.stacked else array
         yield 0, np.asarray(parameter.to_official(value).astype(dtype))
         return
-    home, shape = automatic(sharding), parameter.official_shape
+    home = automatic(sharding)
     where = by_rows(home, shape, math.prod(shape) * dtype.itemsize, stacked=False)
     kind = replace(parameter, path=(), names=(), leaf=shape_of(parameter.leaf))
     program = _official(kind, dtype, where)
