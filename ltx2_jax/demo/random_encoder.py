@@ -21,6 +21,7 @@ from ltx2_jax.demo.config import RandomEncoderConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.files import replacing
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.features import TextFeatures, TextFeaturesConfig
 from ltx2_jax.models.text.gemma import Gemma
 from ltx2_jax.models.text.model import TextModel
@@ -129,7 +130,7 @@ class RandomEncoder:
 
 
 def _create(config: RandomEncoderConfig) -> TextModel:
-    gemma, rngs = config.gemma, nnx.Rngs(config.seed)
+    gemma, rngs = config.gemma, Rngs(config.seed)
     features = TextFeaturesConfig(
         width=gemma.width,
         num_states=gemma.num_layers + 1,

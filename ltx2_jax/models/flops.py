@@ -20,6 +20,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 from ltx2_jax.models.codecs.video_vae import VideoVAE, VideoVAEConfig
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
 
@@ -33,7 +34,7 @@ TRAIN_PASSES = 3  # a backward pass costs two forward passes: gradients of input
 @functools.cache
 def total_parameters(config: TransformerConfig) -> int:
     """Number of parameters of the transformer: 18.88 B for LTX-2 2.0, 18.99 B for 2.3."""
-    model = nnx.eval_shape(lambda: LTX2Transformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: LTX2Transformer(config, rngs=Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -130,7 +131,7 @@ def video_vae_flops(
     cfg: VideoVAEConfig, frames: int, height: int, width: int, batch: int = 1
 ) -> dict[str, int]:
     """FLOPs of encoding and of decoding videos of a legal size, for the halves that `cfg` has."""
-    vae = nnx.eval_shape(lambda: VideoVAE(cfg, rngs=nnx.Rngs(0)))
+    vae = nnx.eval_shape(lambda: VideoVAE(cfg, rngs=Rngs(0)))
     graphdef, state = nnx.split(vae)
 
     def encode(state: nnx.State, pixels: jax.Array) -> jax.Array:

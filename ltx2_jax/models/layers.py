@@ -22,8 +22,41 @@ from ltx2_jax.sharding import axis_size, pin, reduces_in_float32, spec, spec_of,
 Axes = tuple[str | None, ...]
 
 
+@jax.tree_util.register_pytree_node_class
+class Rngs:
+    """Keys for what is drawn, one after another: those of `nnx.Rngs` of one stream.
+
+    That of Flax counts them in an array. While a network is traced, and it is traced more often
+    than it is drawn, JAX then writes an error message for every key, and nobody reads it: half of
+    the time that a network took to be built.
+    """
+
+    def __init__(self, key: int | Array):
+        self._key = jax.random.key(key) if isinstance(key, int) else key
+        self._drawn = 0
+
+    def params(self) -> Array:
+        """The next key."""
+        key = jax.random.fold_in(self._key, self._drawn)
+        self._drawn += 1
+        return key
+
+    def split(self, count: int) -> "Rngs":
+        """One for each of `count` layers: a tree with a leading axis, for `jax.vmap`."""
+        return Rngs(jax.random.split(self.params(), count))
+
+    def tree_flatten(self) -> tuple[tuple[Array], int]:
+        return (self._key,), self._drawn
+
+    @classmethod
+    def tree_unflatten(cls, drawn: int, key: tuple[Array]) -> "Rngs":
+        made = object.__new__(cls)
+        (made._key,), made._drawn = key, drawn
+        return made
+
+
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, std: float = 0.0, mean: float = 0.0
+    rngs: Rngs, shape: tuple[int, ...], axes: Axes, *, std: float = 0.0, mean: float = 0.0
 ) -> nnx.Param:
     """A float32 parameter born on its shards: constant `mean`, or normal with deviation `std`."""
     where = weight_spec(shape, axes)
@@ -51,7 +84,7 @@ class Linear(nnx.Module):
         axes: Axes = ("fsdp", None),
         bias: bool = True,
         std: float | None = None,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         std = 1 / math.sqrt(n_in) if std is None else std
         self.axes = axes
@@ -205,7 +238,7 @@ class AdaLayerNormSingle(nnx.Module):
 
     EMBEDDING = 256
 
-    def __init__(self, dim: int, rows: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, rows: int, *, rngs: Rngs):
         self.rows = rows
         self.linear_1 = Linear(self.EMBEDDING, dim, rngs=rngs)
         self.linear_2 = Linear(dim, dim, rngs=rngs)
@@ -224,7 +257,7 @@ class AdaLayerNormSingle(nnx.Module):
 class FeedForward(nnx.Module):
     """Linear -> tanh-GELU -> Linear, hidden width `mult` times the model's."""
 
-    def __init__(self, dim: int, mult: int, *, bias: bool = True, rngs: nnx.Rngs):
+    def __init__(self, dim: int, mult: int, *, bias: bool = True, rngs: Rngs):
         self.linear_in = Linear(dim, mult * dim, axes=("fsdp", "mlp"), bias=bias, rngs=rngs)
         self.linear_out = Linear(mult * dim, dim, axes=("mlp", "fsdp"), bias=bias, rngs=rngs)
 

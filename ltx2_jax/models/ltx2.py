@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.models import streamed
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.lora import attach
 from ltx2_jax.models.quantized import check_form, quantize, stored
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
@@ -42,7 +43,7 @@ class LTX2Config:
 class LTX2(nnx.Module):
     """The connectors, which read text features, and the transformer."""
 
-    def __init__(self, config: LTX2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: LTX2Config, *, rngs: Rngs):
         self.connectors = Connectors(config.video_connector, config.audio_connector, rngs=rngs)
         self.transformer = LTX2Transformer(config.transformer, rngs=rngs)
         quantize(self.connectors, stored(config.quantized))  # which run once a clip
@@ -65,7 +66,7 @@ def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
     """
 
     def create() -> LTX2:
-        model = LTX2(config, rngs=nnx.Rngs(0))
+        model = LTX2(config, rngs=Rngs(0))
         if adapters:
             attach(model.transformer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))
         return model
@@ -75,7 +76,7 @@ def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
 
 def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
     """Fresh float32 parameters as a nested dict, born on their shards."""
-    return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=nnx.Rngs(key)), nnx.Param)[1])
+    return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=Rngs(key)), nnx.Param)[1])
 
 
 def abstract_params(

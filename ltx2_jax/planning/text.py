@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ltx2_jax.models import flops
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.streamed import abstract_placed
 from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
@@ -129,7 +130,7 @@ def forward_flops(config: TextConfig, tokens: int, *, connect: bool = True) -> f
 
 
 def _create(config: TextConfig, connect: bool = True) -> TextModel:
-    rngs = nnx.Rngs(0)
+    rngs = Rngs(0)
     return TextModel(
         Gemma(config.gemma, rngs=rngs),
         TextFeatures(config.features, rngs=rngs),

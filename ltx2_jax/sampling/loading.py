@@ -25,6 +25,7 @@ from ltx2_jax.codecs.interface import Codec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
 from ltx2_jax.models.codecs.upsampler import upsample_latents
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.ltx2 import LTX2Config
 from ltx2_jax.models.quantized import FORMS, quantize, stored
 from ltx2_jax.models.streamed import place
@@ -112,7 +113,7 @@ class Weights:
         config = (self.config.video_connector, self.config.audio_connector)
         form = stored(self.config.quantized)
         graph = nnx.graphdef(
-            jax.eval_shape(lambda: quantize(Connectors(*config, rngs=nnx.Rngs(0)), form))
+            jax.eval_shape(lambda: quantize(Connectors(*config, rngs=Rngs(0)), form))
         )
         if self._params is not None:
             return graph, self._params["connectors"]

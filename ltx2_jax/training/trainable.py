@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ltx2_jax.config import Config
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops, lora, ltx2
-from ltx2_jax.models.layers import Axes
+from ltx2_jax.models.layers import Axes, Rngs
 from ltx2_jax.models.ltx2 import LTX2
 from ltx2_jax.models.quantized import quantize
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -122,7 +122,7 @@ def _closest(rule: str, paths: Iterable[Path]) -> list[str]:
 # ------------------------------------------------------------------------------------------- parts
 
 
-def networks(config: Config, rngs: nnx.Rngs) -> LTX2:
+def networks(config: Config, rngs: Rngs) -> LTX2:
     """The networks of a run without adapters, with room for frozen matrices as they are kept."""
     form = None if config.tune is None else config.tune.quantize
     model = LTX2(config.networks, rngs=rngs)
@@ -131,7 +131,7 @@ def networks(config: Config, rngs: nnx.Rngs) -> LTX2:
 
 def params_of(config: Config, key: Array) -> Params:
     """The weights of `networks`, for their shapes, dtypes and shardings."""
-    return nnx.to_pure_dict(nnx.split(networks(config, nnx.Rngs(key)), nnx.Param)[1])
+    return nnx.to_pure_dict(nnx.split(networks(config, Rngs(key)), nnx.Param)[1])
 
 
 def split(params: Params, config: Config) -> tuple[Params, Params]:
@@ -281,7 +281,7 @@ def graph(config: Config) -> Any:
     """`ltx2.graph` of a run's networks, with its adapters."""
 
     def create() -> LTX2:
-        model = networks(config, nnx.Rngs(0))
+        model = networks(config, Rngs(0))
         given = join(new_adapters(jax.random.key(0), config), constants(config))
         found = mapping.leaves(given.get("transformer", {}))
         tree = mapping.nested({(*path[:-2], path[-1]): leaf for path, leaf in found.items()})
@@ -297,5 +297,5 @@ def graph(config: Config) -> Any:
 @functools.cache
 def _axes(config: TransformerConfig) -> dict[Path, Axes]:
     """Logical names of the features of every linear map, input and output."""
-    model = jax.eval_shape(lambda: LTX2Transformer(config, rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: LTX2Transformer(config, rngs=Rngs(0)))
     return {tuple(map(str, path)): linear.axes for path, linear in lora.linears(model)}

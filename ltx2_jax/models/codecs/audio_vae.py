@@ -21,6 +21,7 @@ from jax import Array
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.mel import MelConfig, log_mel
+from ltx2_jax.models.layers import Rngs
 
 # A latent stands for four mel frames, whatever the number of levels: the official constant, by
 # which decoded frames are counted.
@@ -78,7 +79,7 @@ def _conv(
     *,
     stride: int = 1,
     bins_padding: tuple[int, int] | None = None,
-    rngs: nnx.Rngs,
+    rngs: Rngs,
 ) -> nnx.Conv:
     """Over [B, T, M, D]: causal in time, centred in bins unless `bins_padding` says otherwise."""
     around = (size - 1) // 2, size // 2
@@ -97,7 +98,7 @@ def _conv(
 class ResidualBlock(nnx.Module):
     """Two rounds of norm, SiLU and convolution around a skip."""
 
-    def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, n_out: int, *, rngs: Rngs):
         self.conv_1 = _conv(n_in, n_out, 3, rngs=rngs)
         self.conv_2 = _conv(n_out, n_out, 3, rngs=rngs)
         self.shortcut = _conv(n_in, n_out, 1, rngs=rngs) if n_in != n_out else None
@@ -112,7 +113,7 @@ class ResidualBlock(nnx.Module):
 class Attention(nnx.Module):
     """One head over all times and bins at once, without mask: not causal."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, rngs: Rngs):
         self.query = _conv(features, features, 1, rngs=rngs)
         self.key = _conv(features, features, 1, rngs=rngs)
         self.value = _conv(features, features, 1, rngs=rngs)
@@ -133,7 +134,7 @@ class Level(nnx.Module):
     """Residual blocks at one resolution, then a change of it by `resample` where there is one."""
 
     def __init__(
-        self, widths: tuple[int, ...], *, attention: bool, resample: str | None, rngs: nnx.Rngs
+        self, widths: tuple[int, ...], *, attention: bool, resample: str | None, rngs: Rngs
     ):
         self.blocks = nnx.List(
             [ResidualBlock(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
@@ -167,7 +168,7 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
     """The blocks at the lowest resolution."""
 
-    def __init__(self, width: int, *, attention: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, attention: bool, rngs: Rngs):
         self.block_1 = ResidualBlock(width, width, rngs=rngs)
         self.attention = Attention(width, rngs=rngs) if attention else None
         self.block_2 = ResidualBlock(width, width, rngs=rngs)
@@ -180,7 +181,7 @@ class Middle(nnx.Module):
 class Encoder(nnx.Module):
     """Log-mels to mean and log-variance of the latents."""
 
-    def __init__(self, config: AudioVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AudioVAEConfig, *, rngs: Rngs):
         widths = [config.channels * m for m in config.multipliers]
         last = len(widths) - 1
         self.conv_in = _conv(config.in_channels, config.channels, 3, rngs=rngs)
@@ -211,7 +212,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to log-mels. `levels` are counted as in the encoder and run from the last."""
 
-    def __init__(self, config: AudioVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AudioVAEConfig, *, rngs: Rngs):
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = _conv(config.latent_channels, widths[-1], 3, rngs=rngs)
         self.middle = Middle(widths[-1], attention=config.middle_attention, rngs=rngs)
@@ -244,7 +245,7 @@ class AudioVAE(nnx.Module):
     The statistics are vectors of C * M numbers in the order of a latent token, channel-major.
     """
 
-    def __init__(self, config: AudioVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AudioVAEConfig, *, rngs: Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs) if config.has_encoder else None
         self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else None

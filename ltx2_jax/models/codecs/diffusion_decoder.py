@@ -50,7 +50,7 @@ from ltx2_jax.models.codecs.diffusion_decoder_blocks import (
     run_blocks,
 )
 from ltx2_jax.models.codecs.video_vae_blocks import Draw, TimestepMLP, patchify, unpatchify
-from ltx2_jax.models.layers import rms_norm
+from ltx2_jax.models.layers import Rngs, rms_norm
 
 STAGES = 5  # the last is the diffusion stage
 PREDICTIONS = ("v", "x0")
@@ -152,7 +152,7 @@ DIFFUSION_DECODER_2_5 = DiffusionDecoderConfig(
 class Stage(nnx.Module):
     """Blocks of neighbourhood attention, then an upsampling."""
 
-    def __init__(self, cfg: DiffusionDecoderConfig, index: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiffusionDecoderConfig, index: int, *, rngs: Rngs):
         width, wider = cfg.channels[index : index + 2]
         self.blocks = nnx.List(
             Block(width, cfg.kernels[index], cfg.head_dim, dtype=cfg.dtype, rngs=rngs)
@@ -169,7 +169,7 @@ class Stage(nnx.Module):
 class DiffusionDecoder(nnx.Module):
     """Latents, not normalised, and noise to pixels."""
 
-    def __init__(self, cfg: DiffusionDecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiffusionDecoderConfig, *, rngs: Rngs):
         self.cfg = cfg
         context = cfg.channels[-1]
         width = cfg.diffusion_channels or context

@@ -20,7 +20,7 @@ from jax import Array
 
 from ltx2_jax.models.codecs.neighborhood_attention import neighborhood_attention
 from ltx2_jax.models.codecs.video_vae_blocks import unfold
-from ltx2_jax.models.layers import modulate, rms_norm
+from ltx2_jax.models.layers import Rngs, modulate, rms_norm
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -76,7 +76,7 @@ def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
 class NeighborhoodAttention(nnx.Module):
     """Self-attention of every cell to the box of `kernel` cells around it, no output projection."""
 
-    def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: Rngs):
         self.kernel, self.head_dim = kernel, head_dim
         self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.q_norm = nnx.Param(jnp.ones(head_dim))
@@ -104,7 +104,7 @@ class NeighborhoodAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) up(x)), without biases."""
 
-    def __init__(self, dim: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, dtype: str, rngs: Rngs):
         hidden = -(-MLP_RATIO * dim // 16) * 16
         linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
         self.gate, self.up = linear(dim, hidden), linear(dim, hidden)
@@ -118,7 +118,7 @@ class Upsample(nnx.Module):
     """A linear map to more channels, which become time, height and width."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: Size, *, dtype: str, rngs: nnx.Rngs
+        self, in_channels: int, out_channels: int, stride: Size, *, dtype: str, rngs: Rngs
     ):
         self.stride = stride
         self.linear = nnx.Linear(
@@ -141,7 +141,7 @@ class Upsample(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, dim: int, kernel: Size, head_dim: int, *, dtype: str, rngs: Rngs):
         self.attention_norm = nnx.Param(jnp.ones(dim))
         self.attention = NeighborhoodAttention(dim, kernel, head_dim, dtype=dtype, rngs=rngs)
         self.attention_out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
@@ -177,7 +177,7 @@ class DiffusionBlock(Block):
         context_channels: int,
         strips: int,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         super().__init__(dim, kernel, head_dim, dtype=dtype, rngs=rngs)
         self.strips = strips

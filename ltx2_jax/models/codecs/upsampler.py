@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.video_vae_blocks import unfold
+from ltx2_jax.models.layers import Rngs
 
 GROUPS = 32
 NORM_EPS = 1e-5
@@ -72,11 +73,11 @@ class UpsamplerConfig:
         return 1.0 + self.temporal_upsample, space, space
 
 
-def _conv(config: UpsamplerConfig, n_in: int, n_out: int, dims: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(config: UpsamplerConfig, n_in: int, n_out: int, dims: int, rngs: Rngs) -> nnx.Conv:
     return nnx.Conv(n_in, n_out, (3,) * dims, padding=1, dtype=config.dtype, rngs=rngs)
 
 
-def _norm(config: UpsamplerConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def _norm(config: UpsamplerConfig, rngs: Rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(
         config.mid_channels,
         GROUPS,
@@ -96,7 +97,7 @@ def _per_frame(layer: Callable[[Array], Array], x: Array) -> Array:
 class ResBlock(nnx.Module):
     """Two convolutions with group norms; the residual joins before the last activation."""
 
-    def __init__(self, config: UpsamplerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UpsamplerConfig, *, rngs: Rngs):
         width = config.mid_channels
         self.conv1 = _conv(config, width, width, config.dims, rngs)
         self.norm1 = _norm(config, rngs)
@@ -111,7 +112,7 @@ class ResBlock(nnx.Module):
 class RationalResampler(nnx.Module):
     """Every frame `up` times larger by a pixel shuffle, then blurred and every `down`-th kept."""
 
-    def __init__(self, config: UpsamplerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UpsamplerConfig, *, rngs: Rngs):
         self.up, self.down = RATIOS[config.spatial_scale]
         width = config.mid_channels
         self.conv = _conv(config, width, self.up**2 * width, 2, rngs)
@@ -145,7 +146,7 @@ def _shuffle(x: Array, factors: tuple[int, int, int]) -> Array:
 class LatentUpsampler(nnx.Module):
     """The network on latents that are not normalised."""
 
-    def __init__(self, config: UpsamplerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UpsamplerConfig, *, rngs: Rngs):
         self.config = config
         width, blocks = config.mid_channels, range(config.num_blocks_per_stage)
         self.conv_in = _conv(config, config.in_channels, width, config.dims, rngs)

@@ -37,7 +37,7 @@ from ltx2_jax.models.codecs.video_vae_blocks import (
     shifts_and_scales,
     unpatchify,
 )
-from ltx2_jax.models.layers import modulate
+from ltx2_jax.models.layers import Rngs, modulate
 
 # A decoder conditioned on a timestep is told that its latents are this noisy, and they are made so.
 DECODE_TIMESTEP = 0.05
@@ -221,7 +221,7 @@ class LatentStatistics(nnx.Module):
 class VideoEncoder(nnx.Module):
     """Pixels to the means of the latents' distribution, not normalised."""
 
-    def __init__(self, cfg: VideoVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VideoVAEConfig, *, rngs: Rngs):
         self.cfg = cfg
         style = ConvStyle(cfg.encoder_padding, causal=True, dtype=cfg.dtype)
         width = cfg.latent_channels
@@ -256,7 +256,7 @@ class VideoEncoder(nnx.Module):
 
 
 def _encoder_block(
-    entry: Block, width: int, style: ConvStyle, rngs: nnx.Rngs
+    entry: Block, width: int, style: ConvStyle, rngs: Rngs
 ) -> tuple[nnx.Module, int]:
     """The module of an entry of the list, and the width after it."""
     wider = width * entry.multiplier
@@ -276,7 +276,7 @@ def _encoder_block(
 class VideoDecoder(nnx.Module):
     """Latents, not normalised, to pixels."""
 
-    def __init__(self, cfg: VideoVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VideoVAEConfig, *, rngs: Rngs):
         self.cfg = cfg
         style = ConvStyle(cfg.decoder_padding, causal=cfg.causal_decoder, dtype=cfg.dtype)
         # The list runs from pixels to latents, as the encoder's does.
@@ -335,7 +335,7 @@ class VideoDecoder(nnx.Module):
 
 
 def _decoder_block(
-    entry: Block, width: int, style: ConvStyle, conditioned: bool, rngs: nnx.Rngs
+    entry: Block, width: int, style: ConvStyle, conditioned: bool, rngs: Rngs
 ) -> tuple[nnx.Module, int]:
     """The module of an entry of the list, and the width after it."""
     narrower = width // entry.multiplier
@@ -361,7 +361,7 @@ def _decoder_block(
 class VideoVAE(nnx.Module):
     """Encoder, decoder (either may be absent, see the config) and statistics of the latents."""
 
-    def __init__(self, cfg: VideoVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: VideoVAEConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.statistics = LatentStatistics(cfg.latent_channels)
         self.encoder = None if cfg.encoder_blocks is None else VideoEncoder(cfg, rngs=rngs)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.layers import modulate, rms_norm, timestep_embedding
+from ltx2_jax.models.layers import Rngs, modulate, rms_norm, timestep_embedding
 
 PIXEL_NORM_EPS = 1e-8
 GROUP_NORM_EPS = 1e-6
@@ -96,7 +96,7 @@ class CausalConv(nnx.Module):
         style: ConvStyle,
         *,
         stride: Stride = (1, 1, 1),
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.style = style
         # Zeros are left to the convolution: it needs no padded copy of its input for them.
@@ -129,7 +129,7 @@ def pixel_norm(x: Array) -> Array:
 class TimestepMLP(nnx.Module):
     """A scaled timestep -> shifts and scales; float32, as sinusoids of large angles need it."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, rngs: Rngs):
         self.linear_1 = nnx.Linear(TIMESTEP_FEATURES, dim, rngs=rngs)
         self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
 
@@ -164,7 +164,7 @@ class ResidualBlock(nnx.Module):
         *,
         conditioned: bool = False,
         inject_noise: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.conv1 = CausalConv(in_channels, out_channels, style, rngs=rngs)
         self.conv2 = CausalConv(out_channels, out_channels, style, rngs=rngs)
@@ -223,7 +223,7 @@ class ResidualBlocks(nnx.Module):
         *,
         conditioned: bool = False,
         inject_noise: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.timestep_mlp = TimestepMLP(4 * channels, rngs=rngs) if conditioned else None
         self.inject_noise = inject_noise
@@ -271,7 +271,7 @@ class Downsample(nnx.Module):
         stride: Stride,
         style: ConvStyle,
         *,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         folded = math.prod(stride)
         if out_channels % folded or in_channels * folded % out_channels:
@@ -304,7 +304,7 @@ class Upsample(nnx.Module):
         style: ConvStyle,
         *,
         residual: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         folded = math.prod(stride)
         if residual and (in_channels % folded or out_channels * folded % in_channels):
@@ -330,7 +330,7 @@ class Upsample(nnx.Module):
 class FrameAttention(nnx.Module):
     """Single-head self-attention over the positions of each frame; the block kind `attn`."""
 
-    def __init__(self, channels: int, style: ConvStyle, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, style: ConvStyle, *, rngs: Rngs):
         self.norm_scale = nnx.Param(jnp.ones((channels, 1, 1)))
         self.qkv = nnx.Conv(channels, 3 * channels, (1, 1), dtype=style.dtype, rngs=rngs)
         self.out = nnx.Conv(channels, channels, (1, 1), dtype=style.dtype, rngs=rngs)

@@ -25,6 +25,7 @@ from jax import Array
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.bandwidth_extension import BandwidthExtension
+from ltx2_jax.models.layers import Rngs
 
 HIGHEST = jax.lax.Precision.HIGHEST
 CHANNELS = 2  # of the waveform and of the mels: the official sizes are those of stereo
@@ -280,7 +281,7 @@ class ResidualBlock(nnx.Module):
         dilations: tuple[int, ...],
         *,
         periodic: bool,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         def activations() -> nnx.List:
             return nnx.List([activation(channels, periodic, 0.1) for _ in dilations])
@@ -306,7 +307,7 @@ def activation(channels: int, periodic: bool, slope: float) -> nnx.Module:
 class Generator(nnx.Module):
     """Log-mels to a waveform, `config.samples_per_frame` samples for every frame."""
 
-    def __init__(self, config: GeneratorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GeneratorConfig, *, rngs: Rngs):
         self.config = config
         widths = config.widths
         self.conv_in = _conv(CHANNELS * config.bins, widths[0], 7, rngs=rngs)
@@ -360,7 +361,7 @@ class Generator(nnx.Module):
 class Vocoder(nnx.Module):
     """Log-mels to the final waveform."""
 
-    def __init__(self, config: VocoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VocoderConfig, *, rngs: Rngs):
         self.config = config
         self.generator = Generator(config.generator, rngs=rngs)
         self.extension = _extension(config, rngs) if config.extension else None
@@ -386,7 +387,7 @@ class Vocoder(nnx.Module):
         return waveform if self.extension is None else self.extension(waveform)
 
 
-def _extension(config: VocoderConfig, rngs: nnx.Rngs) -> BandwidthExtension:
+def _extension(config: VocoderConfig, rngs: Rngs) -> BandwidthExtension:
     second = config.extension
     return BandwidthExtension(
         Generator(second.generator, rngs=rngs),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.models.layers import FeedForward, parameter, rms_norm
+from ltx2_jax.models.layers import FeedForward, Rngs, parameter, rms_norm
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.rope import Rope, rope_tables
 from ltx2_jax.models.transformer.attention import Attention
@@ -67,7 +67,7 @@ AUDIO_CONNECTOR_2_3 = dataclasses.replace(VIDEO_CONNECTOR_2_3, head_dim=64)
 class ConnectorBlock(nnx.Module):
     """x += attention(norm(x)); x += feed-forward(norm(x)), norms without weights."""
 
-    def __init__(self, cfg: ConnectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ConnectorConfig, *, rngs: Rngs):
         self.attention = Attention(
             cfg.width,
             cfg.width,
@@ -89,7 +89,7 @@ class ConnectorBlock(nnx.Module):
 class Connector(nnx.Module):
     """Features of one stream, valid tokens first, to its context."""
 
-    def __init__(self, cfg: ConnectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ConnectorConfig, *, rngs: Rngs):
         self.cfg = cfg
         shape, axes = (cfg.registers, cfg.width), (None, "fsdp")
         self.registers = parameter(rngs, shape, axes, std=0.5) if cfg.registers else None
@@ -132,7 +132,7 @@ class Connector(nnx.Module):
 class Connectors(nnx.Module):
     """Both connectors, side by side."""
 
-    def __init__(self, video: ConnectorConfig, audio: ConnectorConfig, *, rngs: nnx.Rngs):
+    def __init__(self, video: ConnectorConfig, audio: ConnectorConfig, *, rngs: Rngs):
         if bool(video.registers) != bool(audio.registers):
             raise ValueError("either both connectors have registers or none: they share one mask")
         self.video = Connector(video, rngs=rngs)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DurationHeadConfig:
 class ContextIn(nnx.Module):
     """One context projected to the common width and marked by its modality."""
 
-    def __init__(self, n_in: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, width: int, *, rngs: Rngs):
         self.project = nnx.Linear(n_in, width, rngs=rngs)
         self.modality = nnx.Param(jnp.zeros(width))
 
@@ -53,7 +54,7 @@ class ContextIn(nnx.Module):
 class DurationHead(nnx.Module):
     """Text contexts -> seconds. It is small: all of it is float32."""
 
-    def __init__(self, config: DurationHeadConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DurationHeadConfig, *, rngs: Rngs):
         self.config = config
         width = config.width
         self.video = ContextIn(config.video_context_dim, width, rngs=rngs)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.models.layers import parameter, rms_norm
+from ltx2_jax.models.layers import Rngs, parameter, rms_norm
 from ltx2_jax.sharding import pin, spec
 
 EPS = 1e-6
@@ -49,7 +49,7 @@ FEATURES_2_3 = TextFeaturesConfig(norm="rms", video_dim=4096, audio_dim=2048, bi
 class LayerProjection(nnx.Module):
     """One matrix [D, O] for each hidden state that is used, and one bias."""
 
-    def __init__(self, cfg: TextFeaturesConfig, out: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: TextFeaturesConfig, out: int, *, rngs: Rngs):
         layers = 1 if cfg.last_layer_only else cfg.num_states
         shape, std = (layers, cfg.width, out), 1 / math.sqrt(layers * cfg.width)
         self.kernel = parameter(rngs, shape, (None, "fsdp", "heads"), std=std)
@@ -89,7 +89,7 @@ class TextFeatures(nnx.Module):
     video, audio = features.finish(carry)
     """
 
-    def __init__(self, cfg: TextFeaturesConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: TextFeaturesConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.video = LayerProjection(cfg, cfg.video_dim, rngs=rngs)
         self.audio = LayerProjection(cfg, cfg.audio_dim, rngs=rngs) if cfg.audio_dim else None

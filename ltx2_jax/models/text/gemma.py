@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.models import streamed
-from ltx2_jax.models.layers import parameter
+from ltx2_jax.models.layers import Rngs, parameter
 from ltx2_jax.models.quantized import quantize, stored
 from ltx2_jax.models.text.gemma_layers import (
     Cache,
@@ -73,7 +73,7 @@ Consume = Callable[[Any, Array, Array], Any]
 class Group(nnx.Module):
     """A pattern of layers; `Gemma` stacks its repetitions."""
 
-    def __init__(self, cfg: GemmaConfig, pattern: tuple[str, ...], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: GemmaConfig, pattern: tuple[str, ...], *, rngs: Rngs):
         self.pattern = pattern
         self.layers = nnx.List([Layer(cfg, cfg.kind(name), rngs=rngs) for name in pattern])
 
@@ -88,7 +88,7 @@ class Gemma(nnx.Module):
       UserError: the model axis of the mesh does not divide the heads or the MLP's features.
     """
 
-    def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: GemmaConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.width_axis = "fsdp" if cfg.width % axis_size("fsdp") == 0 else None
         table = (cfg.vocab_size, cfg.width)

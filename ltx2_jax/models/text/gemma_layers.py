@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.layers import Axes, Linear, parameter, rms_norm
+from ltx2_jax.models.layers import Axes, Linear, Rngs, parameter, rms_norm
 from ltx2_jax.models.rope import Rope, apply_rope
 from ltx2_jax.sharding import axis_size, pin, spec
 
@@ -105,7 +105,7 @@ def lead(batch: int) -> Axes:
 class Norm(nnx.Module):
     """RMSNorm with a weight, in float32: y = x / rms(x) (offset + weight)."""
 
-    def __init__(self, width: int, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: GemmaConfig, *, rngs: Rngs):
         self.eps, self.offset = cfg.norm_eps, cfg.norm_offset
         self.weight = parameter(rngs, (width,), (None,), mean=1 - cfg.norm_offset)
 
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
     shard computes them all.
     """
 
-    def __init__(self, cfg: GemmaConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: GemmaConfig, kind: LayerKind, *, rngs: Rngs):
         shards = axis_size("heads")
         if cfg.num_heads % shards:
             raise UserError(
@@ -192,7 +192,7 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """GeGLU: down(gelu(gate(x)) up(x)) with the tanh form of GELU."""
 
-    def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: GemmaConfig, *, rngs: Rngs):
         wide = {"axes": ("fsdp", "mlp"), "bias": False, "rngs": rngs}
         self.gate = Linear(cfg.width, cfg.mlp, **wide)
         self.up = Linear(cfg.width, cfg.mlp, **wide)
@@ -206,7 +206,7 @@ class GatedMLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each with a norm before it and one after it, inside the residual."""
 
-    def __init__(self, cfg: GemmaConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: GemmaConfig, kind: LayerKind, *, rngs: Rngs):
         self.attention = Attention(cfg, kind, rngs=rngs)
         self.mlp = GatedMLP(cfg, rngs=rngs)
         self.attention_norm = Norm(cfg.width, cfg, rngs=rngs)

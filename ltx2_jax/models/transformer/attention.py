@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from ltx2_jax.models.layers import Linear, parameter, rms_norm
+from ltx2_jax.models.layers import Linear, Rngs, parameter, rms_norm
 from ltx2_jax.models.remat import ATTENTION, PROJECTION
 from ltx2_jax.models.rope import Rope, apply_rope
 from ltx2_jax.models.transformer import attention_kernels, sequence_parallel
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         interleaved_rope: bool = False,
         axis: str | None = "heads",  # logical name of the heads; None: every shard has them all
         backend: str = "auto",
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         inner = heads[0] * heads[1]
         self.heads, self.tokens, self.eps = heads[0], tokens, eps

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ltx2_jax.models.layers import AdaLayerNormSingle, Linear, layer_norm, modulate, parameter
+from ltx2_jax.models.layers import (
+    AdaLayerNormSingle,
+    Linear,
+    Rngs,
+    layer_norm,
+    modulate,
+    parameter,
+)
 from ltx2_jax.models.rope import Rope, rope_tables
 from ltx2_jax.models.transformer.attention import KeysValues
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -139,7 +146,7 @@ PreparedPair = tuple[Prepared | None, Prepared | None]  # of video, of audio
 class Stem(nnx.Module):
     """One stream's way in and out: token projection, noise-level embeddings, output head."""
 
-    def __init__(self, cfg: TransformerConfig, stream: str, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, stream: str, *, rngs: Rngs):
         is_video = stream == "video"
         width = cfg.width if is_video else cfg.audio_width
         channels = (

@@ -33,7 +33,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from ltx2_jax.models import streamed
-from ltx2_jax.models.layers import FeedForward, modulate, parameter, rms_norm
+from ltx2_jax.models.layers import FeedForward, Rngs, modulate, parameter, rms_norm
 from ltx2_jax.models.remat import BLOCK_INPUT, REMAT_POLICIES
 from ltx2_jax.models.transformer.attention import Attention, KeysValues
 from ltx2_jax.models.transformer.config import TransformerConfig
@@ -52,7 +52,7 @@ VIDEO, AUDIO, TEXT = "video_tokens", "audio_tokens", "text_tokens"  # logical na
 class Block(nnx.Module):
     """One dual-stream block; see the module docstring for its four steps."""
 
-    def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, *, rngs: Rngs):
         dv, da, rows = cfg.width, cfg.audio_width, cfg.adaln_rows
         head, audio_head = (cfg.num_heads, cfg.head_dim), (cfg.audio_num_heads, cfg.audio_head_dim)
         attention = partial(
@@ -287,7 +287,7 @@ def _kept(
 class LTX2Transformer(nnx.Module):
     """The joint audio-video velocity network."""
 
-    def __init__(self, cfg: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, *, rngs: Rngs):
         self.cfg = cfg
         self.video = Stem(cfg, "video", rngs=rngs)
         self.audio = Stem(cfg, "audio", rngs=rngs)

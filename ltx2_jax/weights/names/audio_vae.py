@@ -6,11 +6,10 @@ Source: `ltx_core/model/audio_vae/model_configurator.py` (config keys, defaults,
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.audio_vae import AudioVAE, AudioVAEConfig
 from ltx2_jax.models.codecs.mel import MelConfig
+from ltx2_jax.models.layers import Rngs
 
 _STATISTICS = {
     "mean": "per_channel_statistics.mean-of-means",
@@ -55,7 +54,7 @@ TABLE = _table()
 
 def create(config: AudioVAEConfig) -> AudioVAE:
     """The network of a config, with weights that mean nothing."""
-    return AudioVAE(config, rngs=nnx.Rngs(0))
+    return AudioVAE(config, rngs=Rngs(0))
 
 
 # Official key of `model.params.ddconfig` -> our field.

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.diffusion_decoder import (
@@ -16,6 +15,7 @@ from ltx2_jax.models.codecs.diffusion_decoder import (
     DiffusionDecoder,
     DiffusionDecoderConfig,
 )
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.sharding import sharding_of
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.mapping import Parameter, inside
@@ -59,7 +59,7 @@ TABLE = {
 
 def create(cfg: DiffusionDecoderConfig) -> DiffusionDecoder:
     """The decoder of a config, with weights that mean nothing."""
-    return DiffusionDecoder(cfg, rngs=nnx.Rngs(0))
+    return DiffusionDecoder(cfg, rngs=Rngs(0))
 
 
 def parameters(

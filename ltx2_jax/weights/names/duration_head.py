@@ -6,8 +6,7 @@ Source: `ltx_core/duration_head/model_configurator.py`.
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.duration_head import DurationHead, DurationHeadConfig
 
 # Ours -> official.
@@ -33,7 +32,7 @@ TABLE = {
 
 def create(config: DurationHeadConfig) -> DurationHead:
     """The network of a config, with weights that mean nothing."""
-    return DurationHead(config, rngs=nnx.Rngs(0))
+    return DurationHead(config, rngs=Rngs(0))
 
 
 # Official key -> our field.

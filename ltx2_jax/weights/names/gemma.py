@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.files import reason
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.quantized import stored
 from ltx2_jax.models.text.gemma import Gemma
 from ltx2_jax.models.text.gemma_layers import GemmaConfig, LayerKind, repeating
@@ -234,7 +234,7 @@ LAYER = {
 
 def create(cfg: GemmaConfig) -> Gemma:
     """The decoder of a config, with weights that mean nothing."""
-    return Gemma(cfg, rngs=nnx.Rngs(0))
+    return Gemma(cfg, rngs=Rngs(0))
 
 
 def parameters(cfg: GemmaConfig, where: Any = None) -> list[Parameter]:

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from flax import nnx
-
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
 from ltx2_jax.models.text.features import TextFeatures, TextFeaturesConfig
 from ltx2_jax.models.text.gemma_layers import GemmaConfig
@@ -208,12 +207,12 @@ CONNECTORS = inside("video", "video_embeddings_connector", _CONNECTOR) | inside(
 
 def create_connectors(configs: tuple[ConnectorConfig, ConnectorConfig]) -> Connectors:
     """The connectors of video and of audio, with weights that mean nothing."""
-    return Connectors(*configs, rngs=nnx.Rngs(0))
+    return Connectors(*configs, rngs=Rngs(0))
 
 
 def create_features(cfg: TextFeaturesConfig) -> TextFeatures:
     """The projections of a config, with weights that mean nothing."""
-    return TextFeatures(cfg, rngs=nnx.Rngs(0))
+    return TextFeatures(cfg, rngs=Rngs(0))
 
 
 def features_parameters(cfg: TextFeaturesConfig, where: Any = None) -> list[Parameter]:

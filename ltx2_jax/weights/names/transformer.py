@@ -6,9 +6,8 @@ Source: `ltx_core/model/transformer/model_configurator.py` (config keys, asserte
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.weights.mapping import inside
@@ -87,7 +86,7 @@ TABLE = {
 
 def create(cfg: TransformerConfig) -> LTX2Transformer:
     """The network of a config, with weights that mean nothing."""
-    return LTX2Transformer(cfg, rngs=nnx.Rngs(0))
+    return LTX2Transformer(cfg, rngs=Rngs(0))
 
 
 # ---- config --------------------------------------------------------------------------------------

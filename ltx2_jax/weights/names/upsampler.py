@@ -7,10 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.upsampler import LatentUpsampler, UpsamplerConfig
+from ltx2_jax.models.layers import Rngs
 
 _CONV = {"kernel": "weight", "bias": "bias"}
 _NORM = {"scale": "weight", "bias": "bias"}
@@ -35,7 +34,7 @@ TABLE = {
 
 def create(config: UpsamplerConfig) -> LatentUpsampler:
     """The network of a config, with weights that mean nothing."""
-    return LatentUpsampler(config, rngs=nnx.Rngs(0))
+    return LatentUpsampler(config, rngs=Rngs(0))
 
 
 def upsampler_config(metadata: Mapping[str, Any], **overrides: Any) -> UpsamplerConfig:

@@ -6,10 +6,9 @@ Source: `ltx_core/model/video_vae/model_configurator.py`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax import nnx
-
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.video_vae import Block, VideoVAE, VideoVAEConfig
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.weights.mapping import inside
 
 CONV_CLASS = "CausalVideoAutoencoder"  # any other class has a decoder of another kind
@@ -70,7 +69,7 @@ TABLE = {
 
 def create(cfg: VideoVAEConfig) -> VideoVAE:
     """The VAE of a config, with weights that mean nothing."""
-    return VideoVAE(cfg, rngs=nnx.Rngs(0))
+    return VideoVAE(cfg, rngs=Rngs(0))
 
 
 # ---- config --------------------------------------------------------------------------------------

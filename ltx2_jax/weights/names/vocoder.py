@@ -55,7 +55,7 @@ def table(config: VocoderConfig) -> dict[str, str]:
 
 
 class _OneKey:
-    """The same key for every weight: counting them, as nnx.Rngs does, takes seconds in a trace."""
+    """The same key for every weight: counting them, as Rngs does, takes seconds in a trace."""
 
     def __init__(self):
         self.key = jax.random.key(0)
