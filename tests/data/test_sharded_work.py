@@ -65,10 +65,13 @@ class Encoder:
 
 
 class Disk:
-    """Films by name: their number of frames, height, width and sound; what is not there fails."""
+    """Films by name: their number of frames, height, width and sound; what is not there fails.
+
+    Sound is a number, all the time, or a function of the seconds.
+    """
 
     def __init__(self):
-        self.films, self.reads, self.missing = {}, [], set()
+        self.films, self.reads, self.missing, self.changed = {}, [], set(), set()
 
     def add(self, name, frames=9, height=16, width=16, sound=True):
         self.films[name] = frames, height, width, sound
@@ -81,7 +84,7 @@ class Disk:
     def size(self, path):
         frames, height, width, sound = self.film(path)
         rate = 12.0 if frames else 0.0
-        seconds = frames / rate if frames else float(sound)
+        seconds = frames / rate if frames else 5.0 if callable(sound) else float(sound)
         return FileSize(frames, height, width, rate, seconds, bool(sound))
 
     def read(self, path, *, num_frames, height, width, fps, sample_rate, start=0.0):
@@ -100,7 +103,9 @@ class Disk:
 
     def sound(self, path, *, seconds, sample_rate, start=0.0):
         *_, sound = self.film(path)
-        return np.full((round(seconds * sample_rate), 2), sound, np.float32), ()
+        times = start + np.arange(round(seconds * sample_rate)) / sample_rate
+        values = sound(times) if callable(sound) else np.full(len(times), sound)
+        return np.repeat(values[:, None], 2, axis=1).astype(np.float32), (f"heard {path.name}",)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +116,11 @@ def disk(monkeypatch):
     monkeypatch.setattr(clips, "read_sound", disk.sound)
     monkeypatch.setattr(work, "SHARD_ROWS", 4)
     monkeypatch.setattr(work, "SHARD_CAPTIONS", 3)
-    there = lambda paths: [None if p.name in disk.missing else p.name for p in paths]  # noqa: E731
+
+    def there(paths):
+        names = [None if path.name in disk.missing else path.name for path in paths]
+        return [f"another {name}" if name in disk.changed else name for name in names]
+
     for module in (encoding, work):
         monkeypatch.setattr(module, "fingerprints", there)
     return disk
@@ -153,6 +162,16 @@ def test_captions_are_stored_once_and_join_their_clips(tmp_path, disk):
     stored = sum(part["records"] for part in index_of(tmp_path / "set")["captions"])
     assert stored == 7
     assert list(verify(made)) == []
+
+
+def test_captions_of_all_shards_are_counted_where_they_may_be_cut(tmp_path, disk, capsys):
+    full = ["b" * 16, "c" * 16, "d" * 16, "e" * 16]  # two in each of two shards
+    captions = ["a", full[0], full[1], "ff", full[2], full[3], "g" * 9]
+    rows = [
+        f"{row.split(',')[0]},{text}" for row, text in zip(films(disk, 7), captions, strict=True)
+    ]
+    prepare(tmp_path, rows)
+    assert "captions that fill all 16 tokens: 4; what is longer" in capsys.readouterr().out
 
 
 def index_of(folder):
@@ -379,6 +398,25 @@ def test_clips_that_came_since_are_added_and_the_rest_is_kept(tmp_path, disk):
     assert contents(prepare(tmp_path, rows)) == whole
 
 
+def test_a_clip_that_was_unusable_is_tried_again_once_it_is_another_file(tmp_path, disk):
+    rows = films(disk, 3)
+    disk.add("f1.mp4", 5)
+    assert [clip["source"] for clip in prepare(tmp_path, rows).skipped] == ["f1.mp4"]
+    disk.add("f1.mp4", 9)
+    disk.changed.add("f1.mp4")
+    assert [record["source"] for record in prepare(tmp_path, rows)] == [f"f{i}.mp4" for i in "012"]
+    disk.changed.add("f2.mp4")  # which was used
+    with pytest.raises(encoding.OtherDataset, match=r"f2\.mp4 was another file when"):
+        prepare(tmp_path, rows)
+
+
+def test_other_parts_of_the_same_films_are_another_dataset(tmp_path, disk):
+    disk.add("film0.mp4", 48)
+    prepare(tmp_path, ["film0.mp4,a,1"], header="video,caption,start")
+    with pytest.raises(encoding.OtherDataset, match="with another table"):
+        prepare(tmp_path, ["film0.mp4,a,2"], header="video,caption,start")
+
+
 def test_a_file_that_could_not_be_told_apart_then_is_no_other_one_now(tmp_path, disk, monkeypatch):
     rows = films(disk, 2)
     with monkeypatch.context() as patch:
@@ -446,6 +484,15 @@ def test_every_clip_goes_to_its_bucket_and_films_give_many(tmp_path, disk):
     assert list(verify(made)) == []
 
 
+def test_sizes_are_listed_largest_first_whatever_comes_first_in_the_table(tmp_path, disk):
+    disk.add("square.mp4", 9, 50, 50)
+    disk.add("wide.mp4", 17, 100, 200)
+    made = prepare(tmp_path, ["square.mp4,a", "wide.mp4,b"], MIXED)
+    assert [str(size) for size in made.schema.buckets] == ["32x16x17", "16x16x9"]
+    assert made.buckets.tolist() == [1, 0]
+    assert made.schema.num_frames == 17
+
+
 def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
     disk.add("film1.mp4", 9)
     disk.add("silent2.mp4", 9, sound=False)
@@ -473,6 +520,15 @@ def test_a_stream_that_is_missing_is_missing_in_the_record(tmp_path, disk):
         "an image; --incomplete takes it",
         "sound without picture; --incomplete takes it",
     ]
+
+
+def test_sound_alone_need_not_be_as_long_as_that_of_the_films(tmp_path, disk):
+    disk.add("film1.mp4")
+    disk.add("noise.wav", 0, 0, 0, sound=5)
+    config = dataclasses.replace(CONFIG, incomplete=True)
+    rows = ["film1.mp4,,a", ",noise.wav,b"]
+    made = prepare(tmp_path, rows, config, header="video,audio,caption")
+    assert [len(record["audio"]) for record in made] == [19, 9]  # 9 frames at 12 and at 25 a second
 
 
 def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path, disk, monkeypatch):
@@ -598,13 +654,14 @@ def test_a_dry_run_tells_what_each_film_gives(tmp_path, disk, watched):
         disk.add(f"film{i}.mp4", 30)
     disk.add("short.mp4", 8)
     rows = [Row(name, tmp_path / name, "") for name in disk.films]
-    lines = list(inspection.foresee(rows, SCENES, Rates(1600, 25, (8, 8, 8)), 1))
+    lines = list(inspection.foresee(rows, SCENES, Rates(1600, 25, (8, 8, 8)), 100))
     assert lines[:5] == [
         "film0.mp4: 3 clips", "film1.mp4: 3 clips", "film2.mp4: 3 clips", "film3.mp4: 2 clips",
         "short.mp4: 0 clips",
     ]  # fmt: skip
     assert lines[5] == "11 clips of 16x16x9"
-    assert lines[6].startswith("11 clips of 5 rows; their video latents take ")
+    # 2 x 2 x 2 latents of 100 float32 numbers each.
+    assert lines[6] == "11 clips of 5 rows; their video latents take 3.52e-05 GB"
     assert sorted(lines[7:]) == [
         "1 left out: has only 8 frames; the shortest bucket has 9",
         "1 left out: of its 3 scenes 2 have less than 9 frames",
@@ -628,6 +685,22 @@ def test_the_last_clips_of_a_film_that_says_too_much_are_told(tmp_path, disk, mo
     made = prepare(tmp_path, ["film0.mp4,a"], dataclasses.replace(CONFIG, stride=10))
     assert len(made) == 3
     assert made.skipped == [{"source": "film0.mp4", "reason": "from 2.5 s: too short"}]
+
+
+def test_a_film_shorter_than_it_says_takes_another_size_and_its_later_clips_do_not(
+    tmp_path, disk, monkeypatch
+):
+    monkeypatch.setattr(
+        clips, "file_size", lambda path: FileSize(40, 100, 200, 12.0, 40 / 12, True)
+    )
+    disk.add("film0.mp4", 10)
+    disk.add("film1.mp4", 20)
+    config = dataclasses.replace(MIXED, stride=17)
+    made = prepare(tmp_path, ["film0.mp4,a", "film1.mp4,b"], config)
+    assert [str(made.schema.buckets[i]) for i in made.buckets] == ["16x16x9", "32x16x17"]
+    assert [(clip["source"], clip["reason"]) for clip in made.skipped] == [
+        (f"film{i}.mp4", "from 1.41667 s: too short") for i in (0, 1)
+    ]
 
 
 def test_captions_have_weights_and_one_is_drawn(tmp_path, disk):
@@ -661,6 +734,40 @@ def test_references_and_masks_stand_beside_their_clip(tmp_path, disk):
     assert record["video_mask"].all()
     assert record["audio_reference"].shape == record["audio"].shape
     assert record["audio_mask"].tolist() == [True] * len(record["audio"])
+
+
+def test_what_stands_beside_a_part_of_a_film_is_taken_from_where_the_part_begins(tmp_path, disk):
+    """Its own sound, a reference and a mask of each stream: all from second 1, frame 12, on."""
+    disk.add("film1.mp4", 40)
+    disk.add("other2.mp4", 40)
+    disk.add("mask116.mp4", 40)  # light from frame 12 on
+    disk.add("clock.wav", 0, 0, 0, sound=lambda seconds: seconds)
+    disk.add("given.wav", 0, 0, 0, sound=lambda seconds: seconds >= 1.4)
+    row = "film1.mp4,a,1,clock.wav,other2.mp4,mask116.mp4,clock.wav,given.wav"
+    columns = "video,caption,start,audio,reference_video,video_mask,reference_audio,audio_mask"
+    made = prepare(tmp_path, [row] * 5, header=columns)  # in two shards
+    record = made[4]
+    assert record["video"][:, 0, 0, 0].tolist() == [13, 21]
+    assert record["video_reference"][:, 0, 0, 0].tolist() == [14, 22]
+    assert record["video_mask"].all()
+    clock = 1 + np.arange(19) / 25  # 9 frames at 12 a second are 19 latents, nearly
+    for name in ("audio", "audio_reference"):
+        np.testing.assert_allclose(record[name][:18, 0, 0], clock[:18], atol=1e-5)
+    # The mask's 1200 samples are spread over 19 latents: the one at 1.4 s is number 10.1.
+    assert record["audio_mask"].tolist() == [False] * 11 + [True] * 8
+    assert encoding.clip_notes(made) == {"heard clock.wav": 5}
+
+
+def test_sound_alone_is_as_long_as_the_longest_size_that_its_part_fills(tmp_path, disk):
+    disk.add("clock.wav", 0, 0, 0, sound=lambda seconds: seconds)  # 5 s
+    rows = [",clock.wav,a,2,", ",clock.wav,b,4.5,", ",clock.wav,c,1,1.4", ",clock.wav,d,4.9,"]
+    config = dataclasses.replace(CONFIG, buckets=BUCKETS[:3], incomplete=True)  # 17 and 9 frames
+    made = prepare(tmp_path, rows, config, header="video,audio,caption,start,end")
+    for record, start, latents in zip(made, (2, 4.5, 1), (17, 9, 9), strict=True):
+        expected = start + np.arange(latents) / 25
+        np.testing.assert_allclose(record["audio"][:, 0, 0], expected, atol=1e-5)
+    (left,) = made.skipped
+    assert left["reason"] == "has 0.10 s of sound; the shortest bucket 0.36"
 
 
 def test_a_mask_counts_frames_as_the_codec_does():
