@@ -9,9 +9,11 @@ import pytest
 import safetensors.numpy
 
 from ltx2_jax.blobs import content_hash
-from ltx2_jax.data import clips, encoding
-from ltx2_jax.data.clips import ClipReader, PrepareConfig, Rates
+from ltx2_jax.data import clips, encoding, latents
+from ltx2_jax.data.buckets import Bucket
+from ltx2_jax.data.clips import ClipReader, Item, PrepareConfig, Rates, Sample
 from ltx2_jax.data.encoding import OtherDataset, prepare_dataset
+from ltx2_jax.data.inspection import describe, verify
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.records import RecordWriter, open_records, read_schema
 from ltx2_jax.data.schema import Field, Schema
@@ -145,6 +147,34 @@ def test_the_first_of_two_writers_of_one_dataset_wins(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_a_dataset_tells_how_long_its_clips_last_together(tmp_path):
+    slow = dataclasses.replace(SCHEMA, fps=9 / 1800)  # a clip of 9 frames lasts half an hour
+    with RecordWriter(tmp_path / "set") as writer:
+        writer.start(slow)
+        for index in range(5):
+            writer.write(record(index))
+    assert next(describe(open_records(tmp_path / "set"))) == "5 records, 2.50 hours"
+
+
+def test_verify_names_what_is_not_finite_and_rates_that_are_none(tmp_path):
+    more = {"fps": np.float32(12), "source": "0.mp4"}
+    fields = {name: Field.of(value) for name, value in (record(0) | more).items()}
+    with RecordWriter(tmp_path / "set") as writer:
+        writer.start(dataclasses.replace(SCHEMA, fields=fields))
+        writer.write(record(0) | more)
+        writer.write(
+            record(1)
+            | more
+            | {"video": np.full((2, 3), np.inf, np.float32)}
+            | {"id": np.int64(1), "source": "1.mp4"}
+        )
+        writer.write(record(2) | more | {"fps": np.float32(0), "source": "2.mp4"})
+    assert list(verify(open_records(tmp_path / "set"))) == [
+        "record 1 (1.mp4): video is not finite",
+        "record 2 (2.mp4): fps is 0.0",
+    ]
+
+
 # ------------------------------------------------------------------------------- clips to records
 
 CONFIG = PrepareConfig(num_frames=9, height=16, width=8, text_length=3)
@@ -219,6 +249,18 @@ def test_clips_are_encoded_in_batches_as_asked_and_keep_their_captions(tmp_path,
         np.testing.assert_array_equal(item["video_text"], np.full((3, 1), number))
         assert item["source"] == f"b{number:.0f}.mp4"
     assert len(made) == 5
+
+
+def test_clips_that_wait_for_others_of_their_size_take_no_more_memory_than_they_may(monkeypatch):
+    """Else the size that holds the most is encoded before its batch is full."""
+    frames, rows = [1, 9, 9, 1, 9], [Row(f"{i}.mp4", f"{i}.mp4", "") for i in range(5)]
+    samples = [
+        Sample(Item(row, 0, Bucket(count, 16, 8)), np.zeros((count, 16, 8, 3), np.uint8), None, 12)
+        for row, count in enumerate(frames)
+    ]
+    monkeypatch.setattr(latents, "WAITING_BYTES", samples[1].nbytes + samples[2].nbytes)
+    made = latents.encode_samples(samples, rows, Codec(), CONFIG)
+    assert [item.row for item, _ in made] == [1, 2, 0, 3, 4]
 
 
 def test_sound_longer_than_the_picture_is_cut_to_whole_latents(tmp_path, reads):

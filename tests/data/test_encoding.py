@@ -347,6 +347,11 @@ def test_captions_that_fill_the_text_length_are_counted(tmp_path, capsys):
     assert "tokens" not in capsys.readouterr().out
 
 
+def test_the_lengths_of_captions_are_told(tmp_path):
+    made = prepare(tmp_path, ["b2.mp4", "b33.mp4", "b0000000001.mp4"])
+    assert "captions of 15 to 24 tokens, half of them up to 16" in describe(made)
+
+
 def test_a_trigger_stands_before_every_caption_and_not_in_an_empty_one(tmp_path):
     text = "video,caption,caption_b\nb0.mp4,a cat,a\nb1.mp4,,b\n"
     path, out = table(tmp_path, "t.csv", text), tmp_path / "set"
@@ -408,6 +413,18 @@ def test_features_that_both_streams_share_are_stored_once(tmp_path):
     assert {name for name in made.schema.fields if "text" in name} == {"video_text", "text_mask"}
     assert made.empty_caption().keys() == {"video_text", "text_mask"}
     assert made.schema.text_release == "2.0"
+
+
+def test_text_features_that_are_not_finite_are_refused_by_their_caption(tmp_path):
+    class Overflowing(Encoder):
+        def features(self, captions):
+            video, audio, mask = super().features(captions)
+            bad = np.array([caption.endswith("b1.mp4") for caption in captions])
+            return video, np.where(bad[:, None, None], np.inf, audio), mask
+
+    with pytest.raises(UserError, match=r"features of 'caption b1\.mp4' are not finite"):
+        prepare(tmp_path, ["b0.mp4", "b1.mp4"], text_encoder=Overflowing())
+    assert not (tmp_path / "set").exists()
 
 
 def test_bad_clips_are_left_out_and_listed(tmp_path):
@@ -513,6 +530,8 @@ def test_other_settings_are_refused_until_overwrite(tmp_path, names, change, mes
         ({"width": 0}, "width"),
         ({"fps": -1.0}, r"fps -1\.0"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"stride": 0}, "stride 0"),
+        ({"reference_slowdown": 0}, "reference_slowdown 0"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(tmp_path, change, message, files):
