@@ -62,6 +62,21 @@ def test_what_batches_hold_is_known_before_the_first():
     assert shapes == {(6, 1, 4, 5, 1), (2, 2, 4, 5, 1), (2, 3, 4, 5, 1)}
 
 
+def test_another_seed_has_another_order_of_sizes():
+    orders = [[batch["video"].shape[1] for batch in batches(30, seed=seed)] for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_datasets_of_one_size_have_orders_of_their_own():
+    order = Order(Mixture([Sizes([1] * 30)] * 2, [1.0, 1.0]), 30, seed=0, shuffle=True)
+    firsts = {}
+    for step in range(8):
+        kind, rows, _ = order.batch(step)
+        firsts.setdefault(order.kinds.index(kind), rows.tolist())
+    assert sorted(firsts[0]) == sorted(firsts[1]) == list(range(30))
+    assert firsts[0] != firsts[1]
+
+
 def test_every_record_is_seen_as_often_as_any_other():
     ids = np.concatenate([batch["id"] for batch in batches(600)])
     counts = np.bincount(ids, minlength=72)
