@@ -11,8 +11,11 @@ import pytest
 
 from ltx2_jax import prepare
 from ltx2_jax.blobs import content_hash
+from ltx2_jax.data.buckets import Bucket
+from ltx2_jax.data.clips import PrepareConfig
 from ltx2_jax.data.loader import make_dataset
 from ltx2_jax.data.records import open_records
+from ltx2_jax.demo.config import LinearCodecConfig
 from ltx2_jax.demo.linear_codec import LinearCodec
 from ltx2_jax.media.media import Clip, read_clip
 from ltx2_jax.sharding import make_mesh
@@ -261,6 +264,64 @@ def test_a_bad_flag_is_refused_by_name(clips, tmp_path, capsys, change):
         prepare.cli(command)
     assert stop.value.code == 2
     assert change[0] in capsys.readouterr().err
+
+
+def test_every_flag_gets_where_it_belongs():
+    def parsed(flags):
+        return prepare._parser().parse_args(["t.csv", "out", *flags.split()])
+
+    args = parsed(
+        "--buckets 16x8x9,32x16x17 --fps 12.5 --stride 7 --scenes --incomplete --text-length 9 "
+        "--reference-downscale 2 --reference-slowdown 4 --trigger ohwx"
+    )
+    assert prepare._config(args, LinearCodecConfig()) == PrepareConfig(
+        17, 16, 32, fps=12.5, text_length=9, buckets=(Bucket(9, 8, 16), Bucket(17, 16, 32)),
+        stride=7, scenes=True, incomplete=True, reference_downscale=2, reference_slowdown=4,
+        trigger="ohwx",
+    )  # fmt: skip
+    encoder = prepare._text_encoder(parsed("--vocab-size 300 --text-widths 9,5"))
+    assert (encoder.gemma.vocab_size, encoder.video_dim, encoder.audio_dim) == (300, 9, 5)
+    codec = prepare._codec(parsed("--video-strides 4,8,16 --video-channels 3 --audio-channels 5"))
+    assert codec == LinearCodecConfig((4, 8, 16), 3, 5)
+
+
+def test_a_part_of_the_work_is_told_by_its_number(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(prepare, "prepare_dataset", lambda *_, **options: given.append(options))
+    assert prepare.cli(["t.csv", "out", *SIZE, "--part", "1/3", "--overwrite"]) == 0
+    (options,) = given
+    assert (options["process"], options["processes"], options["overwrite"]) == (1, 3, True)
+    for part in ("3/3", "1", "-1/3", "a/b"):
+        with pytest.raises(SystemExit):
+            prepare.cli(["t.csv", "out", *SIZE, f"--part={part}"])
+        assert f"'{part}'" in capsys.readouterr().err
+
+
+def test_a_dataset_with_a_fault_makes_verify_fail(dataset, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    path = damaged / "data-00000-of-00001.arrayrecord"
+    data = bytearray(path.read_bytes())
+    used = len(bytes(data[: len(data) // 2]).rstrip(b"\0"))  # behind it the file is padded
+    data[used // 2] ^= 255
+    path.write_bytes(data)
+    assert prepare.cli(["--verify", str(damaged)]) == 2
+    told = capsys.readouterr().out
+    assert "fault: " in told
+    assert "3 records read, 0 faults" not in told
+    assert prepare.cli(["--verify", str(dataset)]) == 0
+
+
+def test_of_many_clips_left_out_all_are_in_the_report_and_some_are_shown(
+    dataset, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare, "SHOWN", 1)
+    prepare._report(open_records(dataset))
+    told, kept = capsys.readouterr().out, (dataset / "report.txt").read_text()
+    skipped = ["skipped 3.mp4: no sound\n", "skipped text.mp4: not a readable video file"]
+    assert [line in told for line in skipped] == [True, False]
+    assert f"and 1 more, listed in {dataset / 'report.txt'}\n" in told
+    assert all(line in kept for line in skipped)
 
 
 def test_what_is_to_be_made_must_be_said(clips, tmp_path, capsys):
