@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ltx2_jax.data.mixtures import Mixture, index_of, open_datasets
+from ltx2_jax.data.mixtures import Mixture, index_of, merged, open_datasets
 from ltx2_jax.data.order import Order, by_tokens, latent_tokens
 from ltx2_jax.data.records import EMPTY_CAPTION_NAME, INDEX_NAME, RecordWriter, read_schema
 from ltx2_jax.data.schema import BucketFields, Field, Schema
@@ -23,6 +23,13 @@ def bucket(frames, sound=3, **text):
     if sound:
         fields["audio"] = Field("float32", (sound, 1, 7))
     return BucketFields(8 * frames + 1, 64, 96, 24.0, fields)
+
+
+def other_channels(stream, count):
+    """As `bucket`, of another codec."""
+    size, shape = bucket(1), bucket(1).fields[stream].shape
+    other = {stream: Field("float32", (*shape[:-1], count))}
+    return dataclasses.replace(size, fields={**size.fields, **other})
 
 
 MADE = {
@@ -70,6 +77,13 @@ def test_a_mixture_has_the_sizes_of_all_and_the_records_one_after_the_other(pair
         mixed[15]
 
 
+def test_a_size_of_several_datasets_has_the_rate_of_the_first():
+    schemas = [
+        Schema.of_buckets([dataclasses.replace(bucket(1), fps=fps)], **MADE) for fps in (24.0, 30.0)
+    ]
+    assert merged(schemas) == schemas[0]
+
+
 def test_the_shares_of_a_mixture_are_those_of_clips_whatever_the_sizes_of_batches(pair):
     """Counted over 4000 steps, against the shares that were asked for."""
     mixed = open_datasets([(pair[0], 0.8), (pair[1], 0.2)])
@@ -111,6 +125,8 @@ def test_one_dataset_is_itself_and_what_a_mixture_is_can_be_written(pair, tmp_pa
         ({"text_encoder_hash": "u"}, bucket(1), "its text_encoder_hash is 'u', that of .* is 't'"),
         ({}, bucket(1, text_mask=(9,)), r"its text_mask is \(9,\), that of .*first is \(4,\)"),
         ({}, bucket(1, video_text=(4, 9)), r"its video_text is \(4, 9\), that of .* is \(4, 6\)"),
+        ({}, other_channels("video", 8), r"its channels of video is \(8,\), that of .* \(5,\)"),
+        ({}, other_channels("audio", 9), r"its channels of audio is \(1, 9\), that of .* \(1, 7\)"),
     ],
 )
 def test_datasets_that_no_model_learns_together_are_named(pair, tmp_path, made, sizes, message):
