@@ -9,7 +9,12 @@ import pytest
 from ltx2_jax import prepare
 from ltx2_jax.data.conversion import from_precomputed, to_precomputed
 from ltx2_jax.data.loader import make_dataset
-from ltx2_jax.data.precomputed import Precomputed, PrecomputedWriter, sample_name
+from ltx2_jax.data.precomputed import (
+    Precomputed,
+    PrecomputedWriter,
+    official_entries,
+    sample_name,
+)
 from ltx2_jax.data.records import open_records, read_schema
 from ltx2_jax.data.torch_files import read_pt, write_pt
 from ltx2_jax.errors import UserError
@@ -186,6 +191,22 @@ def test_a_mask_of_another_size_than_its_clip_is_named(tmp_path):
         folders = [path.name for path in folder.iterdir()]
         with pytest.raises(UserError, match=rf"{name}s/0\.pt: a mask of \[.* for latents of \["):
             Precomputed(folder, folders)
+
+
+def test_a_mask_gives_what_is_above_one_half(tmp_path):
+    whole = {"video_mask": np.ones((2, 2, 3), bool), "audio_mask": np.ones(5, bool)}
+    folder = folder_of(tmp_path, record(0, **whole))
+    soft = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 2, 3)
+    write_pt(folder / "video_masks" / "0.pt", {"mask": soft})
+    write_pt(folder / "audio_masks" / "0.pt", {"mask": np.float32([0, 0.3, 0.5, 0.6, 1])})
+    (read,) = Precomputed(folder, [path.name for path in folder.iterdir()])
+    assert read["video_mask"].ravel().tolist() == [False] * 6 + [True] * 6
+    assert read["audio_mask"].tolist() == [False, False, False, True, True]
+
+
+def test_sound_says_how_long_it_lasts_at_its_own_rate():
+    entries = official_entries(record(0), latents_per_second=50)["audio_latents"]
+    assert (entries["num_time_steps"], entries["duration"]) == (5, 0.1)
 
 
 def test_text_of_another_length_than_the_first_is_named(tmp_path):
