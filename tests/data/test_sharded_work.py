@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import threading
+import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,6 +384,49 @@ def test_a_half_made_dataset_with_other_settings_is_refused_until_overwrite(
     assert len(prepare(tmp_path, rows, other, overwrite=True)) == 6
 
 
+def test_records_of_a_shard_that_are_gone_are_made_again(tmp_path, disk, monkeypatch):
+    rows = films(disk, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "finish", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path, rows)
+    (tmp_path / ".set.prepare" / "clips-00001.arrayrecord").unlink()
+    disk.reads.clear()
+    assert len(prepare(tmp_path, rows)) == 6
+    assert {name for name, _ in disk.reads} == {"f4.mp4", "f5.mp4"}
+
+
+def test_a_disk_without_links_gets_copies(tmp_path, disk, monkeypatch):
+    rows = films(disk, 6)
+    whole = contents(prepare(tmp_path, rows, name="whole"))
+
+    def link(*given):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(staging.os, "link", link)
+    assert contents(prepare(tmp_path, rows)) == whole
+
+
+def test_who_waits_goes_on_as_long_as_another_process_gives_signs_of_life(tmp_path, monkeypatch):
+    now = [time.time()]
+    clock = SimpleNamespace(time=lambda: now[0], sleep=lambda _: now.append(now.pop() + 1000))
+    monkeypatch.setattr(staging, "time", clock)
+    with staging.Staging(tmp_path / "set", {}) as first:
+        waits, looks = staging.Staging(tmp_path / "set", {}, process=1), []
+        lock = first.folder / "lock-0"
+
+        def there():
+            looks.append(os.utime(lock, (now[0], now[0])))
+            return len(looks) == 9
+
+        waits.wait(there, "ends")
+        with pytest.raises(UserError, match="another process ends, and none is at work; the same"):
+            waits.wait(lambda: False, "ends")
+        os.utime(lock, (0, 0))
+        first.alive()
+        assert lock.stat().st_mtime > 1e9
+
+
 def test_clips_that_came_since_are_added_and_the_rest_is_kept(tmp_path, disk):
     rows = films(disk, 12)
     disk.missing |= {"f1.mp4", "f10.mp4"}
@@ -487,9 +533,9 @@ def test_every_clip_goes_to_its_bucket_and_films_give_many(tmp_path, disk):
 def test_sizes_are_listed_largest_first_whatever_comes_first_in_the_table(tmp_path, disk):
     disk.add("square.mp4", 9, 50, 50)
     disk.add("wide.mp4", 17, 100, 200)
-    made = prepare(tmp_path, ["square.mp4,a", "wide.mp4,b"], MIXED)
+    made = prepare(tmp_path, ["square.mp4,a", "wide.mp4,b", "square.mp4,c"], MIXED)
     assert [str(size) for size in made.schema.buckets] == ["32x16x17", "16x16x9"]
-    assert made.buckets.tolist() == [1, 0]
+    assert made.buckets.tolist() == [1, 0, 1]
     assert made.schema.num_frames == 17
 
 
