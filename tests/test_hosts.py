@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import hosts_config
@@ -19,7 +21,7 @@ from pod import TESTS, environment, free_port, pod
 from ltx2_jax import hosts
 from ltx2_jax.config import load
 from ltx2_jax.errors import UserError
-from ltx2_jax.hosts import rows_of_host
+from ltx2_jax.hosts import agreement, ending, rows_of_host
 from ltx2_jax.sharding import make_mesh, sharding_of
 from ltx2_jax.training import loop
 from ltx2_jax.training.metrics import read_metrics
@@ -109,6 +111,63 @@ def test_a_coordinator_that_is_not_there_is_named():
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(hosts.LostError, match=f"{address}: nobody answers there in 1 s"):
         hosts.start(address, 2, 1, seconds=1)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """`told(count, *processes)`: of so many hosts, what these have told the first, which is here.
+
+    A dict stands for the service, whose lists are in the order of their keys' letters.
+    """
+
+    def tell(count, *processes):
+        keys = {f"ltx2_jax/here/{p}": json.dumps(f"from {p}") for p in processes}
+        service = SimpleNamespace(
+            key_value_set=keys.__setitem__,
+            key_value_dir_get=lambda place: sorted(
+                pair for pair in keys.items() if pair[0].startswith(place)
+            ),
+        )
+        monkeypatch.setattr(agreement, "client", lambda: service)
+        monkeypatch.setattr(agreement, "count", lambda: count)
+        return keys
+
+    return tell
+
+
+def test_what_many_hosts_give_comes_in_their_order_and_all_get_it(told):
+    keys = told(12, *range(1, 12))
+    given = agreement.exchange("here", "from 0", seconds=0)
+    assert given == [f"from {process}" for process in range(12)]
+    assert json.loads(keys["ltx2_jax/all/here"]) == given
+
+
+def test_hosts_that_do_not_come_are_named(told):
+    told(8, 1, 3)
+    late = "host-2, host-4, host-5, host-6 and 1 more did not come in 0 s; the same command resumes"
+    with pytest.raises(hosts.LostError, match=f"^save: {late}$"):
+        agreement.exchange("here", "from 0", seconds=0, waiting="save")
+
+
+def test_the_host_that_waits_most_for_its_data_is_known(monkeypatch):
+    monkeypatch.setattr(ending, "_progress", ending._Progress())
+    hosts.progress("data", 1, data_wait=0.5)
+    hosts.progress("step", 1)
+    assert ending._progress.numbers == {"data_wait": 0.5}  # still told
+    waits = [{}, {"data_wait": 0.1}, {"data_wait": 0.5}, {"data_wait": 0.2}]
+    monkeypatch.setattr(ending, "_of_all", {p: {"numbers": n} for p, n in enumerate(waits)})
+    assert hosts.slowest("data_wait") == (2, 0.5)
+    assert hosts.slowest("another") is None
+
+
+def test_of_several_lost_hosts_the_one_that_is_silent_for_longest_is_named(monkeypatch):
+    rows = {process: {"phase": "data", "step": process} for process in range(4)}
+    monkeypatch.setattr(ending, "_of_all", rows)
+    now, watch = time.monotonic(), ending.Watch(60)
+    watch._beats = {p: (1, now - age) for p, age in enumerate((500, 90, 200, 0))}
+    found = r"host-2 \(and 1 more\): lost in \"data\" of step 2, 200 s ago; the others wait in"
+    assert re.match(found, watch.lost(60))
+    assert watch.lost(300) == ""
 
 
 def test_importing_the_commands_touches_no_device():
