@@ -11,7 +11,16 @@ import pytest
 
 from ltx2_jax import files
 from ltx2_jax.errors import UserError
-from ltx2_jax.files import Mirror, local_folder, location, locked, only_run, read_run, replacing
+from ltx2_jax.files import (
+    Mirror,
+    is_passing,
+    local_folder,
+    location,
+    locked,
+    only_run,
+    read_run,
+    replacing,
+)
 
 RUN = "gs://bucket/run"
 
@@ -57,6 +66,41 @@ def test_other_names_are_folders(tmp_path, bucket):
         assert str(location(name)) == name
     assert str(location(tmp_path) / "a" / "b") == str(tmp_path / "a" / "b")
     assert str(location(RUN) / "a" / "b") == "gs://bucket/run/a/b"
+
+
+def test_lists_of_a_bucket_are_not_remembered(bucket, monkeypatch):
+    """Other hosts and other libraries write there too."""
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    location(RUN)
+    assert fsspec.config.conf["gs"] == {"use_listings_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (MemoryError(), True),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+        (ValueError("not a film"), False),
+    ],
+)
+def test_whether_another_try_may_help_is_known_of_what_was_made_of_an_error(error, passing):
+    def told():
+        try:
+            raise error
+        except Exception:
+            raise UserError("cannot be read") from None
+
+    def told_again():
+        try:
+            told()
+        except UserError as first:
+            raise UserError(f"a.mp4: {first}") from first
+
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be read") as caught:
+        told_again()
+    assert is_passing(caught.value) == is_passing(error) == passing
 
 
 def test_a_file_goes_into_a_bucket_whole_or_not_at_all(bucket):
@@ -275,6 +319,17 @@ def test_a_run_that_was_replaced_learns_it_and_leaves_the_other_alone(bucket):
         time.sleep(0.2)  # it does not take it back
         assert read_run(RUN)["host"] == "host-9"
     assert read_run(RUN)["host"] == "host-9"
+
+
+def test_a_run_says_again_that_it_lives_when_its_bucket_is_back(bucket):
+    with only_run(RUN):
+        bucket.refuse = LookupError("503")
+        time.sleep(0.2)
+        bucket.refuse = None
+        before, end = read_run(RUN)["refreshed"], time.monotonic() + 30
+        while read_run(RUN)["refreshed"] == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def test_of_two_runs_that_start_at_once_one_is_left(bucket, monkeypatch):
