@@ -565,6 +565,30 @@ def test_a_clip_that_arrives_in_pieces_is_the_same_file(tmp_path):
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
 
 
+def test_a_film_has_the_quality_that_is_asked_for_and_its_index_in_front(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3)).astype(np.uint8)
+    sizes = []
+    for crf in (10, 40):
+        media.write_mp4(tmp_path / "whole.mp4", media.Clip(noise, 12.0), crf=crf)
+        media.stream_mp4(tmp_path / "pieces.mp4", iter([noise]), fps=12.0, crf=crf)
+        data = (tmp_path / "whole.mp4").read_bytes()
+        assert data == (tmp_path / "pieces.mp4").read_bytes()
+        assert data.index(b"moov") < data.index(b"mdat")
+        sizes.append(len(data))
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_sound_beyond_full_scale_is_cut_off_there(tmp_path):
+    clip = make_clip()
+    loud = 40 * clip.audio  # up to 8
+    for name, audio in (("loud", loud), ("cut", np.clip(loud, -1, 1))):
+        for suffix in (".mp4", ".wav"):
+            media.Clip(clip.video, 12.0, audio).save(tmp_path / f"{name}{suffix}")
+    for suffix in (".mp4", ".wav"):
+        loud, cut = (tmp_path / f"{name}{suffix}" for name in ("loud", "cut"))
+        assert loud.read_bytes() == cut.read_bytes()
+
+
 def test_pieces_are_asked_for_one_by_one_and_let_go(tmp_path):
     alive = []
 
