@@ -11,6 +11,7 @@ import scipy.ndimage
 from ltx2_jax.demo.config import SyntheticConfig
 from ltx2_jax.demo.synthetic import render
 from ltx2_jax.errors import UserError
+from ltx2_jax.evaluation import contact_sheet as sheet
 from ltx2_jax.evaluation import sync
 from ltx2_jax.evaluation.contact_sheet import contact_sheet
 from ltx2_jax.media import media
@@ -136,6 +137,8 @@ def test_no_clip_keeps_its_own_sound_when_shuffled(made):
     report = sync.sync_report([one, two], num_shuffles=3)
     assert report.shuffled_median_lag == pytest.approx(np.median(sync.onset_lags(swapped)))
     assert sync.sync_report([one, two], seed=4) == sync.sync_report([one, two], seed=4)
+    alone = sync.sync_report([one, two], kinds=["a", "b"])  # between each other then
+    assert alone.shuffled_median_lag == report.shuffled_median_lag
 
 
 def test_tracks_are_exchanged_between_clips_of_one_kind(made):
@@ -170,6 +173,35 @@ def test_contact_sheet_is_a_picture_of_every_clip(made, tmp_path):
     assert matplotlib.image.imread(short).shape[0] < image.shape[0]
     with pytest.raises(UserError, match=r"sheet\.png: 3 clips and 1 captions"):
         contact_sheet(tmp_path / "sheet.png", clips, captions[:1])
+
+
+def test_all_strips_have_one_time_axis_with_what_is_heard_and_what_is_seen(
+    made, tmp_path, monkeypatch
+):
+    long = dataclasses.replace(made[0].clip, audio=np.roll(made[0].clip.audio, 3000, axis=0))
+    short = Clip(long.video[:13], 12.0, long.audio[: 13 * 16000 // 12 : 2], 8000)
+    figures, figure = [], sheet._figure
+    monkeypatch.setattr(sheet, "_figure", lambda *size: figures.append(figure(*size)) or figures[0])
+    contact_sheet(tmp_path / "a.png", [long, short], ["one", "two"], max_frames=12)
+    strips, waves = figures[0].axes[::2], figures[0].axes[1::2]
+    strides = 3, 2  # of 25 frames nine are shown, of 13 seven
+    spans = [(-0.125, 2.125), (-1 / 12, 13 / 12)]
+    for strip, wave, clip, stride, span in zip(
+        strips, waves, [long, short], strides, spans, strict=True
+    ):
+        shown = np.concatenate(list(clip.video[::stride]), axis=1)
+        np.testing.assert_array_equal(strip.images[0].get_array(), shown)
+        assert strip.images[0].get_extent()[:2] == pytest.approx(span)
+        assert strip.get_xlim() == wave.get_xlim() == pytest.approx(span)
+        sound, lines = wave.collections
+        assert sound.get_paths()[0].vertices[:, 0].max() == pytest.approx(clip.duration, abs=0.01)
+        heard = [segment[0, 0] for segment in lines.get_segments()]
+        np.testing.assert_allclose(heard, sync.audio_onsets(clip.audio, clip.sample_rate))
+        np.testing.assert_allclose(wave.lines[0].get_xdata(), sync.visual_onsets(clip.video, 12.0))
+        assert len(heard) > 0
+    widths = [axes.get_position().width for axes in (*strips, *waves)]
+    share = (13 / 12 + 1 / 12) / 2.25
+    np.testing.assert_allclose(widths, widths[0] * np.array([1, share, 1, share]))
 
 
 def test_events_are_counted_in_clips_of_the_kind_that_the_detectors_are_made_for(made):
