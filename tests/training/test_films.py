@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import film
 import jax
@@ -14,13 +15,15 @@ from resume_config import get_config
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.config import DataConfig, FilmsConfig, TextConfig
 from ltx2_jax.data import films as clips
-from ltx2_jax.data.buckets import parse_buckets
-from ltx2_jax.data.clips import PrepareConfig
+from ltx2_jax.data.buckets import Bucket, parse_buckets
+from ltx2_jax.data.clips import Item, PrepareConfig
 from ltx2_jax.data.encoding import prepare_dataset
 from ltx2_jax.data.records import open_records
-from ltx2_jax.data.table import read_table
+from ltx2_jax.data.survey import foreseen
+from ltx2_jax.data.table import Row, read_table
 from ltx2_jax.demo.tiny_release import write_release
 from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import FileSize
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.text.captions import released_encoder
 from ltx2_jax.training import examples, films, loop
@@ -180,6 +183,58 @@ def test_a_film_that_came_or_changed_is_made_anew_and_no_other(release, folder, 
     runs.broken = "long"
     with pytest.raises(UserError, match=r"/long\.mp4: broken at 0.2 s; repair it or take it out"):
         made(run)
+
+
+def test_a_clip_is_kept_under_a_name_of_all_that_makes_it_and_of_nothing_else(tmp_path):
+    for name in ("a", "b", "other"):
+        (tmp_path / f"{name}.mp4").write_bytes(name.encode())
+    row = Row("a.mp4", tmp_path / "a.mp4", "text", others={"audio": tmp_path / "b.mp4"})
+    item, settings = Item(0, 0, Bucket(9, 32, 64), 1.0, 2.0), PrepareConfig(9, 32, 64)
+    first = clips.clip_name(item, row, settings, "hash")
+    changed = [
+        clips.clip_name(dataclasses.replace(item, **change), row, settings, "hash")
+        for change in ({"bucket": Bucket(9, 64, 32)}, {"start": 1.5}, {"seconds": 3.0})
+    ]
+    for change in (
+        {"others": {}},
+        {"others": {"reference_audio": tmp_path / "b.mp4"}},
+        {"others": {"audio": tmp_path / "other.mp4"}},
+        {"path": tmp_path / "other.mp4"},
+        {"sound_alone": True},
+    ):
+        changed.append(clips.clip_name(item, dataclasses.replace(row, **change), settings, "hash"))
+    faster = dataclasses.replace(settings, fps=30.0)
+    changed += [clips.clip_name(item, row, faster, "hash")]
+    changed += [clips.clip_name(item, row, settings, "another codec")]
+    assert len({first, *changed}) == 1 + len(changed)
+    moved = dataclasses.replace(item, row=3, window=1)
+    told = dataclasses.replace(row, name="films/a.mp4", caption="more")
+    assert clips.clip_name(moved, told, settings, "hash") == first
+
+
+def test_what_stands_beside_a_clip_is_foreseen(tmp_path):
+    columns = ("audio", "reference_video", "video_mask", "reference_audio", "audio_mask")
+    row = Row("a.mp4", tmp_path / "a.mp4", "", others=dict.fromkeys(columns, tmp_path / "b"))
+    codec = SimpleNamespace(
+        video=SimpleNamespace(strides=(8, 32, 32), channels=128),
+        audio=SimpleNamespace(latents_per_second=25, bins=16, channels=8),
+    )
+    silent, settings = FileSize(48, 32, 64, 24.0, 2.0, False), PrepareConfig(9, 32, 64)
+
+    def shapes(start, row):
+        item = Item(0, 0, Bucket(9, 32, 64), start)
+        found = foreseen(item, row, silent, settings, codec).fields.items()
+        return {name: field.shape for name, field in found if field.shape}
+
+    # Of 2 s of film 9 frames at 24 a second are taken: 9.4 latents of sound, of another file.
+    assert shapes(1.0, row) == {
+        "video": (2, 1, 2, 128), "video_reference": (2, 1, 2, 128), "video_mask": (2, 1, 2),
+        "audio": (9, 16, 8), "audio_reference": (9, 16, 8), "audio_mask": (9,),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="has only 7 frames; the shortest bucket has 9"):
+        shapes(1.7, row)
+    with pytest.raises(UserError, match="no sound"):
+        shapes(1.0, dataclasses.replace(row, others={}))
 
 
 BAD = [
