@@ -167,6 +167,53 @@ def test_a_run_that_was_taken_over_leaves_the_other_alone(
     assert [bucket.objects] == there
 
 
+def test_who_is_taken_over_at_the_end_publishes_nothing(tmp_path, disk, bucket, monkeypatch):
+    copy = uploading.copy_in_bucket
+    other = {"host": "host-9", "pid": 7, "since": 5.0, "refreshed": 9e9, "run": "other"}
+
+    def copied(source, target):
+        copy(source, target)
+        bucket.put(f"{MAKING}/process-0/.run.json", json.dumps(other).encode())
+
+    monkeypatch.setattr(uploading, "copy_in_bucket", copied)
+    monkeypatch.setattr(files, "REFRESH", 0.5)  # not before it looks itself
+    with pytest.raises(UserError, match=r"another run has taken over \(host-9, process 7"):
+        upload(tmp_path, films(disk, 4))
+    assert f"{AT}/dataset.json" not in bucket.objects
+    assert f"{MAKING}/state.json" in bucket.objects
+
+
+def test_no_dataset_appears_before_the_bucket_lists_all_its_files(
+    tmp_path, disk, bucket, monkeypatch
+):
+    rows, copy = films(disk, 4), uploading.copy_in_bucket
+
+    def lost(source, target):
+        if target.name != "codec.safetensors":
+            copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploading, "copy_in_bucket", lost)
+        with pytest.raises(UserError, match=r"codec\.safetensors has None bytes, not \d+"):
+            upload(tmp_path, rows)
+    assert f"{AT}/dataset.json" not in bucket.objects
+    assert len(upload(tmp_path, rows)) == 4
+
+
+def test_what_others_send_is_a_sign_of_life(bucket):
+    kind = uploading.BucketStaging
+    with kind(URL, {}) as first, kind(URL, {}, process=1) as second:
+        second._sign = 0.0
+        first.write_json("clips-00000.json", {"count": 0, "bytes": 0})
+        assert not second.published
+        assert second._last_sign() > 0
+
+
+def test_a_look_whether_a_bucket_can_be_written_leaves_nothing_there(bucket):
+    uploading.check_place(URL)
+    assert not bucket.objects
+
+
 def test_another_dataset_takes_the_place_of_one_whole(tmp_path, disk, bucket, monkeypatch):
     """Also if it is half made, or half copied: then the same command goes on."""
     rows = films(disk, 6)
@@ -190,6 +237,31 @@ def test_another_dataset_takes_the_place_of_one_whole(tmp_path, disk, bucket, mo
         upload(tmp_path, rows)
     disk.reads.clear()
     upload(tmp_path, rows, other)
+    assert not disk.reads
+    assert_equals(tmp_path, bucket, prepare(tmp_path, rows, other))
+
+
+def test_what_is_to_take_the_place_of_a_dataset_is_kept_while_that_one_is_used(
+    tmp_path, disk, bucket, monkeypatch
+):
+    rows, other = films(disk, 4), dataclasses.replace(CONFIG, fps=12.0)
+    upload(tmp_path, rows)
+    write = uploading.BucketStaging.write_json
+
+    def killed(self, name, values):
+        write(self, name, values)
+        if name == uploading.PUBLISHING:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploading.BucketStaging, "write_json", killed)
+        with pytest.raises(Killed):
+            upload(tmp_path, rows, other, overwrite=True)
+    there = set(bucket.names(MAKING))
+    assert len(upload(tmp_path, rows)) == 4
+    assert set(bucket.names(MAKING)) == there
+    disk.reads.clear()
+    upload(tmp_path, rows, other, overwrite=True)
     assert not disk.reads
     assert_equals(tmp_path, bucket, prepare(tmp_path, rows, other))
 
