@@ -259,6 +259,8 @@ def test_a_dataset_goes_from_the_official_format_and_back(tmp_path):
     assert len(list(out.glob("**/*.pt"))) == 8
     with pytest.raises(UserError, match="holds files"):
         to_precomputed(made, tmp_path / "back")
+    assert to_precomputed(made, tmp_path / "back", overwrite=True) == out
+    assert len(list(out.glob("**/*.pt"))) == 8
 
 
 def test_what_made_a_precomputed_is_told_once_and_it_is_a_dataset(tmp_path):
@@ -283,6 +285,15 @@ def test_what_made_a_precomputed_is_told_once_and_it_is_a_dataset(tmp_path):
     assert len(open_records(tmp_path / "elsewhere")) == 4
     # To the official trainer nothing has changed.
     assert Precomputed(tmp_path / "elsewhere", ["latents", "conditions"]).names == direct.names
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_samples_that_lack_a_file_are_told_by_the_dataset_that_is_made(tmp_path, copied):
+    shutil.copytree(GOLDEN / "v2", tmp_path / "v2")
+    lacking = Precomputed(tmp_path / "v2").skipped
+    made = from_precomputed(tmp_path / "v2", tmp_path / "set" if copied else None, **MAKERS)
+    assert made.skipped == lacking
+    assert [clip["reason"] for clip in lacking] == ["has no file in audio_latents"] * 2
 
 
 def test_makers_of_other_sizes_are_refused(tmp_path):
