@@ -202,6 +202,17 @@ def test_a_rotated_phone_video_is_upright(tmp_path):
     assert media.read_clip(tmp_path / "a.mov", height=32, width=16).video[0, -4, 8, 0] > 200
 
 
+def test_a_turned_picture_covers_its_size_with_all_of_itself(tmp_path):
+    """Red grows along its rows, green along its columns; half as large, nothing is cut off."""
+    rows, columns = np.mgrid[0:64, 0:96]
+    image = np.stack([2 * columns, 3 * rows, 0 * rows], -1).astype(np.uint8)
+    path = film.write_film(tmp_path / "a.mp4", np.stack([image] * 2))
+    film.set_display_matrix(path, 0, 1, -1, 0)
+    video = media.read_clip(path, height=48, width=32).video[0].astype(int)
+    assert abs(video[0, 16, 0] - video[-1, 16, 0]) > 170
+    assert abs(video[24, 0, 1] - video[24, -1, 1]) > 170
+
+
 TURNS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
 MIRRORED = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
 
@@ -232,6 +243,7 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path, suffix, wide, high
     tags = {"sample_aspect_ratio": fractions.Fraction(wide, high)}
     path = film.write_film(tmp_path / f"a{suffix}", images, tags=tags)
     assert media.read_clip(path).video.shape == (3, 96, shown, 3)
+    assert (media.file_size(path).height, media.file_size(path).width) == (96, shown)
     for video in (media.read_clip(path).video, media.read_clip(path, height=80, width=64).video):
         rows, columns = np.nonzero(video[1, :, :, 0] > 128)
         assert abs(np.ptp(rows) - np.ptp(columns)) <= 3
@@ -242,6 +254,8 @@ def test_a_turned_picture_has_its_pixels_turned_too(tmp_path):
     film.write_film(tmp_path / "a.mp4", film.quadrants(), tags=tags)
     film.set_display_matrix(tmp_path / "a.mp4", 0, 1, -1, 0)
     assert media.read_clip(tmp_path / "a.mp4").video.shape[1:3] == (192, 64)
+    size = media.file_size(tmp_path / "a.mp4")  # by which its bucket is chosen
+    assert (size.height, size.width) == (192, 64)
 
 
 @pytest.mark.parametrize("first", ["top", "bottom"])
