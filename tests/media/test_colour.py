@@ -10,7 +10,7 @@ from film import write_film
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.media import colour, media
-from ltx2_jax.media.picture import to_rgb
+from ltx2_jax.media.picture import to_rgb, with_colours
 
 PQ, HLG = colour.PQ, colour.HLG
 HDR = {"codec": "libx265", "options": {"x265-params": "log-level=none", "crf": "4"}}
@@ -195,3 +195,12 @@ def test_deep_pictures_are_as_bright_as_they_say(tmp_path, size):
     clip = media.read_clip(tmp_path / "a.mp4", **size)
     np.testing.assert_allclose(clip.video[:, 16, 16, 1], [0, 64, 128, 191, 255], atol=1)
     assert clip.notes == ()
+
+
+def test_what_a_picture_says_of_its_colours_comes_before_the_word_of_the_container():
+    names = ("color_primaries", "color_trc", "colorspace", "color_range")
+    context = types.SimpleNamespace(**dict.fromkeys(names, 1))
+    said, unsaid = ((9, 16, 9, 2), (2, 2, 2, 0))
+    frames = [types.SimpleNamespace(**dict(zip(names, c, strict=True))) for c in (said, unsaid)]
+    found = [tuple(vars(frame).values()) for frame in with_colours(frames, context)]
+    assert found == [said, (1, 1, 1, 1)]
