@@ -58,6 +58,15 @@ def test_sound_is_read_of_films_and_of_sound_files(path, tmp_path):
         read_sound(tmp_path / "silent.mp4", seconds=1.0, sample_rate=16000)
 
 
+def test_the_sound_of_a_file_is_counted_from_its_first_sample(tmp_path):
+    path = film.write_film(tmp_path / "a.ts", pictures(50), tones=[440])  # stamps from 1.4 s on
+    for start, loud in ((0.0, 1.0), (1.5, 0.5)):
+        sound, _ = read_sound(path, seconds=1.0, sample_rate=16000, start=start)
+        heard = np.flatnonzero(np.abs(sound[:, 0]) > 0.1) / 16000
+        assert heard[0] < 0.05
+        assert heard[-1] == pytest.approx(loud, abs=0.05)
+
+
 def test_what_a_file_holds_is_told_without_reading_it_all(path, tmp_path):
     size = file_size(path)
     assert (size.num_frames, size.height, size.width, size.fps) == (100, 32, 48, 25.0)

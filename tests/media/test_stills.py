@@ -66,6 +66,24 @@ def test_sound_is_read_from_films_and_from_files_of_sound(tmp_path):
         media.read_whole_sound(tmp_path / "none.wav")
 
 
+def test_sound_of_many_channels_is_mixed_and_that_of_a_file_alone_ends_with_it(tmp_path):
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, (47 * 1024, 6)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", audio, 48000, subtype="FLOAT")
+    mixed, rate = media.read_whole_sound(tmp_path / "a.wav")
+    np.testing.assert_allclose(mixed, media.to_stereo(audio), atol=1e-6)
+    with av.open(str(tmp_path / "a.m4a"), "w") as container:  # which soundfile does not read
+        stream = container.add_stream("aac", rate=48000, layout="stereo")
+        planes = np.ascontiguousarray(audio[:, :2].T)
+        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    alone, rate = media.read_whole_sound(tmp_path / "a.m4a")
+    assert rate == 48000
+    assert len(alone) >= len(audio)
+    assert len(alone) % 1024 == 0  # whole frames of AAC, and nothing behind them
+
+
 def test_a_sound_without_picture_shows_itself():
     shown = media.Clip(np.zeros((0, 0, 0, 3), np.uint8), 24.0, np.zeros((8, 2), np.float32))
     assert shown._repr_html_().startswith("<audio controls")
