@@ -79,6 +79,24 @@ def test_copies_that_nobody_reads_make_room(local, fetched, monkeypatch):
     assert fetched == ["a.mp4", "b.mp4", "a.mp4"]
 
 
+def test_the_copy_that_was_asked_for_the_longest_ago_goes_first(
+    local, bucket, fetched, monkeypatch
+):
+    monkeypatch.setattr(copies, "ROOM", 2 * local.stat().st_size)
+    bucket.put("bucket/films/c.mp4", local.read_bytes())
+    for name in "abacab":
+        file_size(URL.replace("a.mp4", f"{name}.mp4"))
+    assert fetched == ["a.mp4", "b.mp4", "c.mp4", "b.mp4"]
+
+
+def test_a_copy_stays_as_long_as_it_is_read(local, fetched, monkeypatch):
+    monkeypatch.setattr(copies, "ROOM", 0)
+    with copies.copied(placed(URL)) as file:
+        file_size(URL.replace("a.mp4", "b.mp4"))
+        assert file.exists()
+    assert not file.exists()
+
+
 def test_a_film_that_cannot_be_copied_is_one_line_and_may_be_later(local, bucket, fetched):
     with pytest.raises(UserError, match=r"^gs://bucket/films/none.mp4: no such file$") as caught:
         file_size("gs://bucket/films/none.mp4")
@@ -87,6 +105,8 @@ def test_a_film_that_cannot_be_copied_is_one_line_and_may_be_later(local, bucket
     with pytest.raises(UserError, match=rf"^{URL}: cannot be copied \(503: later\)$") as caught:
         read_clip(URL)
     assert is_passing(caught.value)
+    found = watch(placed(URL))
+    assert (found.fault, found.passing) == ("cannot be copied (503: later)", True)
     bucket.refuse = None
     assert file_size(URL) == file_size(local)
 
