@@ -118,6 +118,14 @@ def test_no_clip_of_a_cut_film_shows_two_scenes(cut_film, fps, start):
     assert all("scenes" in failure.reason for failure in reader.failures.values())
 
 
+def test_a_scene_that_begins_early_begins_where_the_picture_before_is_no_longer_the_nearest():
+    """Pictures 10 ms apart in a film of 25 a second: half of a period is 20 ms."""
+    early = scenes.Film(((1.0, 1.01),), 2.0)
+    (_, first), (begin, second) = early.scenes(0.0, 2.0, 25.0, 25.0)
+    assert 1.02 < begin < 1.021
+    assert (first, second) == (26, 24)
+
+
 def test_films_are_watched_in_order_and_no_longer_than_anyone_waits(cut_film, tmp_path):
     missing = tmp_path / "none.mp4"
     seen = [round(found.end * 25) for found in scenes.watch_all([cut_film, missing, cut_film])]

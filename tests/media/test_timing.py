@@ -48,6 +48,13 @@ def test_a_hole_is_named_unless_the_clip_is_complete_before_it():
     # A rate that is the mean over the hole does not hide it.
     with pytest.raises(UserError, match="no picture between"):
         choose(stamps, 25.0, rate=20 / 1.6)
+    with pytest.raises(UserError, match="no picture between"):
+        choose(stamps, 25.0, rate=1.0)
+
+
+def test_the_last_frame_stands_no_longer_than_a_hole_whatever_rate_the_file_states():
+    # 0.2 s, and 2 ms by which stamps may be rounded: it ends at 0.282 s, as frame 7 begins.
+    assert choose([0, 0.04, 0.08], 25.0, rate=1.0) == [0, 1, *[2] * 6]
 
 
 def test_stamps_that_run_backwards_are_named_unless_the_clip_is_complete_before():
@@ -151,6 +158,15 @@ def test_pieces_of_sound_go_where_their_stamps_say():
     # The stamp of the second piece is the first to count; 5 ms are no gap, 50 ms are one.
     expected = np.repeat([2, 3, 4, 0, 5], [50, 100, 100, 50, 100])
     np.testing.assert_array_equal(got, expected)
+
+
+def test_pieces_of_sound_may_overlap_a_little_and_no_more():
+    track, ones = SoundTrack(1000, 1.0), np.ones((200, 2), np.float32)
+    track.place(ones, 0.0)
+    track.place(2 * ones, 0.15)  # a recorder corrects its clock
+    np.testing.assert_array_equal(track.samples[:350, 0], np.repeat([1, 2], [150, 200]))
+    with pytest.raises(UserError, match=r"run backwards, from 0\.35 to 0\.20 s"):
+        track.place(3 * ones, 0.2)
 
 
 def test_a_packet_that_holds_nothing_shows_the_frame_before_again(tmp_path):
