@@ -142,6 +142,20 @@ def test_what_many_hosts_give_comes_in_their_order_and_all_get_it(told):
     assert json.loads(keys["ltx2_jax/all/here"]) == given
 
 
+@pytest.mark.parametrize(
+    ("refusals", "message"),
+    [
+        (["a", "a"], "a"),
+        (["", "a", "", "b"], "host-1: a (and 1 more host)"),
+        (["", "a", "a", "b"], "host-1: a (and 2 more hosts)"),
+    ],
+)
+def test_what_several_hosts_refuse_is_told_once(monkeypatch, refusals, message):
+    monkeypatch.setattr(agreement, "gather", lambda *_: refusals)
+    with pytest.raises(hosts.AgreedError, match=f"^{re.escape(message)}$"):
+        hosts.agree(lambda: None)
+
+
 def test_hosts_that_do_not_come_are_named(told):
     told(8, 1, 3)
     late = "host-2, host-4, host-5, host-6 and 1 more did not come in 0 s; the same command resumes"

@@ -159,6 +159,7 @@ def test_the_interval_holds_the_median_and_shrinks_with_more_clips(made):
     few, many = sync.sync_report(shifted[:8]), sync.sync_report(shifted)
     for report in (few, many):
         assert report.interval[0] <= report.median_lag <= report.interval[1]
+    assert sync.sync_report(shifted[:8], seed=1).interval != few.interval
     assert many.interval[1] - many.interval[0] < few.interval[1] - few.interval[0]
 
 
@@ -182,7 +183,8 @@ def test_all_strips_have_one_time_axis_with_what_is_heard_and_what_is_seen(
     short = Clip(long.video[:13], 12.0, long.audio[: 13 * 16000 // 12 : 2], 8000)
     figures, figure = [], sheet._figure
     monkeypatch.setattr(sheet, "_figure", lambda *size: figures.append(figure(*size)) or figures[0])
-    contact_sheet(tmp_path / "a.png", [long, short], ["one", "two"], max_frames=12)
+    contact_sheet(tmp_path / "a.png", [long, short], ["costs $5 or $6", "two"], max_frames=12)
+    assert [text.get_parse_math() for text in figures[0].texts if "$" in text.get_text()] == [False]
     strips, waves = figures[0].axes[::2], figures[0].axes[1::2]
     strides = 3, 2  # of 25 frames nine are shown, of 13 seven
     spans = [(-0.125, 2.125), (-1 / 12, 13 / 12)]
