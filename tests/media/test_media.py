@@ -579,6 +579,14 @@ def test_a_clip_that_arrives_in_pieces_is_the_same_file(tmp_path):
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
 
 
+def test_a_film_says_that_its_colours_are_those_of_bt709(tmp_path):
+    media.write_mp4(tmp_path / "a.mp4", make_clip(num_frames=2))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        names = ("colorspace", "color_primaries", "color_trc", "color_range")
+        assert [int(getattr(context, name)) for name in names] == [1, 1, 1, 1]
+
+
 def test_a_film_has_the_quality_that_is_asked_for_and_its_index_in_front(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3)).astype(np.uint8)
     sizes = []
