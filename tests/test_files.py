@@ -3,6 +3,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 
 import fake_bucket
@@ -161,11 +162,35 @@ def test_a_file_that_grows_is_sent_whole_again_and_again_and_at_the_end(bucket, 
     assert not mirror.folder.exists()
 
 
+def test_a_file_that_changes_and_keeps_its_length_is_sent_again(bucket):
+    with contextlib.closing(Mirror(RUN)) as mirror:
+        (mirror.folder / "step").write_text("1")
+        files.last_words("to have it sent", seconds=30)
+        assert bucket.objects["bucket/run/step"][0] == b"1"
+        (mirror.folder / "step").write_text("2")
+        os.utime(mirror.folder / "step", ns=(1, 1))
+    assert bucket.objects["bucket/run/step"][0] == b"2"
+
+
 def test_where_there_is_no_bucket_nothing_is_sent(tmp_path):
     mirror = Mirror(tmp_path / "run", ["log"])
     assert mirror.folder == tmp_path / "run"
     mirror.close()
     assert mirror.folder.exists()
+
+
+def test_what_fails_in_time_is_told_with_what_was_to_be_done():
+    def fail(error):
+        raise error
+
+    for error, message in (
+        (UserError("clips: holds files"), "clips: holds files"),
+        (LookupError("403"), "gs://a: nothing can be made there (403)"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            files.in_time(lambda e=error: fail(e), 30, "gs://a", "nothing can be made there")
+    with pytest.raises(UserError, match=r"^gs://a: no answer in 0 s$"):
+        files.in_time(lambda: time.sleep(1), 0.01, "gs://a", "refused")
 
 
 def test_a_file_appears_when_the_block_ends_with_the_folders_on_the_way(tmp_path):
@@ -310,6 +335,15 @@ def test_a_run_that_was_killed_just_now_is_waited_for_and_then_replaced(
     assert taken == f"{RUN}: taken over from the run that stopped {who}"
 
 
+def test_a_run_that_ends_while_it_is_waited_for_makes_way(bucket, monkeypatch, capsys):
+    other(bucket, age=0)
+    there = ["bucket/run/.run.json"]
+    monkeypatch.setattr(files.time, "sleep", lambda _: there and bucket.objects.pop(there.pop()))
+    with only_run(RUN):
+        assert read_run(RUN)["pid"] == os.getpid()
+    assert "taken over" not in capsys.readouterr().out
+
+
 def test_a_run_that_was_replaced_learns_it_and_leaves_the_other_alone(bucket):
     with only_run(RUN) as check:
         check()
@@ -350,6 +384,15 @@ def test_a_process_that_ends_at_once_sends_what_is_unsent_and_leaves_the_workdir
         began = time.monotonic()
         files.last_words("late", seconds=0.1)
         assert time.monotonic() - began < 0.9
+
+
+def test_of_what_is_still_to_be_said_the_latest_comes_first():
+    said = []
+    with files.saying(lambda why: said.append(f"first {why}")):
+        with files.saying(lambda why: said.append(f"second {why}")):
+            files.last_words("killed", seconds=30)
+    files.last_words("again", seconds=30)
+    assert said == ["second killed", "first killed"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', "null"])
