@@ -46,6 +46,20 @@ def test_one_process_keeps_no_log(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_after_its_end_a_log_takes_nothing_and_another_may_begin(started, tmp_path):
+    started()
+    hosts.keep_log(tmp_path, 0)
+    hosts.keep_log(tmp_path / "another", 0)  # it has one
+    logs.close()
+    hosts.note("late")
+    started()
+    hosts.keep_log(tmp_path / "next", 0)
+    hosts.note("anew")
+    assert (tmp_path / "logs" / "host-00.log").read_text() == ""
+    assert texts((tmp_path / "next" / "logs" / "host-00.log").read_text()) == ["anew"]
+    assert not (tmp_path / "another").exists()
+
+
 def test_of_a_host_that_hangs_it_has_what_the_threads_were_doing(started, tmp_path):
     started()
     hosts.keep_log(tmp_path, 0)
