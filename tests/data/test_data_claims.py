@@ -253,14 +253,14 @@ def test_clips_are_encoded_in_batches_as_asked_and_keep_their_captions(tmp_path,
 
 def test_clips_that_wait_for_others_of_their_size_take_no_more_memory_than_they_may(monkeypatch):
     """Else the size that holds the most is encoded before its batch is full."""
-    frames, rows = [1, 9, 9, 1, 9], [Row(f"{i}.mp4", f"{i}.mp4", "") for i in range(5)]
+    frames, rows = [1, 9, 9, 1, 9, 1], [Row(f"{i}.mp4", f"{i}.mp4", "") for i in range(6)]
     samples = [
         Sample(Item(row, 0, Bucket(count, 16, 8)), np.zeros((count, 16, 8, 3), np.uint8), None, 12)
         for row, count in enumerate(frames)
     ]
     monkeypatch.setattr(latents, "WAITING_BYTES", samples[1].nbytes + samples[2].nbytes)
     made = latents.encode_samples(samples, rows, Codec(), CONFIG)
-    assert [item.row for item, _ in made] == [1, 2, 0, 3, 4]
+    assert [item.row for item, _ in made] == [1, 2, 0, 3, 5, 4]
 
 
 def test_sound_longer_than_the_picture_is_cut_to_whole_latents(tmp_path, reads):

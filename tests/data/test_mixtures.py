@@ -77,6 +77,12 @@ def test_a_mixture_has_the_sizes_of_all_and_the_records_one_after_the_other(pair
         mixed[15]
 
 
+def test_of_sizes_with_equal_pictures_the_one_with_the_most_sound_comes_first():
+    sizes = [bucket(2, sound=None), bucket(2, sound=3), bucket(2, sound=5), bucket(3, sound=None)]
+    ordered = sorted(sizes, key=lambda size: size.largest_first)
+    assert ordered == [sizes[3], sizes[2], sizes[1], sizes[0]]
+
+
 def test_a_size_of_several_datasets_has_the_rate_of_the_first():
     schemas = [
         Schema.of_buckets([dataclasses.replace(bucket(1), fps=fps)], **MADE) for fps in (24.0, 30.0)
