@@ -756,6 +756,9 @@ def test_captions_have_weights_and_one_is_drawn(tmp_path, disk):
     assert made.captions(0) == [("one", 0.25), ("two", 0.75)]
     draws = [made.with_caption(0, draw)["caption"] for draw in (0.0, 0.2, 0.3, 0.99)]
     assert draws == ["one", "one", "two", "two"]
+    header = "video,caption,caption_b,weight_b,weight"
+    never = prepare(tmp_path, ["film0.mp4,one,two,1,0"], name="never", header=header)
+    assert never[0]["caption"] == "two"  # the first that has a weight
     with pytest.raises(UserError, match=r"t\.csv:2: the weights of its captions are all 0"):
         prepare(tmp_path, rows[1:], header="video,caption,caption_b,weight_b,weight")
 
