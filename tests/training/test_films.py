@@ -180,6 +180,10 @@ def test_a_film_that_came_or_changed_is_made_anew_and_no_other(release, folder, 
         kept.write_bytes(content[:200] + bytes(100) + content[300:])
     assert sorted(made(run)[1]) == ["a", "gone", "long", "long", "silent"]
     write(folder / "long.mp4", 5, frames=21)
+    records = open_records(examples.with_data_here(run).data.path)
+    write(folder / "long.mp4", 6, frames=21)  # while the run goes on
+    with pytest.raises(UserError, match=r"/long\.mp4: has changed, or is gone, since the training"):
+        records[1]
     runs.broken = "long"
     with pytest.raises(UserError, match=r"/long\.mp4: broken at 0.2 s; repair it or take it out"):
         made(run)
