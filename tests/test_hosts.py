@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import signal
@@ -124,6 +125,7 @@ def told(monkeypatch):
         keys = {f"ltx2_jax/here/{p}": json.dumps(f"from {p}") for p in processes}
         service = SimpleNamespace(
             key_value_set=keys.__setitem__,
+            key_value_delete=keys.pop,
             key_value_dir_get=lambda place: sorted(
                 pair for pair in keys.items() if pair[0].startswith(place)
             ),
@@ -140,6 +142,17 @@ def test_what_many_hosts_give_comes_in_their_order_and_all_get_it(told):
     given = agreement.exchange("here", "from 0", seconds=0)
     assert given == [f"from {process}" for process in range(12)]
     assert json.loads(keys["ltx2_jax/all/here"]) == given
+
+
+def test_what_all_hosts_have_read_is_removed(told, monkeypatch):
+    """The service holds it in memory, for as long as a run lasts."""
+    monkeypatch.setattr(agreement, "_calls", itertools.count())
+    keys = told(2)
+    for call in range(5):
+        keys[f"ltx2_jax/gather/{call}/1"] = json.dumps("b")
+        assert hosts.gather("a") == ["a", "b"]
+    left = [f"ltx2_jax/{name}" for k in (3, 4) for name in (f"all/gather/{k}", f"gather/{k}/0")]
+    assert sorted(key for key in keys if not key.endswith("/1")) == sorted(left)
 
 
 @pytest.mark.parametrize(
