@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -18,8 +20,11 @@ from jax._src import distributed
 from resume_config import get_config
 
 from ltx2_jax.config import (
+    CheckConfig,
     CheckpointConfig,
+    MeshConfig,
     OptimConfig,
+    ProfileConfig,
     SampleConfig,
     ValidationConfig,
 )
@@ -30,8 +35,9 @@ from ltx2_jax.media.media import Clip
 from ltx2_jax.models import flops
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import StopSignals
-from ltx2_jax.training import checks, loop, runs
+from ltx2_jax.training import checks, housekeeping, loop, runs
 from ltx2_jax.training.boards import Shown
+from ltx2_jax.training.housekeeping import Rows
 from ltx2_jax.training.metrics import StepTimer, read_metrics
 from ltx2_jax.training.state import optimizer
 
@@ -141,7 +147,14 @@ def test_every_step_takes_its_batch_and_is_logged_once(run, start):
     for row in run.rows:
         assert row["loss"] == 0.5 * row["step"]
         assert [row[f"video_loss_quarters_{i}"] for i in (1, 2, 3, 4)] == [0, 0.25, 0.5, 0.75]
+        assert row["data_wait"] >= 0
     assert not run.clips
+
+
+def test_a_run_goes_on_in_the_data_where_its_checkpoint_says(run):
+    run.disk.data_position = lambda step: 10 * step
+    run(3, num_steps=5, checkpoint=NEVER)
+    assert [number for number, _, _ in run.taken] == [30, 31]
 
 
 def test_a_resumed_run_keeps_the_rows_up_to_where_it_goes_on(run):
@@ -169,6 +182,14 @@ def test_the_state_after_every_few_steps_is_saved_and_so_is_the_last(run):
     }  # fmt: skip
 
 
+def test_minutes_between_saves_are_counted_from_where_a_run_goes_on(run):
+    """A minute a step; who takes all steps for his own thinks that they last no time."""
+    clock = partial(loop.Cadence, clock=lambda: 60.0 * len(run.taken))
+    run.patch.setattr(loop, "Cadence", clock)
+    run(1000, num_steps=1010, checkpoint=CheckpointConfig(every_steps=10**6, every_minutes=3))
+    assert list(run.disk.saved) == [1003, 1006, 1009, 1010]
+
+
 def test_a_stop_signal_ends_with_the_step_that_runs_and_saves_it(run, usual_signals):
     run.stop_at = 3
     sample = SampleConfig(preview_step=3)
@@ -177,6 +198,57 @@ def test_a_stop_signal_ends_with_the_step_that_runs_and_saves_it(run, usual_sign
     assert list(run.disk.saved) == [3]
     assert [row["step"] for row in run.rows] == [1, 2, 3]
     assert not run.clips
+
+
+def test_what_is_measured_of_a_step_is_in_its_row_and_no_step_time(run, usual_signals):
+    asked = []
+
+    def after(step, state, saved):
+        assert float(state["params"]) == step
+        asked.append((step, saved))
+        return {"val_loss": np.float32(2.5)} if step == 3 else {}
+
+    run.patch.setattr(loop.validation, "Validation", lambda *_: SimpleNamespace(after=after))
+    run(num_steps=6, checkpoint=CheckpointConfig(every_steps=5))
+    assert asked == [(1, False), (2, False), (3, False), (4, False), (5, True), (6, True)]
+    assert [row["step"] for row in run.rows if row.get("val_loss") == 2.5] == [3]
+    # Before 1 lies compilation, before 6 a checkpoint.
+    assert [row["step"] for row in run.rows if "step_time" not in row] == [1, 3, 6]
+    run.stop_at = 2  # there is no time left for what only a checkpoint would have
+    run(num_steps=6, checkpoint=NEVER)
+    assert asked[6:] == [(1, False), (2, False)]
+
+
+def test_steps_are_replayed_and_traced_when_it_is_their_turn(run):
+    traced = []
+    for name in ("start_trace", "stop_trace"):
+        run.patch.setattr(jax.profiler, name, lambda *_: traced.append(len(run.taken)))
+    run(num_steps=5, checkpoint=NEVER, profile=ProfileConfig(steps="2:4"))
+    assert traced == [1, 3]
+    run.taken.clear()
+    run(num_steps=5, checkpoint=NEVER, check=CheckConfig(replay_every=2))
+    assert [number for number, _, _ in run.taken] == [0, 1, 1, 1, 2, 3, 3, 3, 4]
+
+
+def test_garbage_is_looked_for_between_steps(run):
+    looked = []
+    run.patch.setattr(housekeeping, "COLLECT_EVERY", 2)
+    run.patch.setattr(gc, "collect", lambda: looked.append(len(run.taken)))
+    run(num_steps=5, checkpoint=NEVER)
+    assert looked == [0, 2, 4]
+
+
+def test_only_where_no_step_runs_is_a_wait_for_data_one_from_its_beginning(run):
+    waited = []
+
+    @contextlib.contextmanager
+    def waiting_for_data(running=None):
+        waited.append(running and running["loss"])
+        yield
+
+    run.patch.setattr(loop.goodput, "waiting_for_data", waiting_for_data)
+    run(num_steps=3, checkpoint=NEVER)
+    assert waited == [None, 0.5, 1.0, 1.5]
 
 
 def test_clips_are_made_once_on_the_way_and_are_no_step_time(run):
@@ -287,8 +359,12 @@ def test_a_checkpoint_that_fails_at_once_is_named(run):
 class Training:
     """`train` with everything but its order replaced; what happened is in `events`."""
 
-    def __init__(self, monkeypatch, folder, latest, reached, **changes):
-        self.events, self.clips = [], []
+    best = None
+
+    def __init__(
+        self, monkeypatch, folder, latest, reached, during=lambda *_: 0, at_end=lambda: 0, **changes
+    ):
+        self.events, self.at_end = [], at_end
         self.config = tiny.config(workdir=str(folder), num_steps=9, **changes)
         self.records, self.latest_step, self.reached = MagicMock(), latest, reached
         self.state = {"params": "last", "ema": "averaged"}
@@ -304,9 +380,18 @@ class Training:
         for name in ("keep_assets", "abstract_state", "describe"):
             monkeypatch.setattr(loop, name, note(name))
         monkeypatch.setattr(loop, "first_state", note("first_state", self.state))
-        monkeypatch.setattr(loop, "take_steps", note("take_steps", (self.state, reached)))
+        monkeypatch.setattr(loop.validation, "check", note("check_validation"))
+        kept = note("programs_kept", contextlib.nullcontext())
+        monkeypatch.setattr(loop, "programs_kept", kept)
+
+        def take_steps(*args):
+            self.events.append(("take_steps", args, {}))
+            during(*args)
+            return self.state, reached
+
+        monkeypatch.setattr(loop, "take_steps", take_steps)
         self.wait = note("wait")
-        loop.train(self.config, self.make_clips)
+        loop.train(self.config, self.make_clips, note("check_clips"))
 
     def opened(self, workdir, keep, **_):
         self.events.append(("open", (str(workdir), keep), {}))
@@ -320,6 +405,7 @@ class Training:
 
     def make_clips(self, weights, records, step):
         self.events.append(("clips", (weights, records, step), {}))
+        self.at_end()
 
     def of(self, name):
         return [(args, kw) for event, args, kw in self.events if event == name]
@@ -332,9 +418,12 @@ def test_clips_at_the_end_are_of_the_averaged_weights_if_there_are_any(
     optim = OptimConfig(ema_decay=decay)
     training = Training(monkeypatch, tmp_path, latest=None, reached=9, optim=optim)
     assert training.of("clips") == [((weights, training.records, 9), {})]
-    names = [name for name, _, _ in training.events]
-    assert names[:2] == ["check_alone", "before_work"]
-    assert names[-2:] == ["wait", "clips"]  # a run is on disk before its clips are made
+    # All that can be refused is before the first step; a run is on disk before its clips are made.
+    assert [name for name, _, _ in training.events] == [
+        "check_alone", "before_work", "check_validation", "programs_kept", "open", "dataset",
+        "keep_assets", "check_clips", "abstract_state", "describe", "first_state", "take_steps",
+        "wait", "clips",
+    ]  # fmt: skip
     # Those on the way are made in the same manner.
     ((of, *_), _), *_ = training.of("take_steps")
     of.clips(training.state, 4)
@@ -349,6 +438,55 @@ def test_a_run_that_was_stopped_makes_no_clips_and_says_how_it_goes_on(
     assert training.of("wait")
     output = capsys.readouterr().out
     assert output.startswith("stopped and saved at step 4; the same command resumes\ngoodput ")
+
+
+def test_a_signal_in_the_last_step_is_one_to_stop_and_after_it_ends_at_once(
+    monkeypatch, tmp_path, usual_signals
+):
+    def signalled(run, state, start, stop):
+        stop.begin()
+        signal.raise_signal(signal.SIGTERM)
+
+    training = Training(monkeypatch, tmp_path, latest=None, reached=9, during=signalled)
+    assert training.of("wait")
+    assert not training.of("clips")
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the clips went on")
+
+    begin = {"during": lambda *args: args[-1].begin(), "at_end": interrupted}
+    with pytest.raises(KeyboardInterrupt):
+        Training(monkeypatch, tmp_path, latest=None, reached=9, **begin)
+
+
+@pytest.mark.parametrize(("latest", "clips"), [(9, 1), (6, 0)])
+def test_a_finished_run_makes_its_clips_again_even_if_they_tell_which_is_the_best(
+    monkeypatch, tmp_path, latest, clips
+):
+    best = ValidationConfig(clips_every=3, best="val_sync_lag_ms")
+    training = Training(monkeypatch, tmp_path, latest=latest, reached=9, validation=best)
+    assert len(training.of("clips")) == clips
+
+
+def test_the_mesh_has_the_sizes_that_the_config_says(monkeypatch, tmp_path):
+    sizes = MeshConfig(data=1, model=1, sequence=4, slices=2)
+    training = Training(monkeypatch, tmp_path, latest=None, reached=9, mesh=sizes)
+    ((of, *_), _), *_ = training.of("take_steps")
+    assert list(of.mesh.shape.values()) == [2, 1, 1, 4]  # slices, data, model, sequence
+
+
+def test_what_stays_of_checkpoints_and_may_fail_is_what_the_config_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "Checkpoints", lambda *given, **named: (given, named))
+    kept = CheckpointConfig(keep=5, keep_every=100, max_failures=7)
+    best = ValidationConfig(every=1, best="val_loss")
+    given, named = loop._checkpoints(
+        tiny.config(checkpoint=kept, validation=best), tmp_path, "check"
+    )
+    assert given == (tmp_path,)
+    assert named == {
+        "keep": 5, "keep_every": 100, "best": "val_loss", "max_failures": 7, "check": "check",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("latest", "start"), [(None, 0), (6, 6)])
@@ -458,6 +596,18 @@ def test_throughput_and_mfu_are_of_the_global_batch_on_all_devices(monkeypatch):
     assert loop.step_timer(config, SimpleNamespace(schema=schema())).peak_flops is None
 
 
+def test_throughput_follows_the_size_of_every_batch():
+    config, rows = get_config(), []
+    timer = StepTimer(tokens_per_step=1, flops_per_step=1, clock=itertools.count().__next__)
+    logger = SimpleNamespace(log=lambda step, values: rows.append(values))
+    shapes = {"video": (5, 3, 2, 8), "audio": (11, 1, 8)}
+    for step, size in enumerate((8, 8, 4)):
+        of = Rows((), (), step, 0.25, shapes, size)
+        loop.log(logger, timer, partial(loop.work, config), step, {"loss": 1.0}, of)
+    assert [row.get("tokens_per_second") for row in rows] == [None, 8 * 41, 4 * 41]
+    assert {row["data_wait"] for row in rows} == {0.25}
+
+
 def test_a_run_says_what_is_about_to_run(capsys):
     records = MagicMock(schema=schema())
     records.__len__.return_value = 12
@@ -492,6 +642,17 @@ def test_only_the_first_process_writes(monkeypatch, tmp_path, run):
     config = dataclasses.replace(get_config(), workdir=str(tmp_path))
     assert loop.dataset(config) == tmp_path / "data" / "records"
     assert not list(tmp_path.iterdir())
+
+
+def test_every_host_has_a_folder_of_its_own_for_the_data_of_a_run_in_a_bucket(monkeypatch):
+    assert loop.data_folder("runs/a") == (Path("runs/a/data"), True)
+    monkeypatch.setattr(loop, "location", lambda workdir: workdir)  # which asks for its library
+    found = []
+    for host in (0, 1):
+        monkeypatch.setattr(distributed.global_state, "process_id", host)
+        found += [loop.data_folder(f"gs://bucket/runs/{name}") for name in "ab"]
+    assert len({folder for folder, _ in found}) == 4
+    assert not any(shared for _, shared in found)
 
 
 def test_synthetic_clips_are_prepared_in_the_size_they_are_rendered_in(monkeypatch, tmp_path):
