@@ -14,10 +14,11 @@ import tiny
 from scipy.stats import kstest
 
 from ltx2_jax.config import Condition, Config, FlowConfig, StreamConfig
+from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import from_json, replaced, to_json
 from ltx2_jax.training import objective
-from ltx2_jax.training.batch import abstract_batch, place
+from ltx2_jax.training.batch import abstract_batch, abstract_text, place
 from ltx2_jax.training.step import gradients
 
 FROZEN, ABSENT = StreamConfig("frozen"), StreamConfig("absent")
@@ -38,8 +39,8 @@ def config(*streams, **changes):
     return tiny.config(flow=FlowConfig(*streams, **changes))
 
 
-def draws(config, batch, seed=0):
-    return objective.draw(jax.random.key(seed), batch, config, tiny.STRIDES)
+def draws(config, batch, seed=0, **clock):
+    return objective.draw(jax.random.key(seed), batch, config, tiny.STRIDES, **clock)
 
 
 def many():
@@ -163,6 +164,10 @@ def test_samples_without_sound_have_no_part_in_its_loss_and_are_not_heard():
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 4] if len(x) == 8 else x, (batch, drawn))
               for i in (0, 4)]  # fmt: skip
     assert sum(lost(run, *half)[0] for half in halves) / 2 == pytest.approx(value, rel=1e-5)
+    # A batch may have none at all.
+    silent, sums, _ = lost(run, batch | {"has_audio": np.zeros(8, bool)})
+    assert silent == pytest.approx(video.mean(), rel=1e-5)
+    assert sums["audio_loss"] == 0
 
 
 # ---- references ----------------------------------------------------------------------------------
@@ -184,6 +189,10 @@ def test_a_reference_is_clean_beside_the_clip_and_stands_where_the_clip_shows_th
     np.testing.assert_allclose(rows[0, 0, 16:], rows[0, 0, [0, 0, 8, 8]], rtol=1e-6)
     np.testing.assert_array_equal(model.audio.positions[:, :, 5:], model.audio.positions[:, :, :3])
     np.testing.assert_array_equal(model.video.keyframes_mask[:, 16:], 0)
+    clock = AudioClock(sample_rate=8000, hop=200, downsample=2)  # of another codec
+    seconds = draws(run, batch, clock=clock)["audio"].conditions.positions
+    np.testing.assert_allclose(seconds[0, 0, 5:8], seconds[0, 0, :3], rtol=1e-6)
+    np.testing.assert_allclose(seconds[0, 0, 6], [0.025, 0.075], rtol=1e-6)
     # It has no part in the loss: that of predicting 0 is the mean square of what is to be learned.
     squares = (np.mean(np.square(s.noise - s.x0)) for s in (drawn["video"], drawn["audio"]))
     assert value == pytest.approx(sum(squares), rel=1e-5)
@@ -398,12 +407,34 @@ def test_a_checkpoint_from_before_there_were_modes_is_read():
     assert run.flow.generated == ("video", "audio")
 
 
+@pytest.mark.parametrize(
+    ("release", "audio_dim", "own"),
+    [("2.0", 16, False), ("2.3", None, True), ("random", 16, True), ("random", None, False)],
+)
+def test_plans_have_text_for_sound_where_it_is_not_that_of_the_video(release, audio_dim, own):
+    encoder = dataclasses.replace(tiny.TEXT.encoder, audio_dim=audio_dim)
+    text = dataclasses.replace(tiny.TEXT, release=release, encoder=encoder)
+    fields = abstract_text(tiny.config(text=text), 8)
+    shapes = {"video_text": (8, 6, 32), "audio_text": (8, 6, 16), "text_mask": (8, 6)}
+    if not own:
+        del shapes["audio_text"]
+    assert {name: x.shape for name, x in fields.items()} == shapes
+
+
 def test_plans_are_made_for_what_a_mode_reads():
-    run = tiny.config(flow=FlowConfig(given(MASK, REFERENCE), ABSENT))
-    fields = abstract_batch(run, (2, 2, 4), (5, 1))
-    assert {name: x.shape for name, x in fields.items() if "text" not in name} == {
+    def read(*streams):
+        fields = abstract_batch(tiny.config(flow=FlowConfig(*streams)), (2, 2, 4), (5, 1))
+        return {name: x.shape for name, x in fields.items() if "text" not in name}
+
+    assert read(given(MASK, REFERENCE), ABSENT) == {
         "fps": (8,),
         "video": (8, 2, 2, 4, 8),
         "video_mask": (8, 2, 2, 4),
         "video_reference": (8, 2, 2, 4, 8),
+    }
+    assert read(ABSENT, given(MASK, REFERENCE)) == {
+        "fps": (8,),
+        "audio": (8, 5, 1, 16),
+        "audio_mask": (8, 5),
+        "audio_reference": (8, 5, 1, 16),
     }

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from scipy.special import expit
@@ -12,7 +13,7 @@ from scipy.stats import kstest
 
 from ltx2_jax.config import FlowConfig, OptimConfig
 from ltx2_jax.diffusion.geometry import AudioClock
-from ltx2_jax.sharding import make_mesh
+from ltx2_jax.sharding import make_mesh, reduces_in_float32
 from ltx2_jax.training import objective, step
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.state import all_finite, learning_rate, optimizer, state_of
@@ -97,6 +98,10 @@ def test_all_noise_levels_are_uniform_if_asked():
     drawn = draws(config(FlowConfig(sigma_uniform_prob=1.0)), many())
     for name in ("video", "audio"):
         assert kstest(np.asarray(drawn[name].sigma), "uniform").pvalue > 1e-3
+    drawn = draws(config(FlowConfig(sigma_uniform_prob=1.0, sigma_eps=0.4)), many())
+    for name in ("video", "audio"):  # from the least one on
+        sigma = np.asarray(drawn[name].sigma)
+        assert kstest((sigma - 0.4) / 0.6, "uniform").pvalue > 1e-3
 
 
 def test_tokens_lie_where_the_frame_rate_the_strides_and_the_clock_put_them():
@@ -304,6 +309,37 @@ def test_a_step_knows_where_the_codec_puts_tokens(trained):
     np.testing.assert_allclose(metrics["video_loss_quarters"], [5 / 12.5, 16, 64, 0.225], rtol=1e-6)
 
 
+def test_every_micro_batch_of_every_step_leaves_out_features_of_its_own(trained, monkeypatch):
+    """Seen by what is drawn from the key of the dropout; the log has the mean of micro-batches."""
+    monkeypatch.setattr(step.trainable, "constants", lambda config, key: {"key": key})
+
+    def seen(params, *_, **__):
+        drawn = jax.random.uniform(params["key"], (4,))
+        value = push({"layer": params["layer"]})
+        return value, zero_sums(video_quarter=drawn, video_count=jnp.ones(4))
+
+    def left_out(steps=1, seed=0, **optim):
+        run = dataclasses.replace(config(**optim), seed=seed)
+        return [x["video_loss_quarters"][0] for x in trained(run, seen, steps)[1]]
+
+    first, second = left_out(2)
+    assert left_out() == [first]
+    assert first not in (second, *left_out(accumulate_steps=2), *left_out(seed=1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_summed_over_shards_in_the_type_asked_for(trained, dtype):
+    asked = []
+
+    def loss(params, *_, **__):
+        asked.append(reduces_in_float32())
+        return push(params), zero_sums()
+
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        trained(config(reduce_dtype=dtype), loss)
+    assert asked == [dtype == "float32"]
+
+
 def test_a_step_reports_its_loss_means_and_the_norm_before_clipping(trained):
     quarters = {"video_quarter": jnp.array([1.0, 2.0, 3.0, 0.0]),
                 "video_count": jnp.array([2.0, 2.0, 1.0, 0.0]),
@@ -418,6 +454,35 @@ def test_the_optimizer_is_clipped_adamw_as_in_its_papers():
             params[name] = params[name] - rate * (move + decay)
     for name, value in params.items():
         np.testing.assert_allclose(ours["layer"][name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decays", ["matrices", "all"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_every_optimizer_decays_by_its_rate_what_it_is_told_to(name, decays):
+    transform = optimizer(
+        config(optimizer=name, decays=decays, learning_rate=0.5, warmup_steps=2, weight_decay=0.2)
+    )
+    params = {"layer": {"weight": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "bias": jnp.array([4.0])}}
+    still, state = jax.tree.map(jnp.zeros_like, params), transform.init(params)
+    for rate in (0.25, 0.5):
+        updates, state = transform.update(still, state, params)
+        for leaf, value in params["layer"].items():
+            share = 0.2 * rate if leaf == "weight" or decays == "all" else 0.0
+            np.testing.assert_allclose(updates["layer"][leaf], -share * value, rtol=1e-5)
+
+
+def test_muon_moves_what_is_no_matrix_as_adam_does_with_the_moments_of_the_config():
+    """With Nesterov's momentum, as its matrices."""
+    params = {"layer": {"weight": jnp.ones((2, 2)), "bias": jnp.array([1.0, 2.0])}}
+    run = config(optimizer="muon", learning_rate=0.1, b1=0.8, b2=0.95)
+    moved = []
+    for transform in (optimizer(run), optax.nadam(0.1, b1=0.8, b2=0.95)):
+        state = transform.init(params)
+        for size in (1.0, 0.1, 0.5):
+            gradient = jax.tree.map(lambda p, size=size: size * p / 9, params)  # clips nothing
+            updates, state = transform.update(gradient, state, params)
+        moved.append(updates["layer"]["bias"])
+    np.testing.assert_allclose(*moved, rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
