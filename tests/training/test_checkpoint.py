@@ -243,6 +243,10 @@ def test_the_last_save_of_a_run_is_tried_twice(broken_disk, tmp_path, capsys):
         with pytest.raises(UserError, match=r"checkpoint 8 cannot be written \(tried twice\)"):
             checkpoints.wait()
     assert names(tmp_path) == ["7"]
+    broken_disk[9] = 1
+    with Checkpoints(tmp_path, keep=2, max_failures=3) as checkpoints:  # whose end waits too
+        checkpoints.save(9, {"a": jnp.ones(3)}, get_config())
+    assert names(tmp_path) == ["7", "9"]
 
 
 def test_what_fails_on_one_host_is_known_to_all(tmp_path, monkeypatch, capsys):

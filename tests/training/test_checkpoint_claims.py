@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,10 @@ from resume_config import get_config
 from ltx2_jax.errors import UserError
 from ltx2_jax.fields import to_json
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.training import checks, runs
+from ltx2_jax.training import checks, runs, saved
 from ltx2_jax.training.checkpoint import Checkpoints
 from ltx2_jax.training.runs import stored_config, weights_of_run
+from ltx2_jax.training.saving import Attempt
 
 
 def one_device():
@@ -35,6 +38,9 @@ def changed(config, path, value):
         ("text.length", 32),
         ("seed", 5),
         ("data.batch_size", 16),
+        ("data.batch_tokens", 100),
+        ("optim.optimizer", "muon"),
+        ("optim.first_moment_dtype", "bfloat16"),
         ("data.synthetic.num_clips", 5),
         ("data.codec.griffin_lim_iterations", 3),
         ("optim.ema_decay", None),
@@ -59,6 +65,7 @@ def test_a_run_from_given_weights_goes_on_without_them_or_with_the_same_alone(tm
     [
         ("model.remat", "block"),
         ("model.dtype", "bfloat16"),
+        ("model.attention", "xla"),
         ("optim.ema_decay", 0.5),
         ("optim.learning_rate", 1.0),
         ("mesh.model", 2),
@@ -143,6 +150,44 @@ def test_a_run_without_average_is_sampled_from_its_last_weights(tmp_path, of_one
     _, weights, step = weights_of_run(tmp_path, one_device())
     assert step == 4
     np.testing.assert_array_equal(weights["a"], [4, 4, 4])
+
+
+def test_the_stored_config_is_that_of_the_newest_checkpoint(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, saved_state(step), changed(get_config(), "num_steps", 10 * step))
+    assert stored_config(tmp_path).num_steps == 20
+
+
+@pytest.mark.parametrize(("status", "mark"), [("", ""), (" M ltx2_jax/train.py\n", "+")])
+def test_a_revision_says_whether_files_differ_from_it(monkeypatch, tmp_path, status, mark):
+    def run(command, **_):
+        return SimpleNamespace(stdout="0123456789ab\n" if "rev-parse" in command else status)
+
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(saved, "__file__", str(tmp_path / "ltx2_jax" / "training" / "saved.py"))
+    monkeypatch.setattr(saved.subprocess, "run", run)
+    assert saved._revision.__wrapped__() == f"0123456789ab{mark}"
+
+
+def test_a_save_that_was_left_says_nothing_of_the_next_one():
+    class Pending:
+        def __init__(self):
+            self.fails = threading.Event()
+
+        def result(self):
+            assert self.fails.wait(30)
+            raise OSError("too late")
+
+    attempt, left = Attempt(), Pending()
+    attempt.begin(1)
+    attempt.follow(left)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "save")
+    attempt.begin(2)
+    left.fails.set()
+    thread.join(30)
+    attempt.follow(SimpleNamespace(result=lambda: None))
+    assert attempt.end() == ("", True)
 
 
 def test_what_a_killed_run_left_half_written_stays_until_the_next_save(tmp_path):

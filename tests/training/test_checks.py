@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -76,6 +77,59 @@ def test_a_dataset_needs_the_streams_that_a_mode_runs_and_no_other():
             schema_of(**AUDIO),
             Path("a/set"),
         )
+
+
+def test_a_mesh_divides_the_tokens_of_references_too():
+    run = of_streams(REFERENCE)
+    schema = schema_of(**VIDEO, **AUDIO, video_reference=(5, 2, 2, 8))  # 80 and 20 tokens
+    records = SimpleNamespace(schema=schema, folder=Path("a/set"))
+    checks.check_records(run, records, make_mesh(2, 1, 4))
+    with pytest.raises(UserError, match="sequence=8 does not divide 20 video tokens"):
+        checks.check_records(run, records, make_mesh(1, 1, 8))
+
+
+def test_a_model_that_projects_its_text_takes_one_width_of_both_connectors():
+    """That is 2.0, whose own widths of the text are those behind the projection."""
+    config = get_config()
+    wide = replace(config.text.audio_connector, head_dim=12)
+    config = replace(
+        config,
+        text=replace(config.text, audio_connector=wide),
+        model=replace(config.model, caption_channels=24),
+        data=replace(config.data, path="a/set"),
+    )
+    checks.check_text(config)
+    with pytest.raises(UserError, match=r"connector is 24 wide .* model\.caption_channels=25"):
+        checks.check_text(replace(config, model=replace(config.model, caption_channels=25)))
+
+
+def test_the_code_of_a_host_is_told_by_names_and_contents_of_its_files(monkeypatch, tmp_path):
+    (tmp_path / "training").mkdir()
+    monkeypatch.setattr(checks, "__file__", str(tmp_path / "training" / "checks.py"))
+    found = []
+    for name, text in (("a", "x = 1"), ("a", "x = 2"), ("training/a", "x = 2")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        found.append(checks._code_hash())
+        path.unlink()
+    assert len(set(found)) == 3
+
+
+def test_the_dataset_of_a_host_is_told_by_its_index_and_the_sizes_of_its_shards(
+    monkeypatch, tmp_path
+):
+    said = []
+    monkeypatch.setattr(checks.hosts, "count", lambda: 2)
+    monkeypatch.setattr(checks.hosts, "same_everywhere", said.append)
+    for index, shard in (("{}", b"12"), ("{}", b"123"), ("[]", b"12")):
+        (tmp_path / "dataset.json").write_text(index)
+        (tmp_path / "data-00000.arrayrecord").write_bytes(shard)
+        checks.same_dataset(SimpleNamespace(folder=tmp_path))
+    (first, larger, other) = said
+    size = "the size of data-00000.arrayrecord"
+    assert [values[size] for values in said] == ["2", "3", "2"]
+    index = "the index of the dataset"
+    assert first[index] == larger[index] != other[index]
 
 
 def test_references_of_all_sizes_of_a_dataset_are_looked_at():

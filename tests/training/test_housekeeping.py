@@ -122,6 +122,19 @@ def test_hosts_that_drifted_apart_are_named(monkeypatch):
     assert not asked
     with pytest.raises(hosts.LostError, match="host-1 has data position 6, host-0 has 5, in step"):
         health.note(values, 2, None, rows)
+    # Losses are compared in all of their digits.
+    near = lambda value: [value, value.replace((1.0).hex(), (1 + 2**-50).hex())]  # noqa: E731
+    monkeypatch.setattr(hosts, "gather", near)
+    with pytest.raises(hosts.LostError, match=r"host-1 has loss 0x1\.\w*4p\+0, host-0 has 0x1\.0"):
+        health.note(values, 2, None, rows)
+
+
+def test_a_step_that_changed_nothing_is_named_with_its_dataset(capsys):
+    rows = Rows((7, 9), (0, 1), position=5, waited=0.0, labels={"dataset": "a/films"})
+    checks.Health(tiny.config(), 0, "checkpoints").note(
+        {"loss": 1.0, "grad_norm": float("inf")}, 3, None, rows
+    )
+    assert capsys.readouterr().out.endswith("its clips: 7, 9 of a/films\n")
 
 
 def test_a_trace_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
