@@ -86,12 +86,24 @@ def test_training_starts_from_them(tmp_path, monkeypatch):
             "text.video_connector.head_dim: 4 -> 2",
         ),
         ({"text": {"release": "2.3"}}, "features of 'random', but text.release='2.3'"),
+        ({"data": {"release": "2.3"}}, "latents of 'linear', but data.release='2.3'"),
     ],
 )
 def test_weights_of_another_network_are_refused(file, change, message):
     fields = {name: changed(getattr(RUN, name), **inner) for name, inner in change.items()}
     with pytest.raises(UserError, match=message):
         initial.check(changed(RUN, init_from=str(file), **fields))
+
+
+def test_a_file_says_whose_text_and_latents_it_reads_and_one_of_before_only_whose_text(tmp_path):
+    text = changed(RUN.text, release="2.3")
+    with pytest.warns(UserWarning, match="3 registers"):
+        export = initial.as_export(changed(RUN, text=text), tiny.params(RUN))
+    before = {name: x for name, x in export.metadata.items() if name != "latents_release"}
+    changed(export, metadata=before).write(tmp_path / "before.safetensors")
+    said = {"text_release": "2.3", "latents_release": "linear"}
+    assert {name: export.metadata[name] for name in said} == said
+    initial.check(changed(RUN, text=text, init_from=str(tmp_path / "before.safetensors")))
 
 
 def test_released_weights_want_released_text_features():

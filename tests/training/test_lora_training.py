@@ -331,6 +331,46 @@ def test_dropout_leaves_out_a_share_and_keeps_the_mean():
     np.testing.assert_allclose(mean / 4096, 1, atol=0.05)
 
 
+def test_a_rule_that_means_nothing_is_refused_with_the_weights(base):
+    with pytest.raises(UserError, match=r"tune\.train: 'vidio' means no weight"):
+        initial.check(tuned(base, train=("vidio",)))
+
+
+def test_new_adapters_follow_the_seed_of_their_run():
+    config, mesh = tuned("base", lora=LoraConfig(targets=("audio_ff.net.2",), rank=2)), one_device()
+    first, again, other = (
+        mapping.leaves(initial.load(changed(config, seed=seed), mesh)) for seed in (1, 1, 2)
+    )
+    (path,) = (path for path in first if path[-1] == "a")
+    np.testing.assert_array_equal(first[path], again[path])
+    assert (first[path] != other[path]).all()
+
+
+def test_every_layer_of_every_map_leaves_out_features_of_its_own():
+    config = tuned("base", tiny.config(), lora=changed(ADAPTERS, dropout=0.5))
+    found = []
+    for key in (jax.random.key(0), jax.random.key(1)):
+        leaves = mapping.leaves(trainable.constants(config, key))
+        keys = [jax.random.key_data(x) for path, x in leaves.items() if path[-1] == "keys"]
+        found += [tuple(one) for of_map in keys for one in np.asarray(of_map).tolist()]
+    maps = len(trainable.adapted(config))
+    assert maps == 7
+    assert len(set(found)) == len(found) == 2 * maps * 2  # of two layers, and of two steps
+
+
+def test_the_work_of_a_step_counts_the_gradients_of_what_is_trained_alone():
+    ranks = (("transformer_blocks.1.attn1.to_q", 5),)
+    lora = LoraConfig(
+        targets=("transformer_blocks.0.attn1.to_q", *dict(ranks)), rank=2, ranks=ranks
+    )
+    config = tuned("base", tiny.config(), lora=lora)
+    matrices = sum(one.leaf.size for one in loras.matrices(config.model))
+    share = (2 + 5) * (32 + 32) / matrices  # of two layers
+    assert trainable.trained_share(config) == pytest.approx(share)
+    whole, ours = (trainable.train_flops(x, 30, 11) for x in (tiny.config(), config))
+    assert ours / whole == pytest.approx((2 + share) / 3)
+
+
 # ---------------------------------------------------------------------------------------- adapters
 
 
@@ -446,9 +486,10 @@ def test_what_is_tuned_is_kept_with_the_checkpoint_and_cannot_change(base, tmp_p
     other = changed(config, tune=TuneConfig(lora=changed(ADAPTERS, rank=4)))
     with pytest.raises(UserError, match=r"tune\.lora\.rank: 3 -> 4"):
         checks.check_same_run(other, config, tmp_path)
-    rates = changed(config, tune=changed(config.tune, rates=()))
-    checks.check_same_run(rates, config, tmp_path)
-    assert "changed since the checkpoint: tune.rates" in capsys.readouterr().out
+    for free, value in (("rates", ()), ("resident", True)):
+        other = changed(config, tune=changed(config.tune, **{free: value}))
+        checks.check_same_run(other, config, tmp_path)
+        assert f"changed since the checkpoint: tune.{free}" in capsys.readouterr().out
 
 
 def test_the_identity_of_weights_is_that_of_their_numbers_and_places():
