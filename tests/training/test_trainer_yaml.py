@@ -254,6 +254,14 @@ def test_every_value_arrives():
     assert config.checkpoint.keep == 9
     assert (config.sample.steps, config.data.read_threads) == (8, 0)
     assert translated(model__training_mode="full").tune == TuneConfig()
+    scales = {"validation__video_cfg_scale": 2, "validation__audio_cfg_scale": 5}
+    for given, want in (
+        (scales, (2, 5)),
+        ({"validation__guidance_scale": 4, **dict.fromkeys(scales)}, (4, 4)),
+        (dict.fromkeys(scales), (3, 7)),
+    ):
+        sample = translated(**given).sample
+        assert (sample.video_guidance, sample.audio_guidance) == want
     assert config.metrics.wandb is None
     assert translated(wandb__enabled=True).metrics.wandb == "ltx-2-trainer"
     mine = {"wandb__enabled": True, "wandb__entity": "me", "wandb__project": "dogs"}

@@ -20,6 +20,7 @@ from ltx2_jax import train
 from ltx2_jax.config import CheckpointConfig, LoraConfig, SampleConfig, TuneConfig, ValidationConfig
 from ltx2_jax.data.records import open_records
 from ltx2_jax.errors import UserError
+from ltx2_jax.evaluation.sync import Events
 from ltx2_jax.fields import from_json, to_json
 from ltx2_jax.media.media import Clip
 from ltx2_jax.models import ltx2
@@ -136,6 +137,13 @@ def test_the_same_weights_have_the_same_loss_after_any_step_and_nearly_so_on_any
     assert none == {}
     jax.tree.map(np.testing.assert_array_equal, first, second)
     np.testing.assert_allclose(first["val_loss"], rows(run)[4]["val_loss"], rtol=1e-5)
+
+
+def test_micro_batches_are_no_larger_than_those_of_a_step():
+    for chunks, parts in ((1, 1), (2, 2), (8, 8)):
+        optim = changed(tiny.config().optim, accumulate_steps=chunks)
+        config = tiny.config(optim=optim, validation=ValidationConfig(every=1, samples=8))
+        assert validation.micro_batches(config, mesh_of(1)) == parts
 
 
 def test_a_run_that_is_validated_learns_bit_for_bit_the_same(run, tmp_path):
@@ -353,3 +361,65 @@ def test_clips_of_the_file_are_made_on_the_way_and_at_the_end(monkeypatch, tmp_p
     assert [one.sheet.decode() for one in shown] == sheets
     assert {clip.video.shape for one in shown for clip in one.clips} == {(2, 256, 256, 3)}
     assert [one.metrics for one in shown] == [{}] * 4
+
+
+def test_what_clips_are_worth_is_counted_and_their_lag_is_in_milliseconds(monkeypatch):
+    monkeypatch.setattr(train, "events", lambda clips: found)
+    found = Events(seen=9, heard=7, matched=5, median_lag=0.021)
+    assert train.shown([], [], None).metrics == {
+        "val_sync_seen": 9.0,
+        "val_sync_heard": 7.0,
+        "val_sync_matched": 5.0,
+        "val_sync_lag_ms": pytest.approx(21.0),
+    }
+    found = Events(seen=9, heard=0, matched=0, median_lag=None)
+    assert "val_sync_lag_ms" not in train.shown([], [], None).metrics
+    found = None
+    assert train.shown([], [], None).metrics == {}
+
+
+@pytest.mark.parametrize(("release", "cached"), [("random", False), ("2.3", True)])
+def test_a_few_clips_are_made_on_the_way_and_all_at_the_end(monkeypatch, tmp_path, release, cached):
+    """Of the captions of the data. Texts of a released encoder, which is large, are kept."""
+    made, captions = [], [f"clip {i}" for i in range(9)]
+
+    def pipeline(config, weights, assets, mesh, text_cache):
+        assert (weights, assets) == ("weights", tmp_path / "assets")
+        assert text_cache == (tmp_path / "text_cache" if cached else None)
+        return lambda texts: made.append(texts) or []
+
+    def training(config, make_clips, check_clips):
+        for step in (3, 6, 10):
+            make_clips("weights", "records", step)
+        return 0
+
+    monkeypatch.setattr(train, "train", training)
+    monkeypatch.setattr(train, "Pipeline", SimpleNamespace(from_assets=pipeline))
+    monkeypatch.setattr(train, "fresh_prompts", lambda config, records: captions)
+    monkeypatch.setattr(train, "local_folder", lambda path: path)
+    monkeypatch.setattr(train, "at_the_end", lambda *_: None)
+    monkeypatch.setattr(train, "events", lambda clips: None)
+    text = changed(tiny.TEXT, release=release)
+    train.main(tiny.config(workdir=str(tmp_path), text=text, num_steps=10))
+    assert made == [captions[:4], captions[:4], captions]
+
+
+def test_captions_of_clips_follow_their_seed_and_datasets_take_turns():
+    config = resume_config.get_config()
+    seeds = [changed(config, sample=changed(config.sample, seed=seed)) for seed in (1, 1, 2)]
+    first, again, other = (train.fresh_prompts(run, None) for run in seeds)
+    assert first == again != other
+    assert len(first) == config.sample.num_clips
+
+
+def test_prompts_are_the_same_on_all_hosts_with_what_is_in_their_files(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(train.hosts, "same_everywhere", lambda values: said.extend(values.values()))
+    prompts = tmp_path / "prompts.txt"
+    config = tiny.config(validation=ValidationConfig(prompts=str(prompts)))
+    for text, image in (("a dog", b"1"), ("a cat", b"1"), ("a cat", b"2"), ("a cat", b"2")):
+        (tmp_path / "a.png").write_bytes(image)
+        prompts.write_text(json.dumps({"prompt": text, "image": str(tmp_path / "a.png")}))
+        train.wishes_of(config)
+    assert len(set(said)) == 3
+    assert said[2] == said[3]
