@@ -141,6 +141,10 @@ def test_a_value_of_another_type_is_named_with_the_type_wanted(name, text, kind)
         ("sample.num_clips", "0", "--config.sample: num_clips=0"),
         ("sample.schedule", "euler", "--config.sample: no schedule is called 'euler'"),
         ("sample.steps", "0", "--config.sample: steps=0"),
+        ("watchdog.seconds", "0", "--config.watchdog: seconds=0"),
+        ("watchdog.long_seconds", "0", "--config.watchdog: long_seconds=0"),
+        ("data.films.fps", "0", "--config.data.films: fps=0.0 must be above 0"),
+        ("data.films.stride", "0", "--config.data.films: stride=0"),
         ("num_steps", "0", "--config: num_steps=0"),
         ("model.remat", "some", "--config.model: remat='some'"),
         ("model.num_heads", "3", "--config.model: audio_num_heads=4 must equal num_heads=3"),
@@ -267,10 +271,35 @@ def test_difference_names_dotted_paths_and_both_values():
             {"flow__video__role": "frozen", "flow__first_frame_prob": "0.5"},
             "flow.video.role is frozen",
         ),
+        (
+            {"flow__audio__role": "frozen", "flow__shared_sigma_prob": "0.5"},
+            "flow.audio.role is frozen",
+        ),
     ],
 )
 def test_a_flag_that_would_not_be_read_is_refused(flags, why):
     assert f"is not used: {why}" in refused(lambda: change(**flags))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "read"),
+    [
+        ("linear", ("start_fraction", "final_fraction")),
+        ("cosine", ("final_fraction",)),
+        ("cosine_with_restarts", ("final_fraction", "restart_after", "restart_growth")),
+        ("polynomial", ("power",)),
+        ("step", ("step_every", "step_fraction")),
+    ],
+)
+def test_a_flag_is_taken_by_the_schedules_that_read_it_and_by_no_other(schedule, read):
+    names = ("start_fraction", "final_fraction", "restart_after", "restart_growth", "power",
+             "step_every", "step_fraction")  # fmt: skip
+    for name in names:
+        flags = {"optim__schedule": schedule, f"optim__{name}": "2"}
+        if name in read:
+            assert getattr(change(**flags).optim, name) == 2
+        else:
+            assert f"optim.schedule is {schedule}" in refused(lambda flags=flags: change(**flags))
 
 
 MIXTURE = "('a/b', 0.75), ('c', 0.25)"
@@ -292,6 +321,7 @@ def test_a_mixture_is_datasets_and_their_shares():
     [
         ({"mixture": "('a', 3), ('b', 1)"}, "mixture: the shares add up to 4, not to 1"),
         ({"mixture": "('a', 0.5), ('b', 0.6)"}, "mixture: the shares add up to 1.1, not to 1"),
+        ({"mixture": "('a', 0.5), ('b', 0.4)"}, "mixture: the shares add up to 0.9, not to 1"),
         ({"mixture": "('a', 1.5), ('b', -0.5)"}, "mixture: the share -0.5 of 'b' is not above 0"),
         ({"mixture": "('a', 1), ('b', 0)"}, "mixture: the share 0 of 'b' is not above 0"),
         ({"mixture": "('a', 0.5), ('a/', 0.5)"}, "mixture: 'a' is named twice"),
