@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import film
@@ -257,6 +258,26 @@ def test_a_mistake_is_told_before_anything_large_is_read(release, folder, given,
     with pytest.raises(UserError, match=message):
         examples.with_data_here(config(release, folder / "t.jsonl", folder / "run", **given))
     assert not list(folder.glob("run/films/*/dataset.json"))
+
+
+def test_all_that_is_said_of_films_reaches_their_dataset_and_the_encoder_goes_after_it(
+    release, tmp_path, monkeypatch
+):
+    """Processes that share the disk do this one after the other."""
+    write(tmp_path / "a.mp4", 0, frames=21)
+    table, locks, freed = tmp_path / "t.jsonl", [], []
+    table.write_text(json.dumps({"video": "a.mp4", "caption": "a dog"}))
+    alone, free = films.alone, films.TextCache.free
+    monkeypatch.setattr(films, "alone", lambda path: locks.append(path) or alone(path))
+    monkeypatch.setattr(films.TextCache, "free", lambda self: freed.append(self) or free(self))
+    given = {"buckets": "64x32x9", "fps": 12.5, "stride": 2, "incomplete": True, "trigger": "ohwx"}
+    folder = films.dataset(str(table), config(release, table, tmp_path / "run", **given))
+    made = json.loads((Path(folder) / "dataset.json").read_text())["settings"]
+    assert {name: made[name] for name in ("fps", "stride", "incomplete", "trigger")} == {
+        name: given[name] for name in ("fps", "stride", "incomplete", "trigger")
+    }
+    assert locks == [Path(f"{folder}.lock")]
+    assert len(freed) == 1
 
 
 def test_of_what_is_skipped_the_field_that_takes_it_is_named(release, tmp_path, capsys):

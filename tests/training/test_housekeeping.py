@@ -64,6 +64,27 @@ def test_what_stays_unreadable_is_named_with_its_step(pauses):
     assert pauses == [0.5]
 
 
+def test_how_long_a_host_waits_is_told_as_it_usually_is(monkeypatch):
+    times, told = iter([0.0, 10.0, 100.0, 110.0, 200.0, 200.0]), []
+    clock = SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr(housekeeping, "time", clock)
+    monkeypatch.setattr(hosts, "progress", lambda *_, data_wait=None: told.append(data_wait))
+    reader = Reader(Disk(), 0, tiny.config())
+    for step in (1, 2, 3):
+        reader.next(step)
+    assert [wait for wait in told if wait is not None] == pytest.approx([1.0, 1.9, 1.71])
+    assert reader.waited == 0
+
+
+def test_clips_of_another_type_have_a_program_of_their_own():
+    step = jax.jit(lambda state, batch: state + batch["video"].sum())
+    batches = [{"video": jnp.ones(3, dtype)} for dtype in (jnp.float32, jnp.bfloat16)]
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        args = jnp.float32(0), batches[0]
+        program = ForSizes("the step", step, tiny.config(), args, batches[1:])
+        assert [float(program(jnp.float32(2), batch)) for batch in batches] == [5, 5]
+
+
 def test_a_replayed_step_that_gives_other_bits_ends_the_run():
     config = tiny.config(check=CheckConfig(replay_every=4))
     noise = iter([0.0, 0.0, 0.0, 1e-7])
@@ -141,38 +162,53 @@ def test_a_trace_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
     events = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
-    config = tiny.config(workdir=str(tmp_path), profile=ProfileConfig(steps="3:5"))
-    with Profile(config) as profile:
-        for step in range(1, 8):
-            profile.before(step)
-            events.append(step)
-            profile.after(step, {})
-    assert events == [1, 2, str(tmp_path / "profile"), 3, 4, "stop", 5, 6, 7]
+    monkeypatch.setattr(jax, "block_until_ready", events.append)
+
+    def traced(steps):
+        events.clear()
+        config = tiny.config(workdir=str(tmp_path), profile=ProfileConfig(steps=steps))
+        with Profile(config) as profile:
+            for step in range(1, 8):
+                profile.before(step)
+                events.append(step)
+                profile.after(step, f"{step} is done")
+        return events
+
+    folder = str(tmp_path / "profile")
+    assert traced("3:5") == [1, 2, folder, 3, 4, "4 is done", "stop", 5, 6, 7]
+    assert traced("6:9") == [1, 2, 3, 4, 5, folder, 6, 7, "stop"]  # the run ends before it
     for wrong in ("3", "5:3", "0:2", "a:b", "3:5:7"):
         with pytest.raises(UserError, match=f"profile.steps='{wrong}': expected FIRST:END"):
             ProfileConfig(steps=wrong)
 
 
 def test_garbage_is_looked_for_at_the_same_steps_on_all_hosts(monkeypatch):
-    collected = []
+    collected, thawed = [], []
+    monkeypatch.setattr(gc, "unfreeze", lambda: thawed.append(1))
     with housekeeping.same_collections() as collect:
         assert not gc.isenabled()
+        assert not thawed
         monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
         for step in range(1, 401):
             collect(step)
     assert gc.isenabled()
+    assert thawed
     assert len(collected) == 4
 
 
 def test_programs_are_kept_in_the_workdir_unless_the_user_says_where(monkeypatch, tmp_path):
-    cache = SimpleNamespace(reset_cache=lambda: None)
+    cache = SimpleNamespace(reset_cache=lambda: asked.append("opened anew"))
     monkeypatch.setattr(housekeeping, "compilation_cache", cache)
     asked = []
     monkeypatch.setattr(jax.config, "update", lambda *change: asked.append(change))
     config = tiny.config(workdir=str(tmp_path))
     name = "jax_compilation_cache_dir"
     for given, wanted, want in (
-        (None, True, [(name, str(tmp_path / "compile_cache")), (name, None)]),
+        (
+            None,
+            True,
+            [(name, str(tmp_path / "compile_cache")), "opened anew", (name, None), "opened anew"],
+        ),
         ("/elsewhere", True, []),
         (None, False, []),
     ):

@@ -6,6 +6,7 @@ import gc
 import itertools
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from ltx2_jax.sharding import make_mesh
 from ltx2_jax.stop_signals import StopSignals
 from ltx2_jax.training import checks, housekeeping, loop, runs
 from ltx2_jax.training.boards import Shown
+from ltx2_jax.training.goodput import read_starts
 from ltx2_jax.training.housekeeping import Rows
 from ltx2_jax.training.metrics import StepTimer, read_metrics
 from ltx2_jax.training.state import optimizer
@@ -467,6 +469,13 @@ def test_a_finished_run_makes_its_clips_again_even_if_they_tell_which_is_the_bes
     best = ValidationConfig(clips_every=3, best="val_sync_lag_ms")
     training = Training(monkeypatch, tmp_path, latest=latest, reached=9, validation=best)
     assert len(training.of("clips")) == clips
+
+
+def test_the_time_of_a_run_counts_from_before_its_checks(monkeypatch, tmp_path):
+    began = time.time() - 50
+    monkeypatch.setattr(loop, "time", SimpleNamespace(time=lambda: began))
+    Training(monkeypatch, tmp_path, latest=None, reached=9)
+    assert [start["began"] for start in read_starts(tmp_path)] == [began]
 
 
 def test_the_mesh_has_the_sizes_that_the_config_says(monkeypatch, tmp_path):
