@@ -265,11 +265,11 @@ def pushed(params, *_, **__):
 def trained(monkeypatch):
     """`trained(config, loss, steps)` -> (state, metrics of each step), with params for a model."""
 
-    def run(config, loss, steps=1, state=None):
+    def run(config, loss, steps=1, state=None, **made):
         monkeypatch.setattr(step.ltx2, "graph", lambda *_: None)
         monkeypatch.setattr(step.nnx, "merge", lambda _, params: params)
         monkeypatch.setattr(step, "loss", loss)
-        one = step.make_train_step(config, (4, 8, 16), CLOCK)
+        one = step.make_train_step(config, (4, 8, 16), CLOCK, **made)
         state = state or state_of(jax.tree.map(jnp.copy, START), config)
         metrics = []
         for _ in range(steps):
@@ -391,6 +391,16 @@ def test_weights_move_against_the_gradient_by_the_learning_rate_reported(trained
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state["params"], want)
     assert state["step"] == 3
     assert "ema" not in state
+
+
+def test_a_step_keeps_its_state_or_has_the_checker_in_it_where_that_is_asked(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(step, "compiler_options", lambda **given: asked.append(given))
+    start = state_of(jax.tree.map(jnp.copy, START), config())
+    state, _ = trained(config(), pushed, state=start, donate=False)
+    np.testing.assert_array_equal(start["params"]["layer"]["weight"], START["layer"]["weight"])
+    trained(config(), pushed, state=state, checked=True)
+    assert asked == [{"training": True, "checked": checked} for checked in (False, True)]
 
 
 def test_the_average_follows_the_new_weights_as_fast_as_it_is_old(trained):

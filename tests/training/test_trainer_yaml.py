@@ -298,6 +298,11 @@ def test_what_is_left_out_is_what_the_trainer_takes():
     assert config.flow.first_frame_prob == 0.1
 
 
+def test_a_stream_that_a_file_leaves_empty_is_absent():
+    assert translated(training_strategy__audio=None).flow.streams == ("video",)
+    assert translated(training_strategy__video=None).flow.streams == ("audio",)
+
+
 def test_the_deprecated_strategies_are_read():
     both = {"name": "text_to_video", "with_audio": True, "first_frame_conditioning_p": 0.5}
     flow = translated(training_strategy=both).flow

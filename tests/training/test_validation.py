@@ -363,6 +363,13 @@ def test_clips_of_the_file_are_made_on_the_way_and_at_the_end(monkeypatch, tmp_p
     assert [one.metrics for one in shown] == [{}] * 4
 
 
+def test_sound_alone_has_no_picture_on_the_way(tmp_path):
+    config = tiny.config(workdir=str(tmp_path), sample=SampleConfig(preview_step=3))
+    sound = Clip(np.zeros((0, 0, 0, 3), np.uint8), 24.0, np.zeros((80, 2), np.float32), 16000)
+    assert train.on_the_way(config, [sound], ["rain"], 3) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_clips_are_worth_is_counted_and_their_lag_is_in_milliseconds(monkeypatch):
     monkeypatch.setattr(train, "events", lambda clips: found)
     found = Events(seen=9, heard=7, matched=5, median_lag=0.021)
