@@ -177,7 +177,7 @@ def test_a_trace_is_of_the_steps_that_were_asked_for(monkeypatch, tmp_path):
     folder = str(tmp_path / "profile")
     assert traced("3:5") == [1, 2, folder, 3, 4, "4 is done", "stop", 5, 6, 7]
     assert traced("6:9") == [1, 2, 3, 4, 5, folder, 6, 7, "stop"]  # the run ends before it
-    for wrong in ("3", "5:3", "0:2", "a:b", "3:5:7"):
+    for wrong in ("3", "5:3", "5:5", "0:2", "a:b", "3:5:7"):
         with pytest.raises(UserError, match=f"profile.steps='{wrong}': expected FIRST:END"):
             ProfileConfig(steps=wrong)
 

@@ -385,4 +385,9 @@ def test_the_release_can_be_said_where_the_weights_are_not(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(shipped("t2v_lora"))
     assert trainer_yaml.load(f"{path}:2.5").model.keyframe_embedding
+    for release in ("2.3", "2.5"):
+        config = trainer_yaml.load(f"{path}:{release}")
+        video, audio = config.text.video_connector, config.text.audio_connector
+        widths = config.model.context_dim, config.model.audio_context_dim
+        assert (video.width, audio.width) == widths
     assert trainer_yaml.load(f"{path}:2.0").model.caption_channels == 3840
