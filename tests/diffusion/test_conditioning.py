@@ -72,6 +72,14 @@ def test_a_prefix_and_a_suffix_of_a_sound_leave_its_middle():
     np.testing.assert_array_equal(c.clean[:, 5:], tokens)
 
 
+def test_a_suffix_ends_where_the_clip_does_whatever_is_appended():
+    c = conditioning.keyframe(video(), latents(1, seed=2), 5, **PLACE)
+    c = conditioning.frames(c, latents(1, seed=3), -1)
+    np.testing.assert_array_equal(c.strength[0], np.repeat([0, 0, 1, 1], 4))
+    np.testing.assert_array_equal(c.clean[:, 8:12], latents(1, seed=3).reshape(2, 4, 5))
+    np.testing.assert_array_equal(c.clean[:, 12:], latents(1, seed=2).reshape(2, 4, 5))
+
+
 def test_strengths_become_numbers_where_one_is_below_one():
     c = conditioning.frames(video(), latents(1, seed=2), 0, 1.0)
     assert c.strength.dtype == bool
@@ -89,6 +97,8 @@ def test_a_mask_gives_the_clip_where_it_says():
     clean = np.asarray(c.clean).reshape(other.shape)
     np.testing.assert_array_equal(clean, np.where(where[..., None] == 1, other, latents()))
     np.testing.assert_array_equal(c.strength, where.reshape(2, -1) == 1)
+    shares = conditioning.masked(video(), np.where(where, 0.51, 0.5))
+    np.testing.assert_array_equal(shares.strength, c.strength)  # more than half is given
     kept = conditioning.masked(video(), where)
     np.testing.assert_array_equal(kept.clean, video().clean)
 
@@ -125,6 +135,8 @@ def test_masks_of_pixels_become_means_over_what_is_behind_a_latent():
 def test_a_rectangle_of_pixels_is_cut_to_the_clip():
     inside = geometry.rectangle(GRID, (8, 0, 99, 8), STRIDES)
     np.testing.assert_array_equal(inside[0], [[[False, False], [True, False]]] * 3)
+    wide = geometry.rectangle((1, 4, 4), (8, 32, 24, 64), (8, 8, 16))
+    np.testing.assert_array_equal(np.argwhere(wide[0, 0]), [[1, 2], [1, 3], [2, 2], [2, 3]])
     with pytest.raises(UserError, match="no latents lie in the region"):
         geometry.rectangle(GRID, (64, 64, 128, 128), STRIDES)
 
@@ -136,13 +148,14 @@ def test_a_rectangle_of_pixels_is_cut_to_the_clip():
         (lambda: conditioning.frames(video(), latents(2), 2), "8 given tokens at 8 do not fit"),
         (lambda: conditioning.masked(video(), np.ones((2, 2, 2, 2))), "a mask of 8 tokens"),
         (lambda: conditioning.keyframe_slots(video(), [2, 9], **PLACE), "lie within 0 to 8"),
+        (lambda: conditioning.keyframe_slots(video(), [-1, 2], **PLACE), "lie within 0 to 8"),
         (lambda: conditioning.keyframe_slots(video(), [5, 2], **PLACE), "must rise"),
         (
             lambda: conditioning.keyframe(video(), latents(1), 1, **PLACE, attention=np.ones(3)),
             "3 attention strengths for 4 tokens",
         ),
     ],
-    ids=["size", "too long", "mask", "outside", "order", "attention"],
+    ids=["size", "too long", "mask", "outside", "before", "order", "attention"],
 )
 def test_what_does_not_fit_the_clip_is_refused(do, message):
     with pytest.raises(UserError, match=message):
@@ -192,6 +205,23 @@ def test_attention_strengths_hold_between_the_clip_and_what_they_are_of():
     grown = conditioning.keyframe(c, latents(1), 3, **PLACE).attention[0]
     np.testing.assert_array_equal(grown[:12, 20:], 1)
     np.testing.assert_array_equal(grown[12:20, 20:], 0)
+
+
+def test_each_clip_has_attention_strengths_of_its_own():
+    by_clip = np.asarray([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]], np.float32)
+    c = conditioning.keyframe(video(), latents(1), 2, **PLACE, attention=by_clip)
+    np.testing.assert_array_equal(c.attention[:, 0, 12:], by_clip)
+    np.testing.assert_array_equal(c.attention[:, 12:, 11], by_clip)
+
+
+def test_a_sound_to_follow_lies_at_its_own_time_with_its_own_strengths():
+    heard = rng(10).normal(size=(2, 3, 2, 3)).astype(np.float32)
+    places = np.arange(6, dtype=np.float32).reshape(1, 1, 3, 2) - 9
+    c = conditioning.reference_audio(audio(), heard, places, 0.5, 0.25)
+    np.testing.assert_array_equal(c.clean[:, 8:], geometry.patchify_audio(heard))
+    np.testing.assert_array_equal(c.strength[0], [0] * 8 + [0.5] * 3)
+    np.testing.assert_array_equal(c.positions[0, :, 8:], places[0])
+    np.testing.assert_array_equal(c.attention[0, 0], [1] * 8 + [0.25] * 3)
 
 
 def test_keyframes_to_be_generated_are_marked_and_come_back_as_pictures():

@@ -169,3 +169,10 @@ def test_sigma_quarters_sum_and_count():
     sums, counts = jax.jit(flow.sigma_quarters)(loss, sigma)
     np.testing.assert_array_equal(sums, [1, 6, 0, 24])
     np.testing.assert_array_equal(counts, [1, 2, 0, 2])
+
+
+def test_a_sample_that_does_not_count_is_in_no_quarter():
+    loss, sigma = jnp.array([1.0, 2.0, 4.0]), jnp.array([0.1, 0.2, 0.9])
+    sums, counts = flow.sigma_quarters(loss, sigma, jnp.array([True, False, True]))
+    np.testing.assert_array_equal(sums, [1, 0, 0, 4])
+    np.testing.assert_array_equal(counts, [1, 0, 0, 1])

@@ -161,3 +161,23 @@ def test_res2s_asks_for_the_estimate_between_its_noise_levels_and_ends_above_zer
     open_end = steppers.Res2s().rows(jnp.asarray([1.0, 0.25, 0.04]))
     np.testing.assert_allclose(open_end["sigma"], [1, 0.5, 0.25, 0.1, 0.04], rtol=1e-6)
     assert not open_end["take"].any()
+
+
+def test_the_noise_of_res2s_is_a_half_after_the_midpoint_and_eta_after_the_end():
+    stepper = steppers.Res2s(eta=0.25)
+    rows = stepper.rows(jnp.asarray([0.8, 0.5, 0.0]))
+    x, x0, noise = np.random.default_rng(1).normal(size=(3, 1, 4, 3)).astype(np.float32)
+    found = steppers.Found(jnp.asarray(x0), None)
+    for call, eta in ((0, 0.5), (1, 0.25)):
+        row = {name: values[call] for name, values in rows.items()}
+        noisy, still = (
+            stepper.step(row, jnp.asarray(x), found, (x, x0), n, None)[0]
+            for n in (noise, 0 * noise)
+        )
+        np.testing.assert_allclose(noisy - still, eta * row["next"] * noise, atol=1e-5)
+
+
+def test_noise_is_exactly_normal_in_the_steps_that_ask_for_it():
+    asked = {name for name, stepper in STEPPERS.items() if stepper.draws and stepper.normalized}
+    assert asked == {"res_2s", "res_2s by token"}
+    assert {name for name, s in STEPPERS.items() if s.draws} == asked | {"ancestral", "cfg++"}
