@@ -268,11 +268,28 @@ def test_the_noise_of_a_step_is_of_its_clip_and_call_alone():
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_array_equal(a[2:], b)
     assert not np.isin(of([2], 5).video, alone.video).any()
+    assert not np.isin(alone.audio, alone.video).any()
     start = programs.noise(Model, REQUEST, jnp.asarray([2]), jax.random.key(3))
     assert not np.isin(start.video, alone.video).any()
     for a in of([0, 1], 4, normalized=True):
         np.testing.assert_allclose(np.mean(a, (1, 2)), 0, atol=1e-6)
         np.testing.assert_allclose(np.std(a, (1, 2), ddof=1), 1, rtol=1e-5)
+
+
+class Noise(steppers.Euler):
+    """Leads to the noise of its last call."""
+
+    draws = normalized = True
+
+    def step(self, row, x, found, memory, noise, given):
+        return noise, memory
+
+
+def test_a_stepper_gets_noise_of_no_mean_and_deviation_one_where_it_asks_for_that(stand_in):
+    for latents in stand_in(None, stepper=Noise()):
+        axes = tuple(range(1, latents.ndim))
+        np.testing.assert_allclose(np.mean(latents, axes), 0, atol=1e-6)
+        np.testing.assert_allclose(np.std(latents, axes, ddof=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing", ["video", "audio"])
@@ -310,6 +327,7 @@ def test_the_sound_of_a_pass_may_have_the_prompt_where_its_picture_has_none(monk
 
     def prepare(video, audio):
         seen.update(video=video.context, audio=audio.context)
+        seen.update(video_mask=video.context_mask, audio_mask=audio.context_mask)
 
     monkeypatch.setattr(Model.transformer, "prepare", prepare, raising=False)
     text, null = ({k: np.full((1, 2, 1), v) for k in ltx2.TEXT_FIELDS} for v in (1.0, 0.0))
@@ -320,9 +338,25 @@ def test_the_sound_of_a_pass_may_have_the_prompt_where_its_picture_has_none(monk
     assert guide.uncond == 0
     np.testing.assert_array_equal(seen["video"][:, 0, 0], [1, 0])
     np.testing.assert_array_equal(seen["audio"][:, 0, 0], [1, 1])
+    np.testing.assert_array_equal(seen["video_mask"][:, 0, 0], [1, 0])
+    np.testing.assert_array_equal(seen["audio_mask"][:, 0, 0], [1, 1])
 
 
 def test_a_pass_skips_blocks_of_either_stream():
     keep = programs._keep(Pass(skipped=(0,), audio_skipped=(1, 2)), 1, 3)
     np.testing.assert_array_equal(keep.video_self, [[False, True, True]])
     np.testing.assert_array_equal(keep.audio_self, [[True, False, False]])
+
+
+def test_a_pass_that_skips_blocks_of_the_sound_alone_is_told_so(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        programs, "network", lambda model, request, text, keep, *_: seen.append(keep)
+    )
+    texts = ({name: np.ones((1, 2, 1)) for name in ltx2.TEXT_FIELDS},) * 2
+    passes = (Pass(audio_skipped=(1,)),)
+    programs._guide(
+        Model, texts, np.arange(1), ((0.0, 1.0),), None, REQUEST, passes, Guidance(), bare(1)
+    )
+    np.testing.assert_array_equal(seen[0].audio_self, [[True, True], [True, False]])
+    assert seen[0].video_self.all()
