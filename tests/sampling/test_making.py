@@ -1,0 +1,280 @@
+"""Prompts and a task to clips, with stand-ins for the networks: who gets what, and what is kept."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from ltx2_jax.diffusion.geometry import AUDIO_CLOCK
+from ltx2_jax.errors import UserError
+from ltx2_jax.media.media import Clip
+from ltx2_jax.sampling import given, making, output, stages
+from ltx2_jax.sampling.given import encode
+from ltx2_jax.sampling.loras import Adapter, Strength, even
+from ltx2_jax.sampling.making import Maker
+from ltx2_jax.sampling.output import Made
+from ltx2_jax.sampling.tasks import KnownAudio, KnownVideo, Picture, Reference, Task
+from ltx2_jax.sharding import make_mesh
+from ltx2_jax.weights.lora_files import Lora
+
+FPS, RATE = 24.0, 1000
+SIZE = {"height": 64, "width": 64}
+
+
+class Video:
+    """A latent is the first pixel behind it; what is decoded is black."""
+
+    strides, channels = (8, 32, 32), 1
+
+    @staticmethod
+    def encode(video):
+        return video[:, [0, *range(1, video.shape[1], 8)], ::32, ::32, :1]
+
+    @staticmethod
+    def decode_chunks(latents):
+        for frames in (1, *[8] * (latents.shape[1] - 1)):
+            yield np.full((1, frames, 64, 64, 3), -1.0, np.float32)
+
+
+class Audio:
+    """A latent is the sample 40 ms after that of the one before; what is decoded is silence."""
+
+    sample_rate = output_sample_rate = RATE
+    bins = channels = 1
+    clock = AUDIO_CLOCK
+
+    @staticmethod
+    def encode(audio):
+        return audio[:, ::40, None, :1]
+
+    @staticmethod
+    def decode(latents, samples):
+        return np.zeros((1, samples, 2), np.float32)
+
+
+CODEC = SimpleNamespace(video=Video, audio=Audio)
+
+
+def film(frames, first=0):
+    """Every frame is its number, from `first` on."""
+    numbers = np.arange(first, first + frames, dtype=np.uint8)
+    return np.tile(numbers[:, None, None, None], (1, 64, 64, 3))
+
+
+def ramp(samples):
+    return np.tile(np.arange(samples, dtype=np.float32)[:, None], (1, 2))
+
+
+def clip(frames=17, first=0):
+    return Clip(film(frames, first), 25.0, 1000 * first + ramp(40 * frames), RATE)
+
+
+def pixels(latents):
+    return np.rint((latents[:, 0, 0, 0] + 1) * 127.5)
+
+
+# ----------------------------------------------------------------------------------- what is given
+
+
+def test_a_retake_gives_the_network_no_latent_that_touches_its_span():
+    span = (0.4, 0.6)  # frames 9.6 to 14.4
+    asked = Task(17, 64, 64, FPS, video=KnownVideo(film(17), 0, span),
+                 audio=KnownAudio(ramp(708), RATE, 0.0, span))  # fmt: skip
+    found = encode(asked, CODEC, 64, 64, 0)
+    np.testing.assert_array_equal(found.video_given, [True, True, False])
+    np.testing.assert_array_equal(pixels(found.video), [0, 1, 9])
+    # Latent i of the sound lasts from 0.04 i - 0.03 to 0.04 i + 0.01 s.
+    number = np.arange(18)
+    np.testing.assert_array_equal(found.audio_given, (number < 10) | (number > 15))
+
+
+def test_what_a_clip_is_extended_before_is_given_at_its_later_place():
+    asked = Task(17, 64, 64, FPS, video=KnownVideo(film(9), 8),
+                 audio=KnownAudio(1 + ramp(375), RATE, 8 / FPS))  # fmt: skip
+    found = encode(asked, CODEC, 64, 64, 0)
+    # Its first frame alone is no latent there; the eight that follow are one.
+    np.testing.assert_array_equal(found.video_given, [False, False, True])
+    assert pixels(found.video)[2] == 1
+    np.testing.assert_array_equal(found.audio_given, np.arange(18) >= 10)  # from 0.37 s on
+    np.testing.assert_array_equal(found.audio[[8, 10], 0, 0], [0, 1 + 400 - 333])
+
+
+def test_an_image_goes_through_its_own_crf_or_that_of_the_recipe(monkeypatch):
+    seen = []
+    monkeypatch.setattr(given, "through_h264", lambda x, crf: seen.append(crf) or x)
+    images = tuple(Picture(film(1), crf=crf) for crf in (None, 7, 0))
+    encode(Task(9, 64, 64, FPS, images=images[:1], keyframes=images[1:]), CODEC, 64, 64, 33)
+    assert sorted(seen) == [7, 33]
+
+
+def test_a_reference_is_read_at_its_own_size_and_rate():
+    read = Reference(film(17), 0.75, downscale=2, time_scale=2)
+    (found,) = encode(Task(17, 64, 64, FPS, references=(read,)), CODEC, 64, 64, 0).references
+    assert found.latents.shape == (2, 1, 1, 1)  # frames 0, and 1 3 5 7 9 11 13 15
+    np.testing.assert_array_equal(pixels(found.latents), [0, 1])
+    assert (found.strength, found.pixel_frames, found.reference) == (0.75, 9, read)
+
+
+def test_frames_that_are_known_take_their_places_in_whatever_pieces_a_clip_is_decoded():
+    asked = Task(17, 64, 64, FPS, video=KnownVideo(film(9, 1), 8))
+    frames = np.concatenate([*Made(np.zeros((3, 2, 2, 1)), None, asked).frames(CODEC)])
+    np.testing.assert_array_equal(frames[:, 0, 0, 0], [0] * 8 + [*range(1, 10)])
+
+
+def test_a_part_that_goes_on_hears_the_end_and_adds_what_comes_after_it():
+    tail = given.last_frames(clip(17), 9)
+    np.testing.assert_array_equal(tail.video, film(9, 8))
+    np.testing.assert_array_equal(tail.audio, ramp(17 * 40)[320:])
+    whole = given.continued(clip(17), clip(17, 100), 9)
+    np.testing.assert_array_equal(whole.video, [*film(17), *film(8, 109)])
+    np.testing.assert_array_equal(whole.audio, [*ramp(17 * 40), *clip(17, 100).audio[360:]])
+
+
+def test_latents_in_a_file_keep_the_sizes_of_their_clip_and_what_made_it(tmp_path):
+    video, audio = np.ones((2, 2, 2, 1), np.float32), np.zeros((9, 1, 1), np.float32)
+    asked = Task(9, 64, 96, 12.5)
+    about = {"seed": 3, "recipe": {"name": "hq"}}
+    output.save_latents(tmp_path / "a", Made(video, audio, asked, "a dog", about))
+    found = output.read_latents(tmp_path / "a")
+    assert (found.task, found.about) == (asked, about)
+    np.testing.assert_array_equal(found.video, video)
+    np.testing.assert_array_equal(found.audio, audio)
+    output.save_latents(tmp_path / "b", Made(video, None, asked))
+    assert output.read_latents(tmp_path / "b").task == dataclasses.replace(asked, sound=False)
+
+
+# ------------------------------------------------------------------------------------------- makers
+
+
+class Weights:
+    """Notes what it is asked for."""
+
+    def __init__(self, **changes):
+        cfg = {"num_layers": 3, "num_heads": 8, "max_pos": (20.0,), "keyframe_embedding": True}
+        cfg |= {"audio_video_attention": True} | changes
+        self.config = SimpleNamespace(transformer=SimpleNamespace(**cfg))
+        self.used, self.moved = [], []
+
+    def params(self, loras):
+        self.used.append(loras)
+
+    def graph(self, loras=()):
+        return "graph"
+
+    def move(self, mesh):
+        self.moved.append(mesh)
+
+    def free(self):
+        pass
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """`maker(**fields)` -> a maker of a released model, its stages and its texts, call by call."""
+
+    def make(config=None, **fields):
+        calls, asked = [], []
+
+        def run(stage, program, params, shapes, task, encoded, text, seeds, before, **how):
+            fields = {"program": program, "shapes": shapes, "task": task, "encoded": encoded}
+            calls.append(SimpleNamespace(**fields, seeds=seeds, before=before, **how))
+            made = how["number"] + np.zeros((*shapes.video, 1)), np.full((9, 1, 1), how["number"])
+            slots = np.ones((task.slots, *shapes.video[1:], 1)) if task.slots else None
+            return [stages.Found(*made, slots) for _ in seeds]
+
+        def texts(prompts):
+            asked.append(list(prompts))
+            return {"video_text": np.zeros((len(prompts), 2, 1))}
+
+        monkeypatch.setattr(stages, "run", run)
+        files = SimpleNamespace(version="2.3", kind="dev", upsampler="there", named=dict)
+        files.load_upsampler = lambda dtype: lambda x: x.repeat(2, axis=2).repeat(2, axis=3)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        fields = {"mesh": mesh, "files": files, "weights": Weights(**(config or {}))} | fields
+        return Maker(texts=texts, open_codec=lambda: CODEC, **fields), calls, asked
+
+    return make
+
+
+def test_a_clip_is_led_away_from_the_negative_prompt_that_is_asked_for(maker):
+    made, _, asked = maker()
+    size = {"num_frames": 9, **SIZE}
+    (one,) = made.make(["a dog"], negative_prompt="fog", **size)
+    made.make(["a dog", "a cat"], **size)
+    assert asked == [["a dog", "fog"], ["a dog", "a cat", making.NEGATIVE]]
+    assert one.about["negative_prompt"] == "fog"
+
+
+def test_every_stage_has_its_number_size_loras_and_the_first_the_references(maker):
+    style, fast = Lora({}, name="style"), Lora({}, name="fast")
+    adapters = (Adapter(style, (even(1.0), Strength(0.5, 0.25, 0))),)
+    made, calls, _ = maker(adapters=adapters, distilled_lora=(fast, 0.5))
+    wishes = {"references": [clip(9)], "num_frames": 9, "recipe": "two_stage", "batch_size": 3}
+    (one,) = made.make(["a dog"], **wishes, height=128, width=64)
+    assert [(call.number, call.batch, call.shapes.video) for call in calls] == [
+        (0, 3, (2, 2, 1)),
+        (1, 3, (2, 4, 2)),
+    ]
+    assert [len(call.encoded.references) for call in calls] == [1, 0]
+    assert made.weights.used == [
+        ((style, even(1.0)),),
+        ((style, Strength(0.5, 0.25, 0)), (fast, even(0.5))),
+    ]
+    assert calls[0].before is None
+    assert calls[1].before[0].video.shape == (2, 4, 2, 1)
+    assert (one.video.max(), one.audio.max()) == (1, 0)  # the sound is that of the first stage
+
+
+def test_keyframes_of_the_first_stage_grow_with_the_clip(maker):
+    made, calls, _ = maker(distilled_lora=(Lora({}), 1.0))
+    made.make(["a dog"], num_generated_keyframes=2, num_frames=9, recipe="two_stage",
+              height=128, width=64)  # fmt: skip
+    assert calls[1].before[0].slots.shape == (2, 4, 2, 1)
+
+
+def test_the_work_moves_to_the_mesh_that_is_best_for_it(maker):
+    best, told = make_mesh(1, 1, 2, devices=jax.devices()[:2]), []
+    made, calls, _ = maker(spread=lambda **sizes: told.append(sizes) or best)
+    for _ in range(2):
+        made.make(["a dog", "a cat"], num_frames=17, **SIZE)
+    assert told == [{"rows": [2 * 4], "tokens": [3 * 2 * 2]}] * 2  # four passes of two clips
+    assert made.weights.moved == [best]
+    assert [call.program.mesh for call in calls] == [best] * 2
+
+
+def test_parts_of_a_long_clip_have_seeds_of_their_own_and_end_where_the_clip_does(maker):
+    # 57 frames at most, of which a part sees the last 41: so 16 more, and the last 8.
+    made, calls, _ = maker({"max_pos": (57 / FPS,)})
+    (long,) = made.make(["a dog"], num_frames=81, seed=5, sound=False, **SIZE)
+    assert [(call.task.num_frames, call.task.sound) for call in calls] == [
+        (57, False), (57, False), (49, False),
+    ]  # fmt: skip
+    assert [call.seeds for call in calls] == [[5], [5 + 7919], [5 + 2 * 7919]]
+    assert [call.encoded.video_given.sum() for call in calls[1:]] == [6, 6]
+    assert (long.about["seed"], len(long.task.video.pixels), long.task.audio) == (5, 81, None)
+
+
+def test_a_model_without_attention_between_the_streams_makes_no_picture_for_a_sound(maker):
+    made, _, _ = maker({"audio_video_attention": False})
+    for wish in ({"video": clip(9)}, {"video": clip(9), "start": 0.0, "end": 0.2}):
+        with pytest.raises(UserError, match="trained without attention between sound and picture"):
+            made.check(["a dog"], **wish)
+    made.check(["a dog"], num_frames=9, **SIZE)
+
+
+def test_a_prompt_is_written_out_for_an_image_if_there_is_one(maker, monkeypatch):
+    seen, (made, _, asked) = [], maker(config=None)
+
+    def enhance(prompts, gemma, *, mode, seed, **_):
+        seen.append((gemma, mode, seed))
+        return [f"{prompt}, at dusk" for prompt in prompts]
+
+    monkeypatch.setattr(making, "enhance", enhance)
+    wishes = {"num_frames": 9, "enhance_prompt": True, "enhancer": "gemma", **SIZE}
+    made.make(["a dog"], **wishes, seed=4, image=(film(1)[0], 0, 1.0, 0))
+    (one,) = made.make(["a dog"], **wishes)
+    assert seen == [("gemma", "image-to-video", 4), ("gemma", "text-to-video", making.SEED)]
+    assert [prompts[0] for prompts in asked] == ["a dog, at dusk"] * 2
+    assert one.prompt == one.about["prompt"] == "a dog, at dusk"
