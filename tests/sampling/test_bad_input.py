@@ -1,9 +1,12 @@
 """What cannot be is one line before the work begins; what is changed is said."""
 
+import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ltx2_jax import sample
 from ltx2_jax.errors import UserError
@@ -11,7 +14,9 @@ from ltx2_jax.media import media
 from ltx2_jax.sampling import given, loading, loras, recipes, tasks
 from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.tasks import Asked, make_task
+from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights.lora_files import Lora, read_lora, write_lora
+from ltx2_jax.weights.sources import open_release
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V20 = GOLDEN / "v2.0" / "checkpoint.safetensors"
@@ -262,6 +267,66 @@ def test_strengths_are_of_streams_and_stages():
     assert {s for _, s in loras.by_stream(lora, loras.Strength(1, 0, 0))} == {1}
 
 
+def test_a_lora_has_the_strength_of_its_stage_and_one_that_reads_a_clip_is_off_after_the_first():
+    at = lambda adapter: [adapter.at(stage) for stage in range(3)]  # noqa: E731
+    assert at(loras.adapter(Lora({}), "1/0.5")) == [loras.even(1), *[loras.even(0.5)] * 2]
+    assert at(loras.adapter(Lora({}), 0.5)) == [loras.even(0.5)] * 3
+    factors = {"reference_downscale_factor": "2", "reference_temporal_scale_factor": "4"}
+    reads = Lora({}, factors)
+    assert loras.adapter(reads).scales == (2, 4)
+    assert at(loras.adapter(reads)) == [loras.even(1), loras.OFF, loras.OFF]
+    assert at(loras.adapter(reads, "1/0.5")) == [loras.even(1), *[loras.even(0.5)] * 2]
+
+
+def test_loras_are_opened_with_the_strengths_that_they_are_given_with():
+    file = GOLDEN / "v2.0" / "lora.safetensors"
+    maker = Pipeline.from_pretrained(
+        V20, text_encoder=GEMMA, loras=[(file, "0.5/0.25"), file], distilled_lora=(file, 0.75)
+    ).maker
+    strengths = [[s.video for s in adapter.strengths] for adapter in maker.adapters]
+    assert strengths == [[0.5, 0.25], [1, 0]]  # it says that it reads a clip
+    assert maker.distilled_lora[1] == 0.75
+    fast = maker.distilled_lora[0]
+    numbers = sum(target.a.size + target.b.size for target in fast.targets.values())
+    assert loras.lora_bytes(fast) == 2 * numbers
+
+
+def test_latents_are_upsampled_by_the_mean_and_deviation_of_their_codec(pipe):
+    stored = load_file(V20)
+    for found, name in zip(pipe.maker.files.statistics, ("mean", "std"), strict=True):
+        want = stored[f"vae.per_channel_statistics.{name}-of-means"]
+        np.testing.assert_array_equal(found, want)
+
+
+class Fused(loading.Weights):
+    """Weights that are read as a number of their own; a LoRA adds its name."""
+
+    def _load(self):
+        self.read = getattr(self, "read", 0) + 1
+        return {"transformer": {"read": self.read}}
+
+
+def test_loras_are_put_into_weights_that_were_read_again(pipe, monkeypatch):
+    def fuse(weights, parts, *_, **__):
+        return weights | {"loras": [lora.name for lora, _ in parts]}, dict(weights)
+
+    monkeypatch.setattr(loading, "parts", lambda loras: loras)
+    monkeypatch.setattr(loading, "fuse", fuse)
+    monkeypatch.setattr(loading, "unfuse", lambda weights, originals: originals or weights)
+    maker, style = pipe.maker, ((Lora({}, name="style"), loras.even(1.0)),)
+    weights = Fused(maker.files.release, maker.weights.config, maker.mesh)
+    first = weights.params(style)
+    assert first == {"transformer": {"read": 1, "loras": ["style"]}}
+    assert weights.params(style) is first
+    assert weights.params() == {
+        "transformer": {"read": 1, "loras": []}
+    }  # as if there had been none
+    for number, forget in ((2, weights.free), (3, lambda: weights.move(maker.mesh))):
+        weights.params(style)
+        forget()
+        assert weights.params(style) == {"transformer": {"read": number, "loras": ["style"]}}
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -274,6 +339,62 @@ def test_weights_that_need_more_than_a_device_are_split_and_too_large_ones_refus
     assert dict(loading.fitting_mesh(release, 8, room // 8 + 8).shape)["model"] == 8
     with pytest.raises(UserError, match=r"too little memory: .* GiB are missing; use more devices"):
         loading.fitting_mesh(release, 8, room // 9)
+
+
+def test_quantised_weights_and_blocks_on_the_host_need_less_of_a_device_and_adapters_more(pipe):
+    release = pipe.maker.files.release
+    shapes = release.networks["transformer"].shapes
+    matrices = {
+        name: math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith("transformer_blocks.") and name.endswith("weight") and len(shape) == 2
+    }
+    whole = loading.weight_bytes(release, "transformer")
+    assert whole == 2 * sum(map(math.prod, shapes.values()))
+    halved = loading.weight_bytes(release, "transformer", form="int8")
+    assert halved == whole - sum(matrices.values())  # a byte for each in the place of two
+    left = loading.weight_bytes(release, "transformer", blocks=1)
+    later = [size for name, size in matrices.items() if "_blocks.0." not in name]
+    assert left == whole - 2 * sum(later) < whole
+    needed = loading.weight_bytes(release, "transformer", "connectors")
+    room = round(needed / loading.SHARE) + 8
+
+    def split(room, **how):
+        return dict(loading.fitting_mesh(release, 8, room, **how).shape)["model"]
+
+    assert (split(room), split(room, adapters=needed // 2)) == (1, 2)
+    assert split(room, adapters=needed // 2, offload=True) == 1
+    two = loading.weight_bytes(release, "transformer", "connectors", blocks=2)
+    assert split(round(two / loading.SHARE) + 8, offload=True) == 1
+
+
+def test_the_memory_of_the_host_must_hold_what_its_devices_have_of_the_transformer(
+    pipe, monkeypatch
+):
+    release = pipe.maker.files.release
+    needed = loading.weight_bytes(release, "transformer")
+    whole, halves = (make_mesh(n, 2 // n, 1, devices=jax.devices()[:2]) for n in (2, 1))
+    room = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * needed - 1}
+    monkeypatch.setattr(loading.os, "sysconf", room.get)
+    loading.check_host(release, halves, None)  # a half for each of two devices
+    with pytest.raises(UserError, match=r"--offload: .* GiB of weights, for 2 devices, do not fit"):
+        loading.check_host(release, whole, None)
+
+
+def test_networks_stay_beside_one_another_only_where_there_is_room_for_twice_their_weights(
+    pipe, monkeypatch
+):
+    files, mesh = pipe.maker.files, make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    with open_release(files.text_encoder) as language:
+        split = loading.weight_bytes(language, "gemma", "text_projection")
+    split += loading.weight_bytes(files.release, "transformer", "connectors")
+    needed = split / 2 + loading.weight_bytes(files.release, *loading.CODEC)
+    for share, fits in ((1.01, True), (0.99, False)):
+        room = share * 2 * needed / loading.SHARE
+        monkeypatch.setattr(loading, "device_bytes", lambda room=room: room)
+        assert loading.fit_together(files, mesh) == fits
+    monkeypatch.setattr(loading, "device_bytes", lambda: None)
+    assert not loading.fit_together(files, mesh)
 
 
 def test_a_lack_of_memory_is_one_line(pipe):

@@ -109,3 +109,29 @@ def test_a_run_that_trains_on_references_takes_smaller_ones_by_its_factors(
     wishes.check(maker, [asked])
     task, _ = maker._task(Asked(references=asked.given["references"]), maker.recipe, False)
     assert [(x.downscale, x.time_scale, len(x.pixels)) for x in task.references] == [(2, 1, 9)]
+
+
+def test_a_run_makes_clips_as_long_as_its_own_at_their_rate_and_with_its_numbers(maker, workdir):
+    task, _ = maker._task(Asked(), maker.recipe, False)
+    assert (task.num_frames, task.fps) == (maker.frames, maker.fps) == (9, 8.0)
+    run = config_lib.load(str(tiny.SMALL), {"workdir": str(workdir)})
+    sample = dataclasses.replace(
+        run.sample, steps=5, seed=7, video_guidance=2.0, audio_guidance=6.0, schedule="beta"
+    )
+    other = maker_of_run(
+        dataclasses.replace(run, sample=sample), None, None, maker.codec,
+        ClipSize(9, *maker.size, 8.0), maker.mesh,
+    )  # fmt: skip
+    (stage,) = other.recipe.stages
+    assert (stage.steps, stage.schedule, stage.tokens, other.seed) == (5, "beta", None, 7)
+    assert (stage.video.cfg, stage.audio.cfg) == (2, 6)
+
+
+def test_a_clip_is_a_multiple_of_what_its_smaller_reference_needs(workdir, maker, monkeypatch):
+    monkeypatch.setattr(maker, "reads", (2, 1))
+    side = maker.codec.video.strides[1]
+    size = {"height": 3 * side, "width": 4 * side}
+    maker._task(Asked(**size), maker.recipe, False)
+    asked = Asked(**size, references=media.read_clip(next(workdir.rglob("*.mp4"))))
+    with pytest.raises(UserError, match=f"height={3 * side} is not a multiple of {2 * side}"):
+        maker._task(asked, maker.recipe, False)
