@@ -211,7 +211,7 @@ def test_every_stage_has_its_number_size_loras_and_the_first_the_references(make
     style, fast = Lora({}, name="style"), Lora({}, name="fast")
     adapters = (Adapter(style, (even(1.0), Strength(0.5, 0.25, 0))),)
     made, calls, _ = maker(adapters=adapters, distilled_lora=(fast, 0.5))
-    wishes = {"references": [clip(9)], "num_frames": 9, "recipe": "two_stage", "batch_size": 3}
+    wishes = {"references": [clip(9)], "num_frames": 9, "recipe": "hq", "batch_size": 3}
     (one,) = made.make(["a dog"], **wishes, height=128, width=64)
     assert [(call.number, call.batch, call.shapes.video) for call in calls] == [
         (0, 3, (2, 2, 1)),
@@ -219,8 +219,8 @@ def test_every_stage_has_its_number_size_loras_and_the_first_the_references(make
     ]
     assert [len(call.encoded.references) for call in calls] == [1, 0]
     assert made.weights.used == [
-        ((style, even(1.0)),),
-        ((style, Strength(0.5, 0.25, 0)), (fast, even(0.5))),
+        ((style, even(1.0)), (fast, even(0.25 * 0.5))),
+        ((style, Strength(0.5, 0.25, 0)), (fast, even(0.5 * 0.5))),
     ]
     assert calls[0].before is None
     assert calls[1].before[0].video.shape == (2, 4, 2, 1)
