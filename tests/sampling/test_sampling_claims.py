@@ -120,6 +120,14 @@ def test_the_network_gets_each_stream_with_its_latents_text_and_places():
     assert network.audio.keyframes_mask is None
 
 
+def test_a_stream_that_is_only_read_is_not_run_by_the_network():
+    model, sigma = Model(), jnp.asarray([0.5, 0.25])
+    velocity = programs.network(model, REQUEST, text())
+    for enabled in ((True, True), (False, True), (True, False)):
+        velocity(noise([0, 1]), sigma, enabled)
+        assert (model.transformer.video.enabled, model.transformer.audio.enabled) == enabled
+
+
 def test_sampling_and_training_put_tokens_in_the_same_places():
     batch = {k: v[:1] for k, v in tiny.batch().items()}  # at 12.5 frames a second
     drawn = draw(KEY, batch, tiny.config(), tiny.STRIDES)
