@@ -171,7 +171,11 @@ def _remembered(args: argparse.Namespace, clip: Made, wish: Wish) -> dict[str, A
     settings = {
         name: value
         for name, value in vars(args).items()
-        if name not in ASIDE and name in flags.REMEMBERED and value not in (None, [], False)
+        if name not in ASIDE
+        and name in flags.REMEMBERED
+        # But 0 is a setting, and so is a flag without words, as --auto-duration may be.
+        and value is not None
+        and value is not False
     }
     given = {name: value for name, value in wish.given.items() if name != "seed"}
     settings |= {"given": given, "texts": [], "prompt": [clip.prompt]}

@@ -13,6 +13,7 @@ from ltx2_jax.media.media import Clip
 from ltx2_jax.sampling import flags, wishes
 from ltx2_jax.sampling.making import Maker, Way
 from ltx2_jax.sampling.output import Made
+from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.tasks import Asked, Task
 from ltx2_jax.sampling.wishes import Wish, read_wishes
 
@@ -190,3 +191,99 @@ def test_a_clip_of_a_line_remembers_what_the_line_gave_it(folder):
     (folder / "a.png").unlink()
     with pytest.raises(UserError, match="--again: image: no such file"):
         again()
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+FLAGS = {
+    "--negative-prompt=blur": {"negative_prompt": "blur"},
+    "--seed=3": {"seed": 3},
+    "--height=64 --width=96": {"height": 64, "width": 96},
+    "--num-frames=9": {"num_frames": 9},
+    "--duration=2.5": {"duration": 2.5},
+    "--auto-duration": {"auto_duration": []},
+    "--auto-duration 2 5": {"auto_duration": [2.0, 5.0]},
+    "--frame-rate=25": {"fps": 25.0},
+    "--picture-only": {"sound": False},
+    "--sound-only": {"picture": False},
+    "--enhance-prompt": {"enhance_prompt": True},
+    "--prompt-enhancer-gemma-root=it": {"enhancer": "it"},
+    "--image a.png 0 0.5": {"image": [("a.png", 0, 0.5)]},
+    # An image at another frame stands beside the clip.
+    "--image a.png 0 1 --image b.png 8 0.5 20": {
+        "image": [("a.png", 0, 1.0)], "keyframes": [("b.png", 8, 0.5, 20)]
+    },
+    "--keyframe a.png 0 1": {"keyframes": [("a.png", 0, 1.0)]},
+    "--num-generated-keyframes=4": {"num_generated_keyframes": 4},
+    "--audio-path=d.wav --audio-start-time=1.5 --audio-max-duration=3": {
+        "audio": "d.wav", "audio_start": 1.5, "audio_max_duration": 3.0
+    },
+    "--video-path=c.mp4 --start-time=1 --end-time=2 --retake=audio": {
+        "video": "c.mp4", "start": 1.0, "end": 2.0, "retake": "audio"
+    },
+    "--extend=1": {"extend": 1.0},
+    "--extend-before=2": {"extend_before": 2.0},
+    "--video-conditioning c.mp4 0.5": {"references": [("c.mp4", 0.5)]},
+    "--reference-video=c.mp4 --reference-strength=0.5": {"dub": ("c.mp4", 0.5)},
+    "--voice=d.wav": {"voice": "d.wav"},
+    "--recipe=two_stage --skip-stage-2": {"recipe": "two_stage", "skip_stage_2": True},
+    "--max-batch-size=2": {"batch_size": 2},
+    "--num-inference-steps=5": {"changes": {"stage1.steps": "5"}},
+    "--video-cfg-guidance-scale=2": {"changes": {"stage1.video.cfg": "2.0"}},
+    "--audio-stg-guidance-scale=0": {"changes": {"stage1.audio.stg": "0.0"}},
+    "--audio-rescale-scale=0.5": {"changes": {"stage1.audio.rescale": "0.5"}},
+    "--video-skip-step=1": {"changes": {"stage1.video.skip_step": "1"}},
+    "--a2v-guidance-scale=2": {"changes": {"stage1.video.modality": "2.0"}},
+    "--v2a-guidance-scale=2": {"changes": {"stage1.audio.modality": "2.0"}},
+    "--steps=5 --video-guidance=2": {
+        "changes": {"stage1.steps": "5", "stage1.video.cfg": "2.0"}
+    },
+    "--schedule=linear --audio-guidance=2": {
+        "changes": {"stage1.schedule": "linear", "stage1.audio.cfg": "2.0"}
+    },
+    "--distilled-lora-strength-stage-1=0 --distilled-lora-strength-stage-2=0.5": {
+        "changes": {"stage1.distilled_lora": "0.0", "stage2.distilled_lora": "0.5"}
+    },
+    # What names its number of the recipe counts before what means the same.
+    "--stage1.steps=3 --steps=5": {"changes": {"stage1.steps": "3"}},
+    "--stage1.video.cfg=3 --video-cfg-guidance-scale=2": {"changes": {"stage1.video.cfg": "3"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", FLAGS)
+def test_a_flag_asks_for_what_it_is_called(words):
+    plain, asked = (
+        flags.wishes(flags.read(["model", "a dog", *more])) for more in ([], words.split())
+    )
+    assert {name: x for name, x in asked.items() if x != plain[name]} == FLAGS[words]
+
+
+def test_what_is_0_or_has_no_words_is_remembered_too(folder):
+    argv = ["model", "a dog", "--seed=0", "--auto-duration", "--lora", "x", "0.5"]
+    argv += ["--video-stg-guidance-scale=0", "--distilled-lora-strength-stage-2=0"]
+    argv += ["--reference-video=c.mp4", "--reference-strength=0"]
+    args, made = flags.read(argv), Made(None, None, Task(9, 16, 16, 8.0), "a dog", {"seed": 0})
+    command = json.dumps({"command": sample._remembered(args, made, Wish("a dog"))})
+    path, frames = str(folder / "clip.mp4"), np.zeros((9, 16, 16, 3), np.uint8)
+    Clip(frames, 8.0, about=command).save(path)
+    again = sample._again(flags.read(["--again", path]), ["--again", path])
+    assert flags.wishes(again) == flags.wishes(args)
+    assert again.lora == args.lora
+
+
+def test_flags_of_model_and_machine_reach_the_pipeline(monkeypatch):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *files, **given: (files, given))
+    argv = ["--distilled-checkpoint-path=model", "a dog", "--gemma-root=gemma", "--mesh=2,2,2"]
+    argv += ["--lora", "a", "1/0.5", "--lora", "b", "--distilled-lora", "c", "0.5"]
+    argv += ["--spatial-upsampler-path=up", "--text-cache=features", "--keep", "--dtype=float32"]
+    files, given = sample._pipeline(flags.read([*argv, "--quantize=int4", "--offload"]))
+    assert files == ("model",)
+    assert dict(given.pop("mesh").shape) == {"data": 2, "model": 2, "sequence": 2}
+    assert given == {
+        "text_encoder": "gemma", "loras": [("a", "1/0.5"), ("b",)], "distilled_lora": ("c", 0.5),
+        "upsampler": "up", "kind": "distilled", "text_cache": "features", "keep": True,
+        "dtype": "float32", "quantize": "int4", "offload": True,
+    }  # fmt: skip
+    _, given = sample._pipeline(flags.read(["model", "a dog"]))
+    for name in ("mesh", "kind", "keep", "text_cache", "quantize"):
+        assert given[name] is None
