@@ -130,7 +130,8 @@ def output_paths(args: argparse.Namespace, number: int) -> list[Path]:
     if args.output_path is None and args.out is None:
         suffix = ".wav" if args.sound_only else ".mp4"
         names = (Path(f"clip-{i:03d}{suffix}") for i in itertools.count(1))
-        first = next(name for name in names if not name.exists())
+        # Of several clips, of a sound or of single frames the files are called otherwise.
+        first = next(name for name in names if not any(Path().glob(f"{name.stem}[.-]*")))
         paths = [first] if number == 1 else [_numbered(first, i) for i in range(number)]
     else:
         path = Path(args.output_path or args.out)
@@ -197,6 +198,8 @@ def _again(args: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
         else value
         for name, value in known.items()
     }
+    if args.prompt or args.prompts:  # in place of that one, not beside it
+        known.pop("prompt", None)
     args = flags.read(argv, known)
     # What a line of a file gave it stays, unless a flag says something else now.
     now, none = (flags.wishes(flags.read(words)) for words in (argv, ["--again", args.again]))

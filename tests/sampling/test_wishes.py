@@ -188,9 +188,32 @@ def test_a_clip_of_a_line_remembers_what_the_line_gave_it(folder):
     args, asked = again("--num-frames=17", "--seed=7")  # what is said now counts
     assert (args.seed, args.num_frames) == (7, 17)
     assert [one.given for one in asked] == [{"image": given["image"]}]
+    for more in (["--prompt=a dog"], [f"--prompts={folder / 'dogs.txt'}"]):
+        (folder / "dogs.txt").write_text("a dog")
+        assert [one.prompt for one in again(*more)[1]] == ["a dog"]
     (folder / "a.png").unlink()
     with pytest.raises(UserError, match="--again: image: no such file"):
         again()
+
+
+def test_clips_go_where_they_are_wanted_and_never_over_others(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+
+    def names(number, *more):
+        return [str(p) for p in sample.output_paths(flags.read(["model", "a", *more]), number)]
+
+    assert names(1) == ["clip-001.mp4"]
+    assert names(2) == ["clip-001-000.mp4", "clip-001-001.mp4"]
+    assert names(1, "--sound-only") == ["clip-001.wav"]
+    assert names(2, "--output-path=x.png") == ["x-000.png", "x-001.png"]
+    assert sorted(folder.iterdir()) == before  # nothing is left of trying
+    assert names(2, "--output-path=new") == ["new/000.mp4", "new/001.mp4"]
+    for taken in ("clip-001.mp4", "clip-001-000.mp4", "clip-001.wav"):
+        (folder / taken).touch()
+        assert names(1) == ["clip-002.mp4"]
+        assert names(2) == ["clip-002-000.mp4", "clip-002-001.mp4"]
+        (folder / taken).unlink()
 
 
 # ---- flags ---------------------------------------------------------------------------------------
