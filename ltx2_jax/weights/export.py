@@ -74,7 +74,11 @@ class Export:
         """This, and from `base` the networks that it lacks, byte by byte, with their metadata."""
         below = of_release(base, raw=base.networks, prefixed=True)
         config = json.loads(below.metadata.get("config", "{}"))
-        config |= json.loads(self.metadata.get("config", "{}"))
+        # A fine-tune may have kept the sections of networks that it does not hold.
+        held = {NETWORKS[network].section for network in self.names}
+        for key, section in json.loads(self.metadata.get("config", "{}")).items():
+            if key in held or key not in config:
+                config[key] = section
         out = Export(
             below.metadata | self.metadata | {"config": json.dumps(config)},
             below.names | self.names,

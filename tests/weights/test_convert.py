@@ -142,11 +142,32 @@ def test_float8_that_is_changed_is_scaled_up_and_its_dtype_is_said(flags, float8
 def test_a_float8_transformer_that_is_replaced_leaves_nothing(float8, tmp_path):
     tensors = load_file(CHECKPOINT)
     tuned = {k: v for k, v in tensors.items() if k.startswith(PREFIX) and "connector" not in k}
-    save_file(tuned, tmp_path / "tuned.safetensors", metadata_of(CHECKPOINT))
+    config = json.loads(metadata_of(CHECKPOINT)["config"])
+    tuned_config = config | {"transformer": config["transformer"] | {"norm_eps": 1e-5}}
+    # It says more than it holds: of VAEs, which are the base's, what the base says counts.
+    stray = tuned_config | {"vae": {}, "mine": {"x": 1}}
+    own = metadata_of(CHECKPOINT) | {"model_version": "2.3.9", "config": json.dumps(stray)}
+    save_file(tuned, tmp_path / "tuned.safetensors", own)
     run(tmp_path / "tuned.safetensors", tmp_path / "full.safetensors", "--base", float8)
     full = tensors_of(tmp_path / "full.safetensors")
     assert {k: v.tobytes() for k, v in full.items()} == {k: v.tobytes() for k, v in tensors.items()}
     assert "_quantization_metadata" not in metadata_of(tmp_path / "full.safetensors")
+    metadata = metadata_of(tmp_path / "full.safetensors")
+    assert metadata["model_version"] == "2.3.9"
+    assert json.loads(metadata["config"]) == tuned_config | {"mine": {"x": 1}}
+
+
+def test_a_float8_transformer_in_place_of_another_keeps_what_is_said_of_it(float8, tmp_path):
+    tensors = tensors_of(float8)
+    tuned = {k: v for k, v in tensors.items() if k.startswith(PREFIX) and "connector" not in k}
+    save_file(tuned, tmp_path / "tuned.safetensors", metadata_of(float8))
+    run(tmp_path / "tuned.safetensors", tmp_path / "full.safetensors", "--base", float8)
+    full = tensors_of(tmp_path / "full.safetensors")
+    assert {k: v.tobytes() for k, v in full.items()} == {k: v.tobytes() for k, v in tensors.items()}
+    said = [
+        metadata_of(p)["_quantization_metadata"] for p in (tmp_path / "full.safetensors", float8)
+    ]
+    assert said[0] == said[1]
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -179,11 +200,22 @@ def test_a_merged_lora_is_extracted_again(tmp_path, capsys):
     assert f"{len(read_lora(LORA).targets)} matrices; the squared" in capsys.readouterr().out
     got, want = read_lora(tmp_path / "lora.safetensors"), read_lora(LORA)
     assert set(got.targets) == set(want.targets)
+    assert got.ranks == {3}
     for module, target in want.targets.items():
         product = np.float32(target.b) @ np.float32(target.a)
         mine = np.float32(got.targets[module].b) @ np.float32(got.targets[module].a)
         np.testing.assert_allclose(mine, product, atol=2e-3 * np.abs(product).max())
     assert got.metadata["model_version"] == "2.3.0"
+
+
+def test_a_bare_fine_tune_is_taken_for_a_model_like_that_before_it(tmp_path, capsys, monkeypatch):
+    """Its config would be a guess, and so another one: the work is begun without it."""
+    monkeypatch.setattr(loras, "extract", lambda *_, **__: (loras.Lora({}), 0.0))
+    tensors = {k.removeprefix(PREFIX): v for k, v in load_file(CHECKPOINT).items() if PREFIX in k}
+    tensors = {k: v for k, v in tensors.items() if "connector" not in k}
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    given = (tmp_path / "tuned.safetensors", tmp_path / "x.safetensors", "--extract-lora")
+    assert "have the same matrices" in said(capsys, *given, CHECKPOINT)
 
 
 def test_another_tools_lora_becomes_an_official_one(tmp_path):
@@ -367,6 +399,9 @@ def test_inspect_says_what_every_golden_file_holds(capsys, workdir):
         "beside: vision_model.patch_dense.bias",
         "LoRA of rank 3, alpha / rank 1",
         f"attn1.to_q{'40 x 40':>36}  blocks 0 to 2",
+        f"ff.net.2{'40 x 160':>38}  block 1",  # out x in
+        "rows x2, columns x2",
+        "frames x2",
         "training run, step 7",
     ):
         assert part in out, part
@@ -407,6 +442,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
     out = tmp_path / "out.safetensors"
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(CHECKPOINT.read_bytes()[:-5])
+    newer = tmp_path / "newer.safetensors"
+    save_file(load_file(LORA), newer, {"model_version": "2.5.0"})
     old = tmp_path / "old"
     old.mkdir()
     (old / "weights.json").write_text('{"kind": "ltx2_jax.weights.1"}')
@@ -415,6 +452,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
         ((tmp_path / "gone.safetensors", out), "gone.safetensors: no such file"),
         ((broken, out), "broken.safetensors: not a readable safetensors file (truncated"),
         ((CHECKPOINT, out, "--lora", GOLDEN / "v2.0" / "lora.safetensors"), "another release"),
+        ((CHECKPOINT, out, "--lora", newer), "is for LTX-2 2.5, these weights are 2.3"),
         ((CHECKPOINT, out, "--lora", LORA, "strong"), "--lora: 'strong' is not one number"),
         ((CHECKPOINT, out, "--lora", LORA, "1", "2"), "--lora: '1 2' is not one number"),
         ((CHECKPOINT, out, "--lora", LORA, "nan"), "--lora: strength nan is not finite"),
@@ -444,7 +482,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, workdir):
     ):
         assert message in said(capsys, *arguments), message
         assert not out.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.safetensors", "old"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["broken.safetensors", "newer.safetensors", "old"]
 
 
 @pytest.mark.usefixtures("usual_signals")
