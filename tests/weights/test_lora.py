@@ -225,6 +225,12 @@ def test_the_scales_of_peft_are_in_a_file_beside_its_tensors(root, scale, tmp_pa
         read_lora(tmp_path)
 
 
+def test_a_config_of_peft_is_of_its_own_tensors_alone(tmp_path):
+    save_file(ORIGINAL, tmp_path / "another.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
+    assert set(scales_of(tmp_path / "another.safetensors").values()) == {1.0}
+
+
 def test_patterns_of_alpha_are_of_the_names_in_the_file(tmp_path):
     tensors, _ = styled("diffusers")
     patterns = {"proj_in": 12, "attn1.to_q|attn1.to_k": 6, "to_q": 60}
@@ -349,6 +355,8 @@ def test_unfusing_gives_the_weights_back_bit_for_bit(dtype, offload):
         jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), params, back)
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {np.dtype(dtype)}
+    where = {leaf.sharding.memory_kind for leaf in originals.values()}
+    assert (where == {"pinned_host"}) == offload
 
 
 def test_bfloat16_weights_are_rounded_at_every_step():
@@ -457,10 +465,12 @@ def test_an_official_file_is_written_as_it_was_read(path, tmp_path):
 
 
 def test_matrices_are_written_as_stored_where_no_dtype_is_given(tmp_path):
-    for dtype in map(np.dtype, ("float16", "float32")):
+    for dtype in (np.float16, np.float32, ml_dtypes.float8_e4m3fn):
         save_file({k: v.astype(dtype) for k, v in ORIGINAL.items()}, tmp_path / "x.safetensors")
         write_lora(tmp_path / "y.safetensors", read_lora(tmp_path / "x.safetensors"), dtype=None)
-        assert {v.dtype for v in load_file(tmp_path / "y.safetensors").values()} == {dtype}
+        # Official LoRAs are never float8.
+        kept = ml_dtypes.bfloat16 if dtype == ml_dtypes.float8_e4m3fn else dtype
+        assert {v.dtype for v in load_file(tmp_path / "y.safetensors").values()} == {np.dtype(kept)}
 
 
 def test_what_was_trained_as_adapters_is_written_with_its_alpha_in_b(tmp_path):
@@ -617,8 +627,13 @@ def test_a_lora_of_another_model_is_refused_with_all_that_does_not_fit():
     assert "\n" not in str(error.value)
     newer = Lora({"prompt_adaln_single.linear": Target(np.zeros((1, 32)), np.zeros((64, 1)))})
     older = release_of(GOLDEN / "v2.0" / "checkpoint.safetensors").config("transformer")
-    with pytest.raises(UserError, match=r"prompt_adaln_single\.linear is not there"):
-        loras.check(newer, older)
+    for use in (
+        lambda: loras.check(newer, older),
+        lambda: next(loras.fuse_stream([], [(newer, 1.0)], older), None),
+        lambda: loras.adapters([(newer, 1.0)], older),
+    ):
+        with pytest.raises(UserError, match=r"prompt_adaln_single\.linear is not there"):
+            use()
 
 
 def test_a_lora_that_says_its_generation_is_held_to_it():

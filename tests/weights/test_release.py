@@ -194,6 +194,9 @@ def test_a_folder_is_all_of_its_files(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with open_release(tmp_path) as release:
         assert set(release.networks) == {"transformer", "connectors", "gemma", "text_projection"}
+    # What macOS writes beside a file of another disk is none.
+    (tmp_path / "._transformer.safetensors").write_bytes(b"\0\5\x16\7")
+    fits(tmp_path)
     (tmp_path / "again.safetensors").write_bytes(PACK[0].read_bytes())
     message = "holds several models: again.safetensors, transformer.safetensors each have"
     assert message in refused(tmp_path)
@@ -320,6 +323,23 @@ def test_float8_is_scaled_up_block_by_block(suffix, rows, tmp_path):
     np.testing.assert_array_equal(out[name], wanted[modules[0]].astype(ml_dtypes.bfloat16))
 
 
+def test_a_stack_has_the_finest_dtype_of_its_blocks_and_float64_is_float32(tmp_path):
+    tensors = load_file(CHECKPOINT)
+    name = f"{DIT}transformer_blocks.{{}}.{{}}.to_q.weight"
+    fine = np.random.default_rng(0).normal(size=tensors[name.format(1, "attn1")].shape)
+    tensors[name.format(1, "attn1")] = fine.astype(np.float32)
+    tensors |= {name.format(i, "attn2"): fine + i for i in range(3)}
+    with open_release(written(tmp_path / "x.safetensors", tensors, metadata_of(CHECKPOINT))) as r:
+        _, params = r.load("transformer")
+    mixed, wide = (
+        params["blocks"][kind]["to_q"]["weight"] for kind in ("video_self", "video_text")
+    )
+    assert mixed.dtype == wide.dtype == np.float32
+    np.testing.assert_array_equal(mixed[1], fine.astype(np.float32))
+    np.testing.assert_array_equal(mixed[0], tensors[name.format(0, "attn1")].astype(np.float32))
+    np.testing.assert_array_equal(wide[2], (fine + 2).astype(np.float32))
+
+
 def test_float8_without_a_scale_is_cast(tmp_path):
     tensors, name = load_file(CHECKPOINT), f"{DIT}transformer_blocks.1.attn2.to_v.weight"
     tensors[name] = tensors[name].astype(np.float32).astype(ml_dtypes.float8_e5m2)
@@ -375,6 +395,8 @@ def test_all_that_is_wrong_with_a_file_is_listed_at_once(tmp_path):
         name = f"{DIT}transformer_blocks.{i}.attn1.to_q.weight"
         tensors[name.replace("attn1", "attn3")] = tensors.pop(name)
     tensors[f"{DIT}adaln_single.linear.bias"] = np.zeros(360, np.int8)
+    tensors, _ = eighth(tensors, f"{DIT}transformer_blocks.1.attn2.to_q")
+    tensors[f"{DIT}transformer_blocks.1.attn2.to_q.weight_scale"] = np.ones((3, 1), np.float32)
     message = refused(written(tmp_path / "x.safetensors", tensors, metadata_of(CHECKPOINT)))
     for part in (
         "x.safetensors: transformer weights do not fit the config",
@@ -382,6 +404,7 @@ def test_all_that_is_wrong_with_a_file_is_listed_at_once(tmp_path):
         "unknown transformer_blocks.{0-2}.attn3.to_q.weight",
         "proj_out.bias has (3,), not (4,)",
         "adaln_single.linear.bias is stored as int8, not as a float",
+        "the scale of transformer_blocks.1.attn2.to_q.weight has (3, 1)",
     ):
         assert part in message
 

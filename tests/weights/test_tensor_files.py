@@ -7,9 +7,11 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.weights import writing as writing_module
+from ltx2_jax.weights.loading import Source
 from ltx2_jax.weights.tensor_files import DTYPES, TensorFile, layout, write_rows
 from ltx2_jax.weights.writing import writing
 
@@ -74,6 +76,23 @@ def test_what_is_written_is_what_the_reference_package_writes(tmp_path):
             write_rows(file.fileno(), places.tensors[name], TENSORS[name])
     assert ours.read_bytes() == theirs.read_bytes()
     assert places.nbytes == theirs.stat().st_size
+
+
+def test_what_the_system_moves_in_parts_arrives_whole(tmp_path, monkeypatch):
+    """Linux moves two gigabytes a call at most, and may move less."""
+    read, write, path = os.preadv, os.pwrite, tmp_path / "x.safetensors"
+    save_file(TENSORS, tmp_path / "theirs.safetensors")
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: read(fd, [views[0][:5]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:5], at))
+    places = layout({n: (v.dtype, v.shape) for n, v in TENSORS.items()})
+    with open(path, "wb") as file:
+        file.write(places.header)
+        file.flush()
+        for name, stored in places.tensors.items():
+            write_rows(file.fileno(), stored, TENSORS[name])
+    assert path.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    with TensorFile(path) as file:
+        assert all(same(file.read(name), np.asarray(value)) for name, value in TENSORS.items())
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_numbers():
@@ -150,6 +169,37 @@ def test_a_file_that_exists_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="exists already"), writing(path, ONE, {}):
         pass
     assert path.read_text() == "mine"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, rename, sync = [], os.rename, os.fsync
+    monkeypatch.setattr(os, "rename", lambda *names: (done.append("named"), rename(*names)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("on the disk"), sync(fd)))
+    with writing(tmp_path / "x.safetensors", ONE, {}) as writer:
+        writer.put_array("a", np.arange(4, dtype=np.float32))
+    assert done == ["on the disk", "named"]
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_file_that_lacks_a_tensor_does_not_appear(tmp_path):
+    two = ONE | {"b": (np.dtype("float32"), (2,))}
+    with (
+        pytest.raises(RuntimeError, match=r"not written: \['b'\]"),
+        writing(tmp_path / "x.safetensors", two, {}) as writer,
+    ):
+        writer.put_array("a", np.zeros(4, np.float32))
+    assert left(tmp_path) == []
+
+
+def test_a_tensor_that_is_copied_in_parts_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing_module, "COPY_ROWS_BYTES", 20)  # two rows of the largest
+    source, copy = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file(TENSORS, source)
+    kinds = {n: (v.dtype, v.shape) for n, v in TENSORS.items()}
+    with TensorFile(source) as file, writing(copy, kinds, {}) as writer:
+        for name in kinds:
+            writer.copy(name, Source(file, name))
+    assert copy.read_bytes() == source.read_bytes()
 
 
 def test_an_interrupted_file_leaves_nothing(tmp_path):
