@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.models import lora, ltx2
 from ltx2_jax.models.layers import Linear
-from ltx2_jax.models.quantized import FORMS, PRODUCTS, dequantized, quantize, quantized, stored
+from ltx2_jax.models.quantized import (
+    FORMS,
+    PRODUCTS,
+    dequantized,
+    described,
+    quantize,
+    quantized,
+    stored,
+)
 from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3
 from ltx2_jax.models.transformer.config import LTX2_3_22B
 from ltx2_jax.planning.compiled import hlo
@@ -25,6 +33,23 @@ ROWS, COLUMNS = 6, 64
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "said"),
+    [
+        (None, "TPU v5e", "bfloat16 weights"),
+        ("int4", "TPU v5e", "int4 weights"),
+        ("int8-products", "TPU v5e", "int8 weights and products"),
+        ("fp8-products", "TPU7x", "fp8 weights and products"),
+        ("fp8-products", "TPU v5e", "fp8 weights and products, for which TPU v5e has no faster "
+         "unit: --quantize=fp8 is closer"),
+        ("int8-products", "cpu", "int8 weights and products, for which cpu has no faster unit: "
+         "--quantize=int8 is closer"),
+    ],
+)  # fmt: skip
+def test_products_that_a_chip_has_no_unit_for_are_said_to_be_of_no_use(form, kind, said):
+    assert described(form, kind) == said
 
 
 # Every value of a form that is its own opposite's: what e4m3 has is what ml_dtypes says.

@@ -65,6 +65,24 @@ def test_layers_from_the_host_compute_the_same_bit_for_bit(layers, form, mesh_co
                      program(graph, params, x))  # fmt: skip
 
 
+def test_matrices_scales_and_adapters_of_layers_wait_on_the_host_and_nothing_else():
+    where = NamedSharding(make_mesh(devices=jax.devices()[:1]), P())
+    stack = jax.device_put(np.zeros((3, 2, 4), np.float32), where)
+    for name, array, on_host in (
+        ("weight", stack, True),
+        ("scale", stack, True),
+        ("a", stack, True),
+        ("b", stack, True),
+        ("bias", stack[0], False),
+        ("scale", stack[0], False),  # of rows, a number each
+        ("registers", stack, False),
+    ):
+        placed = streamed.place(("blocks", name), array, offload=True)
+        assert (placed.sharding.memory_kind == streamed.HOST) == on_host, name
+        here = streamed.place(("blocks", name), placed, offload=False)
+        assert on_host or here.sharding.memory_kind != streamed.HOST
+
+
 LAYERS, WIDTH, ROWS = 12, 1024, 256
 
 

@@ -143,6 +143,28 @@ def test_scaled_float8_stays_as_stored(float8):
     np.testing.assert_array_equal(other["scale"], meant[1])
 
 
+def test_float8_without_a_scale_means_what_it_says(float8, tmp_path):
+    """Kept as it is if it is e4m3; e5m2, which has less mantissa, is rounded to that."""
+    _, tensors = float8
+    name = "model.diffusion_model.transformer_blocks.{}.attn1.to_q.weight"
+    kinds = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+    with open_release(float8[0]) as release:
+        metadata = release.files[0].metadata
+    for kind in kinds:
+        small = {name.format(i): tensors[name.format(i)].astype("f").astype(kind) for i in range(3)}
+        kept = {k: v for k, v in tensors.items() if not k.endswith("attn1.to_q.weight_scale")}
+        save_file(kept | small, tmp_path / f"{kind.__name__}.safetensors", metadata)
+        query = queries("fp8", tmp_path / f"{kind.__name__}.safetensors")
+        assert query["weight"].dtype == jnp.float8_e4m3fn
+        want = np.stack([*small.values()]).astype(np.float32)
+        got = dequantized(query["weight"], query["scale"])
+        if kind is kinds[0]:
+            np.testing.assert_array_equal(query["weight"].view(jnp.uint8),
+                                          np.stack([*small.values()]).view("u1"))  # fmt: skip
+            np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, rtol=1 / 16, atol=np.abs(want).max() / 448 / 512)
+
+
 def test_loras_beside_the_weights_do_what_fused_ones_do(case):
     """With a strength for each stream; beside weights on the host, which are not copied for it."""
     found = files()
