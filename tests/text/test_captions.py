@@ -17,8 +17,8 @@ from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.text.gemma import GEMMA_SMALL
 from ltx2_jax.sharding import make_mesh
-from ltx2_jax.text.captions import caption_features, load_caption_encoder
-from ltx2_jax.text.encoder import TextEncoder
+from ltx2_jax.text.captions import caption_features, load_caption_encoder, tell_cut
+from ltx2_jax.text.encoder import TextEncoder, write_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = RandomEncoderConfig(video_dim=24, audio_dim=16)
@@ -133,6 +133,39 @@ def test_a_released_encoder_is_found_again_and_a_changed_one_refused(tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors, which is not there"):
         load_caption_encoder(tmp_path / "e.safetensors")
+
+
+def test_a_released_encoder_is_used_as_it_was_where_it_was(tmp_path, monkeypatch):
+    """By paths that hold in any folder."""
+    monkeypatch.chdir(GOLDEN / "v2.3")
+    asked = {"length": 20, "dtype": "float32", "last_layer_only": True}
+    write_reference(tmp_path / "e.safetensors", "checkpoint.safetensors", "gemma", **asked)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TextEncoder, "load", lambda *files, **given: (files, given))
+    mesh = make_mesh(devices=jax.devices()[:2])
+    files, given = load_caption_encoder(tmp_path / "e.safetensors", mesh)
+    assert [Path(name) for name in files] == [
+        GOLDEN / "v2.3" / name for name in ("checkpoint.safetensors", "gemma")
+    ]
+    assert given == {**asked, "mesh": mesh, "connect": False}
+
+
+def test_captions_beyond_a_batch_are_encoded_as_those_within_it(path, monkeypatch):
+    encoder = RandomEncoder.load(path)
+    want = encoder.features(CAPTIONS)
+    monkeypatch.setattr(encoder, "batch_size", 2)
+    for have, expect in zip(encoder.features(CAPTIONS), want, strict=True):
+        np.testing.assert_allclose(have, expect, atol=1e-5)
+
+
+def test_only_captions_without_any_padding_are_said_to_be_cut(capsys):
+    masks = np.asarray([[False, True, True], [True, True, True], [False, False, True]])
+    tell_cut(masks[[0, 2]], "captions", "--text-length")
+    assert capsys.readouterr().out == ""
+    tell_cut(masks, "captions", "--text-length")
+    assert "captions that fill all 3 tokens: 1; what is longer is cut (--text-length)" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_is_no_encoder_is_refused_by_name(path, tmp_path):

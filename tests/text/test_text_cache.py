@@ -231,20 +231,24 @@ def test_the_fingerprint_tells_what_decides_features_from_what_does_not(tmp_path
     different = [
         encoder_fingerprint(checkpoint, gemma, dtype="float32"),
         encoder_fingerprint(checkpoint, gemma, last_layer_only=True),
+        encoder_fingerprint(checkpoint, gemma, quantize="int8"),
         encoder_fingerprint(checkpoint, gemma, tokenizer=GOLDEN / "v2.5" / "gemma"),
     ]
 
     tensors = load_file(checkpoint)
     metadata = {"config": read_metadata(checkpoint)["config"]}
 
-    def changed(key):
-        path = tmp_path / "checkpoint.safetensors"
-        save_file(tensors | {key: np.ascontiguousarray(-tensors[key])}, path, metadata)
+    def changed(key, rows=slice(None)):
+        path, value = tmp_path / "checkpoint.safetensors", tensors[key].copy()
+        value[rows] = -value[rows]
+        save_file(tensors | {key: value}, path, metadata)
         return encoder_fingerprint(path, gemma)
 
     connector = "model.diffusion_model.video_embeddings_connector.learnable_registers"
     assert changed(connector) == name
-    different.append(changed("text_embedding_projection.video_aggregate_embed.weight"))
+    projection = "text_embedding_projection.video_aggregate_embed.weight"
+    middle = len(tensors[projection]) // 2
+    different += [changed(projection, rows) for rows in (0, middle, -1, slice(None))]
 
     other = tmp_path / "gemma"
     shutil.copytree(gemma, other)
@@ -254,6 +258,28 @@ def test_the_fingerprint_tells_what_decides_features_from_what_does_not(tmp_path
     save_file(weights | {key: -weights[key]}, other / "model.safetensors")
     different.append(encoder_fingerprint(checkpoint, other))
     assert len({name, *different}) == 1 + len(different)
+
+
+def test_what_decides_features_decides_their_place_and_reaches_the_encoder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        TextEncoder, "load", lambda *files, **given: asked.append(given) or FakeEncoder()
+    )
+    words = GOLDEN / "v2.5" / "gemma"
+    settings = [
+        {}, {"dtype": "float32"}, {"last_layer_only": True}, {"tokenizer": words},
+        {"quantize": "int8"},
+    ]  # fmt: skip
+    paths = set()
+    for given in settings:
+        cached = TextCache.load(tmp_path, *files_of("v2.3"), length=LENGTH, mesh="mesh", **given)
+        paths.add(cached.path("fox"))
+        cached.features(["fox"])
+        whole = {"length": LENGTH, "mesh": "mesh", **given}
+        assert asked[-1].items() >= whole.items()
+    assert len(paths) == len(asked) == len(settings)
+    assert not cached.shared
+    assert TextCache.load(tmp_path, *files_of("v2.0")).shared
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

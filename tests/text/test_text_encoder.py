@@ -22,6 +22,7 @@ from ltx2_jax.sharding import abstract_mesh, make_mesh
 from ltx2_jax.text.encoder import TextEncoder
 from ltx2_jax.weights.names.text import check_text_encoder
 from ltx2_jax.weights.sources import open_release
+from ltx2_jax.weights.tensor_files import read_metadata
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT, GEMMA = GOLDEN / "v2.3" / "checkpoint.safetensors", GOLDEN / "v2.3" / "gemma"
@@ -73,6 +74,26 @@ def test_without_registers_the_mask_comes_along():
     assert not np.asarray(video)[~np.asarray(mask)].any()
     assert not np.asarray(audio)[~np.asarray(mask)].any()
     assert np.abs(np.asarray(video)[1, 0] - contexts()[0][1, 0]).max() > 0.1
+
+
+def test_a_saved_encoder_says_of_which_states_its_features_are(tmp_path):
+    for name, said in ((True, "True"), (False, "False")):
+        bare = encoder(registers=0, last_layer_only=True) if name else encoder()
+        bare.save(tmp_path / "e.safetensors")
+        metadata = read_metadata(tmp_path / "e.safetensors")
+        assert (metadata["last_layer_only"], metadata["dtype"], metadata["length"]) == (
+            said, "float32", "32"
+        )  # fmt: skip
+
+
+def test_another_tokenizer_may_be_given(tmp_path):
+    tokenizer.train(["a fox walks", "a hare runs"], tmp_path / "tokenizer.model", 300)
+    given = TextEncoder.load(
+        CHECKPOINT, GEMMA, connect=False, length=8, tokenizer=tmp_path / "tokenizer.model"
+    )
+    want = tokenizer.Tokenizer(tmp_path / "tokenizer.model").encode(["a fox"], 8)[0]
+    np.testing.assert_array_equal(given.tokens(["a fox"])[0], want)
+    assert (want != tokenizer.Tokenizer(GEMMA).encode(["a fox"], 8)[0]).any()
 
 
 def test_the_12b_encoder_runs_split_and_never_stacks_its_hidden_states():
