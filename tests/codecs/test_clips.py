@@ -1,6 +1,7 @@
 """What goes through a codec comes out with its frames, rates and length."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -65,6 +66,19 @@ def test_a_written_clip_is_the_decoded_one_in_pieces(paths, tmp_path, source):
     decoded.save(tmp_path / "whole.mp4")
     clips.write_clip(tmp_path / "pieces.mp4", tiled, *latents, clip.fps)
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
+
+
+def test_a_written_clip_is_as_fine_as_asked(tmp_path):
+    frames = np.random.default_rng(0).uniform(-1, 1, (1, 9, 32, 64, 3)).astype(np.float32)
+    video = SimpleNamespace(strides=(8, 32, 32), decode_chunks=lambda _: iter([frames]))
+    noise = SimpleNamespace(video=video, audio=SimpleNamespace(output_sample_rate=24000))
+    sizes = []
+    for crf in (5, 18, 40):
+        path = tmp_path / f"{crf}.mp4"
+        clips.write_clip(path, noise, np.zeros((2, 1, 2, 4)), None, 12.0, crf=crf)
+        sizes.append(path.stat().st_size)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < sizes[1] / 2 < sizes[0] / 2
 
 
 def test_a_linear_codec_goes_the_same_way(source, tmp_path):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.codecs import diffusion_tiling
 from ltx2_jax.models.codecs.tiling import TileSizes
 from ltx2_jax.weights.tensor_files import TensorFile
 
@@ -40,6 +41,28 @@ def test_the_interface_tells_the_geometry_of_the_release(codec):
     assert (codec.audio.sample_rate, codec.audio.output_sample_rate) == (16000, 24000)
     assert (codec.audio.bins, codec.audio.channels) == (16, 2)
     assert codec.audio.latents_per_second == 25
+
+
+def test_the_devices_and_the_dtype_are_those_asked_for(paths):
+    wide, usual = (
+        load_codec(*paths, devices=jax.devices()[2:4], **more)
+        for more in ({"dtype": "float32"}, {})
+    )
+    assert (wide.video.config.dtype, usual.video.config.dtype) == ("float32", "bfloat16")
+    assert wide.audio.device == jax.devices()[2]
+    for leaf in jax.tree.leaves(wide.audio.params):
+        assert leaf.devices() == {jax.devices()[2]}
+    assert wide.video.devices == jax.devices()[2:4]
+
+
+def test_the_release_is_that_of_the_pictures(tmp_path):
+    """Its latents are what a model is trained on; the sound may come from an older file."""
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    older.mkdir()
+    newer.mkdir()
+    _, audio = tiny_codec.write(older, split=True, version="2.3.0")
+    video, _ = tiny_codec.write(newer, split=True, version="2.5.1")
+    assert load_codec(audio, video).release == "2.5"
 
 
 def test_uint8_pixels_are_scaled_to_plus_minus_one(codec, pixels):
@@ -101,6 +124,11 @@ def test_what_a_clip_becomes_does_not_depend_on_its_place(codec, pixels, monkeyp
     latents = codec.video.encode(three)
     assert len(latents) == 3
     np.testing.assert_array_equal(latents[2], latents[0])
+    # And what is decoded comes back in the order of the batch.
+    monkeypatch.setattr(
+        type(codec.video), "decode_chunks", lambda _, part: iter((part[:, :1], part[:, 1:]))
+    )
+    np.testing.assert_array_equal(codec.video.decode(latents), latents)
 
 
 def test_tiles_come_in_time_order_and_add_up_to_the_clip(paths, pixels):
@@ -111,6 +139,24 @@ def test_tiles_come_in_time_order_and_add_up_to_the_clip(paths, pixels):
     assert len(chunks) > 1
     assert sum(chunk.shape[1] for chunk in chunks) == 33
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tiled.video.decode(latents))
+
+
+def test_every_tile_of_a_clip_has_noise_of_its_own(paths, monkeypatch):
+    """For the decoders that read some; the same every time."""
+    tiling = TileSizes(frames=(16, 8), height=(0, 0), width=(0, 0))
+    tiled = load_codec(*paths, devices=jax.devices()[:1], tiling=tiling).video
+    keys = []
+
+    def keep_key(self, program, tile, pixels, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return np.zeros((len(tile), *pixels, 3), np.float32)
+
+    monkeypatch.setattr(type(tiled), "_on_devices", keep_key)
+    for _ in range(2):
+        list(tiled.decode_chunks(np.zeros((1, 5, 2, 2, 4))))
+    first, again = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    assert first == again
+    assert len(set(first)) == len(first) > 1
 
 
 def test_long_clips_are_tiled_by_themselves_and_more_devices_take_larger_tiles(paths):
@@ -153,9 +199,14 @@ def test_sound_lasts_as_long_as_asked(codec):
     np.testing.assert_array_equal(codec.audio.decode(latents, 100), longer[:, :100])
 
 
-def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, pixels):
+def test_a_saved_reference_leads_to_the_released_files(codec, paths, tmp_path, pixels, monkeypatch):
     codec.save(tmp_path / "codec.safetensors")
     assert (tmp_path / "codec.safetensors").stat().st_size < 2000
+    monkeypatch.chdir(paths[0].parent)
+    load_codec(paths[0].name).save(tmp_path / "by_name.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name in ("by_name", "codec"):
+        assert load_codec(tmp_path / f"{name}.safetensors").paths == [paths[0].resolve()]
     again = load_codec(tmp_path / "codec.safetensors", devices=jax.devices()[:1], dtype="float32")
     assert again.release == codec.release
     np.testing.assert_array_equal(again.video.encode(pixels), codec.video.encode(pixels))
@@ -265,7 +316,7 @@ def test_latents_of_another_codec_are_refused(codec):
         codec.video.decode(np.zeros((1, 2, 2, 2, 128)))
 
 
-def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
+def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise(monkeypatch):
     split = Path(__file__).parents[1] / "golden" / "v2.5" / "split"
     paths = split / "video_vae_diffusion.safetensors", split / "audio_vae.safetensors"
     one, two = (load_codec(*paths, devices=jax.devices()[:n], dtype="float32") for n in (1, 2))
@@ -275,6 +326,14 @@ def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise():
     assert pixels.shape == (1, 1, 96, 128, 3)
     np.testing.assert_array_equal(one.video.decode(latents), pixels)
     np.testing.assert_allclose(two.video.decode(latents), pixels, atol=1e-4)
+    # Every draw for a clip is another one, and what is decoded stays within its range.
+    shape = (1, 1, 2, 4, 50)
+    monkeypatch.setattr(
+        diffusion_tiling, "decode_chunks", lambda decoder, raw, draw, _: map(draw, (shape, shape))
+    )
+    first, second = one.video.decode_chunks(latents)
+    assert (first != second).mean() > 0.5
+    assert max(np.abs(first).max(), np.abs(second).max()) == 1
 
 
 def test_a_diffusion_decoder_alone_decodes(tmp_path):

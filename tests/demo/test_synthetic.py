@@ -155,6 +155,18 @@ def test_the_ball_touches_the_floor_at_the_event(family):
             assert window.start + deepest == pytest.approx(time * 200, abs=2)
 
 
+@pytest.mark.parametrize(("family", "partials"), [("bounce", 2), ("flash", 1), ("night", 1)])
+def test_the_note_of_a_ball_has_an_overtone_and_a_beep_has_none(family, partials):
+    config = SyntheticConfig(families=(family,))
+    for index in range(4):
+        made = render(config, index)
+        pitch = round(synthetic.PITCHES[parse(made.caption)["pitch"]])
+        begin = round(made.events[0] * 16000)
+        spectrum = np.abs(np.fft.rfft(made.clip.audio[begin : begin + 960, 0], 16000))
+        found = [spectrum[k * pitch] > 0.15 * spectrum.max() for k in (1, 2)]
+        assert sum(found) == partials
+
+
 def test_the_lamp_jumps_at_the_event_and_decays():
     config = SyntheticConfig(num_frames=401, fps=200.0, families=("flash",))
     for index in range(4):
@@ -222,6 +234,9 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
     assert len(os.listdir(folder / "clips")) == 4
     with pytest.raises(UserError, match=r"another config \(different: fps, seed\)"):
         write_dataset(folder, dataclasses.replace(config, seed=1, fps=10.0))
+    monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
+    with pytest.raises(UserError, match=r"another config \(different: version\)"):
+        write_dataset(folder, config)
 
 
 @pytest.mark.parametrize(
