@@ -237,6 +237,9 @@ def test_prompts_take_turns_and_captions_are_fresh():
     captions = sample.all_prompts([], None, config, config.sample)
     assert len(captions) == config.sample.num_clips
     assert captions == sample.all_prompts([], None, config, config.sample)
+    other = dataclasses.replace(config.sample, seed=config.sample.seed + 1, num_clips=3)
+    assert len(sample.all_prompts([], None, config, other)) == 3
+    assert sample.all_prompts([], None, config, other) != captions[:3]
     with pytest.raises(ltx2_jax.UserError, match="--num-clips=1 is too few for 2 prompts"):
         sample.all_prompts(["a", "b"], 1, config, config.sample)
     real = load(str(SMALL), {"data.path": "my/clips"})

@@ -209,6 +209,7 @@ def test_clips_go_where_they_are_wanted_and_never_over_others(folder, monkeypatc
     assert names(2, "--output-path=x.png") == ["x-000.png", "x-001.png"]
     assert sorted(folder.iterdir()) == before  # nothing is left of trying
     assert names(2, "--output-path=new") == ["new/000.mp4", "new/001.mp4"]
+    assert names(1, "--output-path=new", "--sound-only") == ["new/000.wav"]
     for taken in ("clip-001.mp4", "clip-001-000.mp4", "clip-001.wav"):
         (folder / taken).touch()
         assert names(1) == ["clip-002.mp4"]
@@ -310,3 +311,8 @@ def test_flags_of_model_and_machine_reach_the_pipeline(monkeypatch):
     _, given = sample._pipeline(flags.read(["model", "a dog"]))
     for name in ("mesh", "kind", "keep", "text_cache", "quantize"):
         assert given[name] is None
+    monkeypatch.setattr(Pipeline, "from_workdir", lambda *files, **given: (files, given))
+    argv = ["--workdir=run", "a ball", "--checkpoint-step=7", "--text-cache=features"]
+    files, given = sample._pipeline(flags.read([*argv, "--mesh=2,2,2"]))
+    assert (files, given.pop("mesh").size) == (("run",), 8)
+    assert given == {"step": 7, "text_cache": "features"}
