@@ -1,8 +1,11 @@
 """A program that does not fit is told in numbers, in whatever form the compiler says so."""
 
+import contextlib
+
 import jax
 import pytest
 
+from ltx2_jax.errors import UserError
 from ltx2_jax.planning.compiled import memory
 
 HBM = (
@@ -94,3 +97,19 @@ def test_donated_memory_counts_once(monkeypatch):
     assert [f["aliased_bytes_per_device"] for f in facts] == [0, 4096]
     assert facts[0]["peak_bytes_per_device"] == facts[1]["peak_bytes_per_device"] + 4096
     assert "(0.00 in place)" in memory.describe_memory(facts[1], "given", "results")
+
+
+@pytest.mark.parametrize("error", [None, UserError("no")])
+def test_what_is_compiled_for_chips_that_are_not_here_is_kept_in_no_cache(error):
+    """JAX could not read it back; what is compiled for those that are here is kept as before."""
+
+    class Lowered:
+        def compile(self):
+            if error:
+                raise error
+            return jax.config.jax_persistent_cache_min_compile_time_secs
+
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    with pytest.raises(UserError) if error else contextlib.nullcontext():
+        assert memory.compile_or_overflow(Lowered()) == float("inf") > before
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before

@@ -1,6 +1,8 @@
 """The memory that a compiled program needs on one device, and what is told when it is too much."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -67,12 +69,28 @@ def describe_memory(facts: dict[str, Any], arguments: str, output: str) -> str:
 def compile_or_overflow(lowered: jax.stages.Lowered) -> jax.stages.Compiled | dict[str, Any]:
     """The program compiled, or the facts of `overflow` if it is too large for the device."""
     try:
-        return lowered.compile()
+        with _kept_in_no_cache():
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         facts = overflow(error)
         if facts is None:
             raise
         return facts
+
+
+@contextlib.contextmanager
+def _kept_in_no_cache() -> Iterator[None]:
+    """JAX cannot read back what was compiled for chips that are not here, and warns when it tries.
+
+    So nothing that is compiled in the block is put into `JAX_COMPILATION_CACHE_DIR`.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def overflow(error: Exception) -> dict[str, Any] | None:
