@@ -127,6 +127,62 @@ def test_lengths_are_legal_and_near_what_is_asked(asked, frames):
     assert task(**asked).num_frames == frames
 
 
+def test_a_sound_is_heard_from_its_start_for_as_long_as_is_asked_at_the_rate_of_the_frames():
+    samples = np.tile(np.arange(3000, dtype=np.float32)[:, None], (1, 2))
+    found = task(audio=(samples, 1000), audio_start=0.5, audio_max_duration=1.0, fps=50.0)
+    assert found.num_frames == 49  # of 50, the nearest count
+    np.testing.assert_array_equal(found.audio.samples, samples[500:1480])
+    assert task(num_frames=17, audio=clip()).audio.rate == 16000
+
+
+@pytest.mark.parametrize(("retake", "anew"), [("both", "va"), ("video", "v"), ("audio", "a")])
+def test_a_retake_makes_anew_what_it_names_and_keeps_the_other_whole(retake, anew):
+    found = task(video=clip(20), start=0.1, end=0.3, retake=retake)
+    assert found.video.redo == ((0.1, 0.3) if "v" in anew else None)
+    assert found.audio.redo == ((0.1, 0.3) if "a" in anew else None)
+    assert found.video.is_whole(17) == ("v" not in anew)
+    assert found.audio.is_whole(17 / 24) == ("a" not in anew)
+    assert (len(found.video.pixels), len(found.audio.samples)) == (17, round(17 / 24 * 16000))
+
+
+def test_a_silent_clip_stays_silent_where_its_picture_alone_is_retaken():
+    silent = {"video": clip(sound=False), "start": 0.1, "end": 0.3}
+    assert [task(**silent, retake=name).sound for name in ("video", "both")] == [False, True]
+
+
+def test_what_a_clip_is_extended_by_lies_before_and_after_it():
+    found = task(video=clip(17), extend_before=0.3, extend=0.7)  # 8 and 16 frames
+    assert (found.num_frames, found.video.first, len(found.video.pixels)) == (41, 8, 17)
+    assert found.audio.start == pytest.approx(8 / 24)
+    assert found.audio.end == pytest.approx(25 / 24, abs=1e-3)
+    assert not found.audio.is_whole(25 / 24)  # what comes before it is not there
+
+
+def test_a_frame_below_zero_counts_from_the_end():
+    assert task(num_frames=17, image=(pixels(), -1)).images[0].frame == 16
+
+
+def test_a_reference_is_as_long_as_the_clip_and_a_short_one_stops_at_its_last_frame():
+    numbered = np.tile(np.arange(25, dtype=np.uint8)[:, None, None, None], (1, 64, 64, 3))
+    long, short = media.Clip(numbered, 24.0), media.Clip(numbered[:9], 24.0)
+    asked = Asked(num_frames=17, references=[(long, 0.5, 0.25), short])
+    found = make_task(asked, strides=STRIDES, multiple=32, size=(64, 96), scales=(2, 4)).references
+    np.testing.assert_array_equal(found[0].pixels[:, 0, 0, 0], np.arange(17))
+    np.testing.assert_array_equal(found[1].pixels[:, 0, 0, 0], [*range(9), *[8] * 8])
+    assert [(r.strength, r.attention) for r in found] == [(0.5, 0.25), (1.0, 1.0)]
+    assert [(r.downscale, r.time_scale) for r in found] == [(2, 4)] * 2
+
+
+def test_a_dub_gives_its_size_rate_strength_and_voice_unless_another_voice_is_given():
+    dub = clip(17, height=96, fps=25.0)
+    found = task(dub=(dub, 0.5))
+    assert (found.num_frames, found.height, found.width, found.fps) == (17, 96, 64, 25.0)
+    assert [r.strength for r in found.references] == [0.5]
+    assert (len(found.voice.samples), found.voice.rate) == (len(dub.audio), 16000)
+    other = task(dub=dub, voice=(np.ones((100, 2), np.float32), 1000)).voice
+    assert (len(other.samples), other.rate) == (100, 1000)
+
+
 # ---------------------------------------------------------------------------------------- recipes
 
 
