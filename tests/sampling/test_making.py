@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK
 from ltx2_jax.errors import UserError
-from ltx2_jax.media.media import Clip
+from ltx2_jax.media.media import Clip, read_whole_sound
 from ltx2_jax.sampling import given, making, output, stages
 from ltx2_jax.sampling.given import encode
 from ltx2_jax.sampling.loras import Adapter, Strength, even
@@ -143,6 +144,51 @@ def test_latents_in_a_file_keep_the_sizes_of_their_clip_and_what_made_it(tmp_pat
     np.testing.assert_array_equal(found.audio, audio)
     output.save_latents(tmp_path / "b", Made(video, None, asked))
     assert output.read_latents(tmp_path / "b").task == dataclasses.replace(asked, sound=False)
+
+
+def test_a_film_has_the_rate_sound_quality_and_memory_that_its_clip_has(monkeypatch, tmp_path):
+    films = []
+    monkeypatch.setattr(
+        output, "stream_mp4", lambda path, frames, **how: films.append((len([*frames]), how))
+    )
+    made = Made(np.zeros((2, 2, 2, 1)), np.zeros((9, 1, 1)), Task(9, 64, 64, 12.5), about={"a": 1})
+    made.write(tmp_path / "a.mp4", CODEC, crf=30)
+    ((pieces, how),) = films
+    assert len(how.pop("audio")) == 720  # 9 / 12.5 s
+    assert pieces == 2
+    assert how == {"fps": 12.5, "sample_rate": RATE, "crf": 30, "about": '{"a": 1}'}
+    assert made.clip(CODEC).about == '{"a": 1}'
+
+
+def test_the_sound_beside_the_frames_of_a_clip_is_at_its_own_rate(tmp_path):
+    known = KnownAudio(ramp(800) / 800, 2000)
+    made = Made(np.zeros((2, 2, 2, 1)), None, Task(9, 64, 64, FPS, audio=known))
+    *_, sound = made.write(tmp_path / "a.png", CODEC)
+    samples, rate = read_whole_sound(sound)
+    assert (len(samples), rate) == (800, 2000)
+    silent = dataclasses.replace(made, task=dataclasses.replace(made.task, sound=False))
+    assert silent.sound(CODEC) == (None, RATE)
+
+
+def test_a_sound_that_is_known_but_for_a_span_is_heard_outside_it():
+    known = KnownAudio(ramp(375), RATE, 0.0, (0.2, 0.3))
+    made = Made(None, np.zeros((9, 1, 1)), Task(9, 64, 64, FPS, picture=False, audio=known))
+    samples, _ = made.sound(CODEC)
+    np.testing.assert_array_equal(samples[:200], ramp(375)[:200])
+    np.testing.assert_array_equal(samples[300:], ramp(375)[300:])
+    np.testing.assert_array_equal(samples[220:280], 0)
+
+
+def test_a_picture_that_is_given_whole_comes_back_at_an_even_size():
+    video = KnownVideo(np.ones((9, 65, 67, 3), np.uint8))
+    made = Made(None, np.zeros((9, 1, 1)), Task(9, 64, 64, FPS, video=video))
+    assert np.concatenate([*made.frames(CODEC)]).shape == (9, 64, 66, 3)
+
+
+def test_a_file_of_something_else_is_not_read_as_latents(tmp_path):
+    save_file({"video": np.zeros((1, 1, 1, 1), np.float32)}, tmp_path / "a", {"kind": "weights"})
+    with pytest.raises(UserError, match="holds no latents"):
+        output.read_latents(tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------- makers
