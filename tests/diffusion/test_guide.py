@@ -115,16 +115,19 @@ def test_stateful_apg_adds_what_is_left_of_the_steps_before():
             )  # fmt: skip
 
 
-def test_each_clip_of_either_stream_is_rescaled_by_itself():
+@pytest.mark.parametrize(("per_sample", "axes"), [(True, (1, 2)), (False, (0, 1, 2))])
+def test_each_clip_of_either_stream_is_rescaled_by_itself_or_with_its_batch(per_sample, axes):
     x, factors = noise(), (0.75, 0.25)
     x = Latents(*(a * jnp.asarray([1.0, 3.0])[:, None, None] for a in x))
-    how = Guidance(direction="star")  # the difference here is a number, which no deviation sees
+    how = Guidance(
+        "star", per_sample=per_sample
+    )  # the difference here is a number, which no deviation sees
     found, _ = guide(rescales=factors, how=how).find(x, {"sigma": 1.0}, {})
     for a, got, strength, factor in zip(x, found.x0, (2.0, 6.0), factors, strict=True):
         cond, empty = (np.asarray(estimate(a, 1.0, TARGETS[n])) for n in ("prompt", "empty"))
         share = (cond * empty).sum((1, 2), keepdims=True) / (empty**2).sum((1, 2), keepdims=True)
         moved = cond + strength * (cond - share * empty)
-        deviations = [np.std(y, axis=(1, 2), keepdims=True, ddof=1) for y in (cond, moved)]
+        deviations = [np.std(y, axis=axes, keepdims=True, ddof=1) for y in (cond, moved)]
         ratio = deviations[0] / deviations[1]
         np.testing.assert_allclose(got, moved * (factor * ratio + 1 - factor), atol=1e-4)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ltx2_jax.diffusion import schedules
+from ltx2_jax.diffusion.conditioning import Conditions
 from ltx2_jax.diffusion.guide import Guided
-from ltx2_jax.diffusion.sampler import Latents, all_passes, denoise, unguided
+from ltx2_jax.diffusion.sampler import Given, Latents, all_passes, denoise, unguided
 from ltx2_jax.sharding import spec
 
 MEAN, STD = jnp.array([2.0, -1.0]), jnp.array([0.5, 1.5])
@@ -60,6 +61,38 @@ def test_a_known_clean_latent_is_reached_exactly_in_any_schedule(schedule):
     clean = denoise(unguided(lambda _: to_target, None), noise(3), sigmas)
     for got, want in zip(clean, target, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_every_pass_has_what_is_given_of_its_own_clip(clips):
+    def by_clip(*shape):
+        return jnp.arange(1.0, clips + 1).reshape(clips, *[1] * len(shape)) * jnp.ones(shape)
+
+    x, seen = noise(clips), []
+    video = Conditions(x.video, 0.25 * by_clip(40), by_clip(3, 40, 2), by_clip(40),
+                       by_clip(40, 40), 40)  # fmt: skip
+    audio = Conditions(x.audio, None, jnp.ones((1, 1, 30, 2)), None, jnp.ones((1, 30, 30)), 30)
+
+    def network(conditions, given):
+        seen.append((conditions, given))
+        return lambda x, sigma: Latents(*map(jnp.ones_like, x))
+
+    passes = [jnp.zeros(clips), jnp.ones(clips)]
+    found = all_passes(network, passes, Given(video, audio))(x, jnp.float32(0.5))
+    ((conditions, given),) = seen
+    np.testing.assert_array_equal(conditions, [0, 1] * clips)
+    rows = [1, 1, 2, 2][: 2 * clips]  # both passes of a clip, then those of the next
+    for name in ("strength", "positions", "marks", "attention"):
+        got = np.asarray(getattr(given.video, name))
+        want = np.asarray(rows) * (0.25 if name == "strength" else 1)
+        want = want[:1] if clips == 1 and got.ndim > 2 else want  # of one clip: one for all
+        np.testing.assert_array_equal(got.reshape(len(got), -1)[:, -1], want)
+    assert (len(given.audio.positions), len(given.audio.attention)) == (1, 1)  # one for all
+    for estimates in found:
+        for i in range(clips):
+            level = 0.5 * (1 - 0.25 * (i + 1))  # a token that is given in part has less noise
+            np.testing.assert_allclose(estimates.video[i], x.video[i] - level, atol=1e-6)
+        np.testing.assert_allclose(estimates.audio, x.audio - 0.5, atol=1e-6)
 
 
 def test_both_passes_stay_on_the_shards_of_their_samples(mesh_context):
