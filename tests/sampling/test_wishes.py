@@ -46,6 +46,8 @@ def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
         {"prompt": "c", "keyframes": [["a.png", 0, 1.0], ["b.png", -1, 0.5, 20]]},
         {"prompt": "d", "references": ["c.mp4", "c.mp4"], "dub": ["c.mp4", 0.5]},
         {"prompt": "e", "changes": {"stage1.steps": 3, "stage1.sigmas": [1, 0.5, 0]}},
+        {"prompt": "f", "image": ["a.png", 8], "enhancer": "c.mp4"},
+        {"prompt": "g", "enhancer": "of/the-hub"},
     )
     a, b, c, d = (str(folder / name) for name in ("a.png", "b.png", "c.mp4", "d.wav"))
     assert found[0] == Wish("a dog barks {twice}", where=found[0].where)
@@ -57,6 +59,8 @@ def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
         {"keyframes": [(a, 0, 1.0), (b, -1, 0.5, 20)]},
         {"references": [c, c], "dub": (c, 0.5)},
         {"changes": {"stage1.steps": "3", "stage1.sigmas": "(1, 0.5, 0)"}},
+        {"image": [(a, 8)], "enhancer": c},
+        {"enhancer": "of/the-hub"},
     ]
     assert found[5].files == (folder / "c.mp4",) * 3
     # What a clip remembers is read again.
@@ -76,6 +80,10 @@ def test_lines_are_prompts_or_objects_with_files_beside_the_file(folder):
         ({"prompt": "a", "image": "no.png"}, "image: no such file: .*no.png"),
         ({"prompt": "a", "image": ["a.png", 1.5, 1]}, "is not a file, .FILE, FRAME, STRENGTH"),
         ({"prompt": "a", "image": {"a.png": 0}}, "is not a file, "),
+        ({"prompt": "a", "image": ["a.png", 0, 1, 1.5]}, "is not a file, "),
+        ({"prompt": "a", "image": ["a.png", 0, 1, 20, 5]}, "is not a file, "),
+        ({"prompt": "a", "dub": ["c.mp4", 1, 1, 1]}, "is not a file, or "),
+        ({"prompt": "a", "num_frames": -9}, "num_frames=-9 is not a whole number"),
         ({"prompt": "a", "image": 3}, "image=3 is not a file"),
         ({"prompt": "a", "num_frames": "9"}, 'num_frames="9" is not a whole number'),
         ({"prompt": "a", "seed": 2**32}, "seed=4294967296 is not a whole number from 0 to"),
@@ -107,6 +115,8 @@ class Recorder:
             raise UserError("an image too many")
 
     def make(self, prompts, **given):
+        if given.get("image") == "refused":
+            raise UserError("an image too many")
         self.calls.append((prompts, given))
         return [f"{prompt}/{seed}" for prompt, seed in zip(prompts, given["seed"], strict=True)]
 
@@ -130,12 +140,14 @@ def test_clips_come_in_the_order_of_lines_and_what_lines_share_is_made_together(
                  "changes": {"stage1.steps": "3", "image_crf": "0"}}),
     ]  # fmt: skip
     assert wishes.make(maker, [Wish("a"), Wish("b")], seed=2**32 - 1) == ["a/4294967295", "b/0"]
+    assert wishes.make(maker, [Wish("a")], seed=0) == ["a/0"]
 
 
 def test_lengths_that_the_model_chooses_are_chosen_clip_by_clip():
     maker = Recorder()
     wishes.make(maker, [Wish("a", {"duration": "auto"}), Wish("b", {"duration": "auto"})])
-    assert [prompts for prompts, _ in maker.calls] == [["a"], ["b"]]
+    wishes.make(maker, [Wish(name, {"auto_duration": (1.0, 2.0)}) for name in "cd"])
+    assert [prompts for prompts, _ in maker.calls] == [["a"], ["b"], ["c"], ["d"]]
 
 
 def test_what_a_line_cannot_have_is_refused_by_line_before_any_clip_is_made():
@@ -144,6 +156,10 @@ def test_what_a_line_cannot_have_is_refused_by_line_before_any_clip_is_made():
     with pytest.raises(UserError, match=r"prompts.jsonl, line 2: an image too many"):
         wishes.make(maker, asked)
     assert not maker.calls
+    with pytest.raises(UserError, match=r"prompts.jsonl, line 2: an image too many"):
+        wishes.make(maker, asked[1:])  # alone it is not checked before
+    wishes.check(maker, asked[:1], fps=8.0)  # with what all lines are given
+    assert maker.checked[-1]["fps"] == 8.0
 
 
 def test_a_check_refuses_what_the_work_would_refuse(monkeypatch):
