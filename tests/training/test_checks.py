@@ -10,6 +10,7 @@ import pytest
 from resume_config import get_config
 
 from ltx2_jax.config import CheckConfig, Condition, FlowConfig, StreamConfig
+from ltx2_jax.data.records import RecordWriter
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.errors import UserError
 from ltx2_jax.sharding import make_mesh
@@ -142,3 +143,23 @@ def test_references_of_all_sizes_of_a_dataset_are_looked_at():
     other = schema_of(**VIDEO, **AUDIO).buckets
     with pytest.raises(UserError, match="no field 'video_reference' in its records"):
         checks.check_schema(run, replace(first, others=other), Path("a/set"))
+
+
+def test_a_damaged_dataset_is_refused_before_any_long_work(tmp_path):
+    """Its index and its shards have the sizes they should; only a record that is read tells."""
+    fields = {"video": (5, 4, 4, 8), "audio": (11, 1, 8)}
+    schema = schema_of(**fields)
+    with RecordWriter(tmp_path / "set") as writer:
+        writer.start(schema)
+        for _ in range(2):
+            values = {k: np.zeros(x.shape, x.dtype) for k, x in schema.fields.items()}
+            writer.write(values)
+    run = get_config()
+    run = replace(run, data=replace(run.data, path=str(tmp_path / "set"), batch_size=1))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    checks.check_data(run, mesh)
+    shard = tmp_path / "set" / "data-00000-of-00001.arrayrecord"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrayrecord: damaged shard"):
+        checks.check_data(run, mesh)
