@@ -2,10 +2,16 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from ltx2_jax.models import flops
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.config import PRESETS
+from ltx2_jax.models.transformer.streams import Modality
+from ltx2_jax.models.transformer.transformer import LTX2Transformer
 
 V20, V23 = PRESETS["2.0"], PRESETS["2.3"]
 SIZES = {"num_layers": 3, "num_heads": 2, "audio_num_heads": 2, "audio_head_dim": 8}
@@ -90,3 +96,39 @@ def test_a_model_without_exchange_has_none_of_its_cost():
     assert not any("audio-to-video" in name for name in flops.forward_flops(silent, 64, 8))
     gates = flops.forward_flops(silent, 64, 8)["attention gates"]
     assert gates == 3 * 2 * 2 * 2 * (64 * TINY.width + 8 * TINY.audio_width)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"gated_attention": False},
+        {"caption_channels": 24},
+        {"audio_video_attention": False},
+        {"prompt_adaln": False},
+    ],
+    ids=str,
+)
+def test_the_terms_add_up_to_the_products_in_a_trace_of_the_model(switches):
+    """To the last one, with no size like another; the terms count biases of timestep MLPs too."""
+    config = replace(TINY, remat="none", in_channels=3, audio_out_channels=11, **switches)
+    v, a, s = 13, 5, 7
+    graphdef, weights = nnx.split(nnx.eval_shape(lambda: LTX2Transformer(config, rngs=Rngs(0))))
+
+    def stream(tokens, channels, axes, context):
+        shapes = ((1, tokens, channels), (1,), (1, 1), (1, axes, tokens, 2), (1, s, context))
+        fields = ("latent", "sigma", "timesteps", "positions", "context")
+        given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        return Modality(**dict(zip(fields, given, strict=True)))
+
+    widths = config.context_dim, config.audio_context_dim
+    video_text, audio_text = (config.caption_channels or width for width in widths)
+    counted = flops.count(
+        lambda weights, *streams: nnx.merge(graphdef, weights)(*streams),
+        weights,
+        stream(v, config.in_channels, 3, video_text),
+        stream(a, config.audio_in_channels, 1, audio_text),
+    )
+    rows = [9] + [2] * config.prompt_adaln + [4, 1] * config.audio_video_attention
+    biases = sum((2 + n) * (config.width + config.audio_width) for n in rows)
+    assert sum(flops.forward_flops(config, v, a, s).values()) == counted + 2 * biases

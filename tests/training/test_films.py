@@ -301,6 +301,16 @@ def test_what_is_said_of_films_needs_some(release, folder):
             examples.with_data_here(dataclasses.replace(run, data=data))
 
 
+def test_films_that_are_held_out_alone_are_films_too(tmp_path):
+    table = str(tmp_path / "t.jsonl")
+    data = DataConfig(films=FilmsConfig(buckets=BUCKETS))
+    run = dataclasses.replace(get_config(), data=data)
+    held_out = dataclasses.replace(run.validation, path=table, every=1)
+    films.check(dataclasses.replace(run, validation=held_out))
+    with pytest.raises(UserError, match=r"data\.films: is for films"):
+        films.check(run)
+
+
 def test_a_model_of_another_release_is_refused(release, folder):
     run = config(release, folder / "t.jsonl", folder / "run")
     data = dataclasses.replace(run.data, release="2.0")

@@ -346,6 +346,35 @@ def test_new_adapters_follow_the_seed_of_their_run():
     assert (first[path] != other[path]).all()
 
 
+def test_new_adapters_are_drawn_with_the_key_of_no_step():
+    """Those of steps are the run's key with their number, as those of a split are."""
+    config, key = tuned("base", tiny.config(), lora=ADAPTERS), jax.random.key(3)
+    found = [
+        x for p, x in mapping.leaves(trainable.new_adapters(key, config)).items() if p[-1] == "a"
+    ]
+    for step in range(len(found)):
+        of_step = jax.random.fold_in(key, step)
+        for a in found:
+            bound = 1 / np.sqrt(a.shape[-1])
+            drawn = jax.random.uniform(of_step, a.shape, jnp.float32, -bound, bound)
+            assert abs(a - drawn).max() > bound / 10
+
+
+def test_frozen_weights_are_whole_on_every_chip_only_where_that_is_asked_for():
+    mesh = abstract_mesh(2, 1, 1)
+    path = ("transformer", "blocks", "video_self", "to_q", "weight")
+    homes = {
+        resident: mapping.leaves(
+            initial.frozen_homes(tuned("base", lora=ADAPTERS, resident=resident), mesh)
+        )[path]
+        for resident in (False, True)
+    }
+    parts = {resident: leaf.sharding.shard_shape(leaf.shape) for resident, leaf in homes.items()}
+    shape = homes[True].shape
+    assert parts[True] == shape
+    assert np.prod(parts[False]) == np.prod(shape) // 2
+
+
 def test_every_layer_of_every_map_leaves_out_features_of_its_own():
     config = tuned("base", tiny.config(), lora=changed(ADAPTERS, dropout=0.5))
     found = []
