@@ -112,6 +112,8 @@ def test_a_retake_gives_all_but_the_tokens_that_touch_its_time():
     ):
         c = conditioning.outside_time(video(), start, end)
         np.testing.assert_array_equal(c.strength[1], ~np.repeat(again, 4))
+    c = conditioning.outside_time(video(), 0.2, 0.5, strength=0.75)
+    np.testing.assert_array_equal(c.strength[1], np.repeat([0.75, 0, 0.75], 4))
     with pytest.raises(UserError, match=r"between 2 and 3 s: the clip ends at 1.125 s"):
         conditioning.outside_time(video(), 2.0, 3.0)
 
@@ -172,6 +174,8 @@ def test_a_keyframe_lasts_one_pixel_frame_and_a_clip_as_long_as_it_is():
     c = conditioning.keyframe(c, latents(2, seed=3), 1, **PLACE)
     np.testing.assert_allclose(seconds(c, [16, 20]), [[1 / 8, 5 / 8], [5 / 8, 9 / 8]])
     assert c.clip_tokens == 12
+    begun = conditioning.keyframe(video(), latents(2, seed=3), 0, **PLACE)
+    np.testing.assert_allclose(seconds(begun, [12, 16]), [[0, 1 / 8], [1 / 8, 5 / 8]])
     np.testing.assert_array_equal(conditioning.of_clip(c, c.clean), video().clean)
     np.testing.assert_array_equal(c.marks[:, 12:], 0)
 
@@ -266,6 +270,7 @@ def test_the_level_of_a_token_is_what_its_strength_leaves_of_sigma():
     c = conditioning.frames(video(), latents(1), 0)
     want = np.asarray(sigma)[:, None] * (np.arange(12) >= 4)
     np.testing.assert_array_equal(conditioning.token_levels(c, sigma), want)
+    assert conditioning.levels(c, sigma)["clean"] is c.strength
     soft = dataclasses.replace(c, strength=c.strength * np.float32(0.25))
     got = conditioning.token_levels(soft, sigma)
     np.testing.assert_allclose(
