@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.gemma import Gemma
 from ltx2_jax.models.text.gemma_layers import GemmaConfig, LayerKind
 from ltx2_jax.sharding import abstract_state
@@ -39,7 +40,7 @@ def build(cfg: GemmaConfig, mesh: jax.sharding.Mesh | None = None, seed: int = 0
     """The decoder with the same drawn weights on any mesh."""
 
     def create():
-        return nnx.state(Gemma(cfg, rngs=nnx.Rngs(0)), nnx.Param)
+        return nnx.state(Gemma(cfg, rngs=Rngs(0)), nnx.Param)
 
     rng = np.random.default_rng(seed)
 
@@ -59,7 +60,7 @@ def build(cfg: GemmaConfig, mesh: jax.sharding.Mesh | None = None, seed: int = 0
         abstract = jax.eval_shape(create)
     else:
         abstract = abstract_state(create, mesh=mesh)
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: Gemma(cfg, rngs=Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(fill, abstract))
 
 

@@ -24,11 +24,11 @@ Axes = tuple[str | None, ...]
 
 @jax.tree_util.register_pytree_node_class
 class Rngs:
-    """Keys for what is drawn, one after another: those of `nnx.Rngs` of one stream.
+    """Random keys for initialisers, the same as those of `nnx.Rngs` with one stream.
 
-    That of Flax counts them in an array. While a network is traced, and it is traced more often
-    than it is drawn, JAX then writes an error message for every key, and nobody reads it: half of
-    the time that a network took to be built.
+    `nnx.Rngs` keeps its count in an array. While a network is traced, Flax asks that array for its
+    sharding at every key, and each time JAX writes a long error message that is thrown away. This
+    took half of the time in which a network is built. Here the count is a Python number.
     """
 
     def __init__(self, key: int | Array):

@@ -76,9 +76,8 @@ class Export:
         config = json.loads(below.metadata.get("config", "{}"))
         # A fine-tune may have kept the sections of networks that it does not hold.
         held = {NETWORKS[network].section for network in self.names}
-        for key, section in json.loads(self.metadata.get("config", "{}")).items():
-            if key in held or key not in config:
-                config[key] = section
+        own = json.loads(self.metadata.get("config", "{}")).items()
+        config |= {key: value for key, value in own if key in held or key not in config}
         out = Export(
             below.metadata | self.metadata | {"config": json.dumps(config)},
             below.names | self.names,

@@ -17,6 +17,7 @@ from test_transformer import SMALL, forward, inputs, weights
 
 from ltx2_jax import sharding
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer import attention_kernels as kernels
 from ltx2_jax.models.transformer.attention import attend
 from ltx2_jax.models.transformer.streams import Keep
@@ -281,7 +282,7 @@ def gradient_program(cfg, audio_tokens=5):
     video, audio = inputs(cfg)
     latent, positions = audio.latent[:, :audio_tokens], audio.positions[:, :, :audio_tokens]
     audio = dataclasses.replace(audio, latent=latent, positions=positions)
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=Rngs(0))))
 
     def loss(params):
         v, a = nnx.merge(graphdef, params)(video, audio)

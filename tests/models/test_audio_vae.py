@@ -14,6 +14,7 @@ from ml_dtypes import bfloat16
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.audio_vae import AUDIO_VAE, Attention, AudioVAE, AudioVAEConfig
 from ltx2_jax.models.codecs.mel import MelConfig
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names.audio_vae import TABLE, audio_vae_config, create
 
@@ -103,7 +104,7 @@ def test_decoded_mels_have_the_official_size_whatever_the_levels_make():
 
 def test_attention_weighs_all_times_and_bins():
     def create():
-        return Attention(4, rngs=nnx.Rngs(0))
+        return Attention(4, rngs=Rngs(0))
 
     attention = mapping.build(create, draw(create))
     x = random(2, 3, 5, 4)

@@ -12,6 +12,7 @@ from flax import nnx
 from golden_case import release_of, tensors_of
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -37,7 +38,7 @@ def without_registers(cfg):
 
 
 def create(*configs):
-    return Connectors(*configs, rngs=nnx.Rngs(0))
+    return Connectors(*configs, rngs=Rngs(0))
 
 
 def weights(*configs, mesh=None, create=create):
@@ -203,7 +204,7 @@ def test_heads_that_the_mesh_does_not_divide_are_whole_on_every_shard(mesh_conte
     mask = np.arange(6) < np.array([[6], [1], [3], [4]])
 
     def one(cfg):
-        return Connector(cfg, rngs=nnx.Rngs(0))
+        return Connector(cfg, rngs=Rngs(0))
 
     def run(*sizes):
         with mesh_context(*sizes):

@@ -13,6 +13,7 @@ from flax import nnx
 from tiny_gemma import GEMMA_3, GEMMA_4
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
 from ltx2_jax.models.text.gemma_layers import Attention, attention_mask, repeating, rope_tables
 from ltx2_jax.sharding import abstract_state, bytes_per_chip
@@ -21,7 +22,7 @@ BOTH = pytest.mark.parametrize("cfg", [GEMMA_3, GEMMA_4], ids=["gemma3", "gemma4
 
 
 def abstract(cfg):
-    return jax.eval_shape(lambda: Gemma(cfg, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: Gemma(cfg, rngs=Rngs(0)))
 
 
 def traced(cfg, tokens=8):
@@ -95,7 +96,7 @@ def test_attention_equals_a_computation_by_loops(cfg, name):
     kind = dataclasses.replace(cfg.kind(name), kv_heads=2)  # grouped: neither 1 nor all heads
     rng = np.random.default_rng(3)
     graphdef, params = nnx.split(
-        jax.eval_shape(lambda: Attention(cfg, kind, rngs=nnx.Rngs(0))), nnx.Param
+        jax.eval_shape(lambda: Attention(cfg, kind, rngs=Rngs(0))), nnx.Param
     )
     params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32) * 0.5, params)
     tree = nnx.to_pure_dict(params)
@@ -245,7 +246,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_computed_by_every_shard(mesh_c
 def test_every_chip_holds_its_share_of_12b(mesh_context):
     with mesh_context(2, 2, 2):
         params = abstract_state(
-            lambda: nnx.state(Gemma(GEMMA_3_12B, rngs=nnx.Rngs(0)), nnx.Param),
+            lambda: nnx.state(Gemma(GEMMA_3_12B, rngs=Rngs(0)), nnx.Param),
             mesh=jax.sharding.get_mesh(),
         )
     total = sum(4 * leaf.size for leaf in jax.tree.leaves(params))

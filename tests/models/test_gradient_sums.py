@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ltx2_jax.models.layers import Linear
+from ltx2_jax.models.layers import Linear, Rngs
 from ltx2_jax.sharding import gradients_reduced_in, pin
 
 
 def weight_gradient(mesh_context, dtype, x, dy):
     """d (y * dy) / d weight of a `Linear` whose batch lies on 8 shards."""
     with mesh_context(8, 1, 1):
-        layer = Linear(x.shape[-1], dy.shape[-1], bias=False, rngs=nnx.Rngs(0))
+        layer = Linear(x.shape[-1], dy.shape[-1], bias=False, rngs=Rngs(0))
         graph, params = nnx.split(layer)
         rows = [pin(jnp.asarray(a, jnp.bfloat16), "batch", None) for a in (x, dy)]
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.models import lora, ltx2
-from ltx2_jax.models.layers import Linear
+from ltx2_jax.models.layers import Linear, Rngs
 from ltx2_jax.models.quantized import (
     FORMS,
     PRODUCTS,
@@ -113,7 +113,7 @@ def test_a_linear_map_multiplies_by_what_its_values_mean(form):
     weight = jnp.asarray(random(1, ROWS, COLUMNS))
     values, scale = quantized(weight, form)
     x, a, b = random(5, COLUMNS, seed=2), random(2, COLUMNS, seed=3), random(ROWS, 2, seed=4)
-    linear = Linear(COLUMNS, ROWS, rngs=nnx.Rngs(0))
+    linear = Linear(COLUMNS, ROWS, rngs=Rngs(0))
     linear.weight, linear.scale = nnx.Param(values[0]), nnx.data(nnx.Param(scale[0]))
     lora.attach(linear, {"a": a, "b": b})
     graph, trained, frozen = nnx.split(linear, nnx.LoRAParam, ...)
@@ -147,7 +147,7 @@ def test_a_linear_map_is_the_same_on_a_mesh(form, axes, mesh_context):
     found = quantized(jnp.asarray(random(1, 8, COLUMNS)), form)
     want = np.einsum("bti,oi->bto", x, np.asarray(dequantized(*found))[0])
     with mesh_context(2, 2, 2):
-        linear = Linear(COLUMNS, 8, axes=axes, bias=False, rngs=nnx.Rngs(0))
+        linear = Linear(COLUMNS, 8, axes=axes, bias=False, rngs=Rngs(0))
         rows = spec_of(jax.typeof(linear.weight[...]))
         where = (rows, P(rows[0]) if form != "int4" else P(rows[0], None))
         held = [jax.device_put(v[0], to) for v, to in zip(found, where, strict=True)]
@@ -189,7 +189,7 @@ def test_products_are_of_the_values_of_both_sides(form):
 def rounding(weight, form, axes=("fsdp", None)):
     """A linear map of weight [out, in] that rounds what it reads, on the mesh in context."""
     values, scale = quantized(jnp.asarray(weight), stored(form))
-    linear = Linear(*weight.shape[::-1], axes=axes, bias=False, rngs=nnx.Rngs(0))
+    linear = Linear(*weight.shape[::-1], axes=axes, bias=False, rngs=Rngs(0))
     rows = spec_of(jax.typeof(linear.weight[...]))
     if not jax.sharding.get_abstract_mesh().empty:
         values, scale = jax.device_put(values, rows), jax.device_put(scale, P(rows[0]))
@@ -231,7 +231,7 @@ class Stack(nnx.Module):
 
     def __init__(self, form):
         build = jax.vmap(lambda r: Linear(WIDTH, WIDTH, bias=False, rngs=r))
-        self.blocks = build(nnx.Rngs(0).split(LAYERS))
+        self.blocks = build(Rngs(0).split(LAYERS))
         quantize(self, form)
 
     def __call__(self, x):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.models import streamed
-from ltx2_jax.models.layers import Linear
+from ltx2_jax.models.layers import Linear, Rngs
 from ltx2_jax.models.quantized import FORMS, quantize
 from ltx2_jax.planning.topology import has_compiler, tpu_devices
 from ltx2_jax.sharding import make_mesh
@@ -22,7 +22,7 @@ class Stack(nnx.Module):
 
     def __init__(self, layers, width, form=None):
         build = jax.vmap(lambda r: Linear(width, width, axes=("fsdp", "mlp"), rngs=r))
-        self.blocks = build(nnx.Rngs(0).split(layers))
+        self.blocks = build(Rngs(0).split(layers))
         quantize(self, form)
 
     def __call__(self, x):

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.features import (
     FEATURES_2_0,
     FEATURES_2_3,
@@ -32,7 +33,7 @@ V2_KEYS = {
 
 
 def create(cfg):
-    return TextFeatures(cfg, rngs=nnx.Rngs(0))
+    return TextFeatures(cfg, rngs=Rngs(0))
 
 
 def official(cfg, seed=0):

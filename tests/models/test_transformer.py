@@ -12,6 +12,7 @@ from flax import nnx
 
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.conditioning import first_frame_mask
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.transformer.config import LTX2_3_22B, LTX2_19B, PRESETS, TransformerConfig
 from ltx2_jax.models.transformer.streams import Keep, Modality
@@ -41,7 +42,7 @@ def inputs(cfg=SMALL, seed=0):
 
 
 def forward(cfg, params, video, audio, keep=None):
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=Rngs(0))))
     return _forward(graphdef, params, video, audio, keep)
 
 
@@ -52,7 +53,7 @@ def _forward(graphdef, params, video, audio, keep):
 
 @pytest.mark.parametrize(("preset", "billions"), [("2.0", 18.88), ("2.3", 18.99)])
 def test_presets_have_the_published_number_of_parameters(preset, billions):
-    model = jax.eval_shape(lambda: LTX2Transformer(PRESETS[preset], rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: LTX2Transformer(PRESETS[preset], rngs=Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model, nnx.Param)[1]))
     assert round(count / 1e9, 2) == billions
 
@@ -72,7 +73,7 @@ def test_remat_policies_do_not_change_gradients():
     gradients = {}
     for remat in REMAT_POLICIES:
         cfg = dataclasses.replace(SMALL, remat=remat)
-        graphdef = nnx.graphdef(jax.eval_shape(lambda c=cfg: LTX2Transformer(c, rngs=nnx.Rngs(0))))
+        graphdef = nnx.graphdef(jax.eval_shape(lambda c=cfg: LTX2Transformer(c, rngs=Rngs(0))))
 
         def loss(p, graphdef=graphdef):
             return jnp.sum(nnx.merge(graphdef, p)(video, None)[0] ** 2)
@@ -123,7 +124,7 @@ def test_clean_tokens_equal_tokens_of_timestep_zero():
     clean = jnp.arange(8)[None] < jnp.asarray([[3], [0]])
     chosen = dataclasses.replace(video, clean=clean, timesteps=video.timesteps[:, :1])
     spread = dataclasses.replace(video, timesteps=jnp.where(clean, 0.0, video.timesteps))
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=Rngs(0))))
 
     def loss(p, video):
         v, a = nnx.merge(graphdef, p)(video, audio)

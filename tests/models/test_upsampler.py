@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.upsampler import RationalResampler, UpsamplerConfig, upsample_latents
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names.upsampler import TABLE, create, upsampler_config
 
@@ -62,7 +63,7 @@ def test_a_ratio_is_a_shuffle_then_a_binomial_blur_with_a_stride(scale, up, down
     kernel = np.zeros((3, 3, *matrix.shape), np.float32)
     kernel[1, 1] = matrix
     resampler = mapping.build(
-        lambda: RationalResampler(config, rngs=nnx.Rngs(0)),
+        lambda: RationalResampler(config, rngs=Rngs(0)),
         {
             "conv": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(32 * up**2)},
             "blur_kernel": jnp.asarray(BINOMIAL[:, :, None, None]),

@@ -25,6 +25,7 @@ from ltx2_jax.models.codecs.video_vae import (
     LatentStatistics,
     VideoVAEConfig,
 )
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names.video_vae import (
     TABLE,
@@ -121,7 +122,7 @@ def noise_of(*shape, seed=1):
 )
 def test_convolution_repeats_frames_and_pads_space_as_told(padding, mode, causal):
     style = blocks.ConvStyle(padding, causal=causal, dtype="float32")
-    conv = drawn(lambda: blocks.CausalConv(2, 3, style, rngs=nnx.Rngs(0)))
+    conv = drawn(lambda: blocks.CausalConv(2, 3, style, rngs=Rngs(0)))
     x = noise_of(1, 4, 5, 6, 2)
     padded = np.pad(x[0], ((2, 0) if causal else (1, 1), (0, 0), (0, 0), (0, 0)), mode="edge")
     padded = np.pad(padded, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=mode)
@@ -139,8 +140,8 @@ def test_convolution_repeats_frames_and_pads_space_as_told(padding, mode, causal
 
 def test_strided_convolution_is_a_sampling_of_the_dense_one():
     style = blocks.ConvStyle("reflect", causal=True, dtype="float32")
-    dense = drawn(lambda: blocks.CausalConv(2, 3, style, rngs=nnx.Rngs(0)))
-    strided = drawn(lambda: blocks.CausalConv(2, 3, style, stride=(2, 2, 2), rngs=nnx.Rngs(0)))
+    dense = drawn(lambda: blocks.CausalConv(2, 3, style, rngs=Rngs(0)))
+    strided = drawn(lambda: blocks.CausalConv(2, 3, style, stride=(2, 2, 2), rngs=Rngs(0)))
     x = noise_of(2, 5, 4, 6, 2)
     want = run(dense, "__call__", x)[:, ::2, ::2, ::2]
     np.testing.assert_allclose(run(strided, "__call__", x), want, atol=1e-5)
@@ -162,7 +163,7 @@ def test_pixel_norm_has_the_epsilon_of_the_video_vae():
 
 def test_attention_stays_within_a_frame_and_has_one_head():
     style = blocks.ConvStyle("zeros", causal=True, dtype="float32")
-    layer = drawn(lambda: blocks.FrameAttention(6, style, rngs=nnx.Rngs(0)))
+    layer = drawn(lambda: blocks.FrameAttention(6, style, rngs=Rngs(0)))
     x = noise_of(1, 2, 3, 4, 6).astype(np.float64)
     got = run(layer, "__call__", np.float32(x))
     qkv, out = np.asarray(layer.qkv.kernel)[0, 0], np.asarray(layer.out.kernel)[0, 0]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.chips import CHIPS
 from ltx2_jax.models import flops
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.models.transformer.streams import Modality
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
@@ -272,7 +273,7 @@ def test_a_forward_pass_has_the_flops_of_its_analytic_count():
         caption_channels=24,
         remat="none",
     )
-    abstract = nnx.eval_shape(lambda: LTX2Transformer(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: LTX2Transformer(config, rngs=Rngs(0)))
     graphdef, params = nnx.split(abstract, nnx.Param)
 
     def modality(tokens, channels, axes):

@@ -16,6 +16,7 @@ from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, Synthet
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
 from ltx2_jax.models.codecs.mel import MelConfig
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.models.transformer.streams import Keep, Modality
@@ -80,7 +81,7 @@ def test_the_train_step_is_compiled(eight_devices):
     graphdef, weights = nnx.split(
         nnx.eval_shape(
             lambda: Connectors(
-                CONFIG.text.video_connector, CONFIG.text.audio_connector, rngs=nnx.Rngs(0)
+                CONFIG.text.video_connector, CONFIG.text.audio_connector, rngs=Rngs(0)
             )
         )
     )
@@ -119,7 +120,7 @@ def test_a_policy_saves_as_many_numbers_as_estimated(remat):
     """Counted in the residuals of one block: arrays with a row per video token and clip."""
     cfg = dataclasses.replace(CONFIG.model, num_layers=1, remat=remat, gated_attention=False)
     tokens, clips = 13, 3
-    model = nnx.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: LTX2Transformer(cfg, rngs=Rngs(0)))
     graphdef, state = nnx.split(model)
 
     def given(count, axes, channels, width):
@@ -148,7 +149,7 @@ def test_a_policy_saves_as_many_numbers_as_estimated(remat):
 
 
 def _block(cfg):
-    return nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Block(cfg, rngs=Rngs(0)))
 
 
 def test_stricter_policies_need_less_memory():

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ltx2_jax.models import ltx2
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
 from ltx2_jax.planning.compiled.collectives import collectives
 from ltx2_jax.planning.compiled.hlo import parse
@@ -124,7 +125,7 @@ def test_what_is_computed_before_the_loop_changes_no_velocity(change):
     cfg = dataclasses.replace(tiny.MODEL, **change)
     config = tiny.config(model=cfg)
     params = tiny.params(config)["transformer"]
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: LTX2Transformer(cfg, rngs=Rngs(0))))
     drawn = draw(jax.random.key(1), tiny.batch(2), config, tiny.STRIDES)
     text = tiny.batch(2)
     streams = [

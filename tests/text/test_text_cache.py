@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.text.cache import TextCache, encoder_fingerprint
 from ltx2_jax.text.encoder import TextEncoder
 from ltx2_jax.weights.tensor_files import read_metadata
@@ -55,7 +56,7 @@ class FakeEncoder:
     def __init__(self, batch_size=2):
         self.length, self.batch_size, self.asked = LENGTH, batch_size, []
         self.mesh = SimpleNamespace(is_multi_process=False)
-        self.model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        self.model = nnx.Linear(2, 2, rngs=Rngs(0))
 
     def features(self, prompts):
         self.asked.append(list(prompts))

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from ltx2_jax import tokenizer
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR_2_3, Connectors
 from ltx2_jax.models.text.features import FEATURES_2_3, TextFeatures
 from ltx2_jax.models.text.gemma import GEMMA_3_12B, Gemma
@@ -117,7 +118,7 @@ def test_the_12b_encoder_runs_split_and_never_stacks_its_hidden_states():
 
 
 def full_size():
-    rngs = nnx.Rngs(0)
+    rngs = Rngs(0)
     connectors = Connectors(VIDEO_CONNECTOR_2_3, AUDIO_CONNECTOR_2_3, rngs=rngs)
     return TextModel(
         Gemma(GEMMA_3_12B, rngs=rngs), TextFeatures(FEATURES_2_3, rngs=rngs), connectors

@@ -6,10 +6,9 @@ Source: `ltx_core/model/audio_vae/model_configurator.py` (config keys, defaults,
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs.vocoder import ExtensionConfig, GeneratorConfig, Vocoder, VocoderConfig
+from ltx2_jax.models.layers import Rngs
 
 # Ours -> official, within a generator.
 _CONVS = {
@@ -54,19 +53,9 @@ def table(config: VocoderConfig) -> dict[str, str]:
     return first | _generator("extension.generator.", "bwe_generator.") | _EXTENSION
 
 
-class _OneKey:
-    """The same key for every weight: counting them, as Rngs does, takes seconds in a trace."""
-
-    def __init__(self):
-        self.key = jax.random.key(0)
-
-    def params(self) -> jax.Array:
-        return self.key
-
-
 def create(config: VocoderConfig) -> Vocoder:
     """The module for its shapes; its weights are to be replaced."""
-    return Vocoder(config, rngs=_OneKey())
+    return Vocoder(config, rngs=Rngs(0))
 
 
 def vocoder_config(metadata: Mapping[str, Any]) -> VocoderConfig:
