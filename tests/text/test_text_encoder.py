@@ -78,8 +78,8 @@ def test_without_registers_the_mask_comes_along():
 
 
 def test_a_saved_encoder_says_of_which_states_its_features_are(tmp_path):
-    for name, said in ((True, "True"), (False, "False")):
-        bare = encoder(registers=0, last_layer_only=True) if name else encoder()
+    for last, said in ((True, "True"), (False, "False")):
+        bare = encoder(registers=0, last_layer_only=True) if last else encoder()
         bare.save(tmp_path / "e.safetensors")
         metadata = read_metadata(tmp_path / "e.safetensors")
         assert (metadata["last_layer_only"], metadata["dtype"], metadata["length"]) == (
