@@ -226,9 +226,13 @@ class Checkpoints:
             stay.append(policies.EveryNSteps(self._keep_every))
         if self._best is not None:
             stay.append(_Lowest(self))
+        context = ocp.Context(async_options=_Options()) if hosts.count() > 1 else ocp.Context()
+        # Devices that hold the same array share the writing of it, each a slice; to cut a small
+        # one takes longer, as every shape is a program to compile.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
-            context=ocp.Context(async_options=_Options()) if hosts.count() > 1 else None,
+            context=context,
             preservation_policy=policies.AnyPreservationPolicy(stay),
         )
 

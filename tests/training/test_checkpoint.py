@@ -314,3 +314,25 @@ def test_the_newest_is_found_and_dated_without_opening_it(workdir, tmp_path):
     assert saved.newest_saved(tmp_path) is None
     (tmp_path / "checkpoints" / "6").mkdir()
     assert saved.newest_saved(tmp_path) == (6, 0.0)
+
+
+def test_small_arrays_that_many_devices_hold_are_saved_without_a_program_for_each(tmp_path):
+    home = jax.sharding.NamedSharding(make_mesh(data=8), jax.sharding.PartitionSpec())
+    values = {f"{rows}": np.full((rows, 8), rows, np.float32) for rows in range(8, 80, 8)}
+    state = jax.device_put({"params": values, "step": 1}, home)
+    programs = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(1, state, get_config())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not programs
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = checkpoints.restore(1, abstract(state))
+    np.testing.assert_array_equal(found["params"]["8"], values["8"])
