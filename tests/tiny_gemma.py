@@ -53,7 +53,7 @@ def build(cfg: GemmaConfig, mesh: jax.sharding.Mesh | None = None, seed: int = 0
             value *= leaf.shape[-1] ** -0.5
         else:  # weights of norms, and the numbers that scale layers
             value = 0.3 * value + (1 - cfg.norm_offset)
-        value = jnp.asarray(value, jnp.float32)
+        value = jnp.asarray(np.float32(value))  # not by a program for every shape
         return value if mesh is None else jax.device_put(value, leaf.sharding)
 
     if mesh is None:

@@ -53,13 +53,14 @@ def decoder(cfg: DiffusionDecoderConfig = TINY) -> DiffusionDecoder:
     """Drawn by numpy, the same for all configs of equal shapes."""
     rng = np.random.default_rng(0)
 
-    def value(path, leaf):
+    def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         scale = leaf.shape[0] ** -0.5 if "kernel" in name else 0.3
-        return jnp.asarray(rng.normal(size=leaf.shape, scale=scale) + ("norm" in name), jnp.float32)
+        value = rng.normal(size=leaf.shape, scale=scale) + ("norm" in name)
+        return jnp.asarray(np.float32(value))
 
     graphdef, params = nnx.split(nnx.eval_shape(partial(create, cfg)))
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(value, params))
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, params))
 
 
 def change(**fields) -> DiffusionDecoder:
@@ -78,7 +79,7 @@ class Drawing:
 
     def __call__(self, shape):
         rng = np.random.default_rng(len(self.given))
-        self.given.append(jnp.asarray(rng.normal(size=shape), jnp.float32))
+        self.given.append(jnp.asarray(np.float32(rng.normal(size=shape))))
         return self.given[-1]
 
 

@@ -27,7 +27,7 @@ def weights(cfg):
 
 def inputs(cfg=SMALL, seed=0):
     rng = np.random.default_rng(seed)
-    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    array = lambda *shape: jnp.asarray(np.float32(rng.normal(size=shape)))  # noqa: E731
     sigma = jnp.asarray([0.3, 0.9])
     return (
         Modality(

@@ -30,7 +30,7 @@ def network(**changes):
         if path[-1].key == "blur_kernel":
             return jnp.asarray(BINOMIAL[:, :, None, None])
         fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+        return jnp.asarray(np.float32(rng.normal(size=leaf.shape) / np.sqrt(fan_in)))
 
     abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(make), nnx.Param)[1])
     return mapping.build(make, jax.tree_util.tree_map_with_path(draw, abstract))

@@ -87,7 +87,7 @@ def drawn(make, seed=0):
 
     def draw(path, leaf):
         value = rng.normal(size=leaf.shape, scale=0.2) + ("std" in jax.tree_util.keystr(path))
-        return jnp.asarray(value, jnp.float32)
+        return jnp.asarray(np.float32(value))
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 

@@ -75,10 +75,7 @@ def weights():
     params = mapping.abstract_params(partial(transformer.create, CONFIG))
     rng = np.random.default_rng(1)
     return mapping.nested(
-        {
-            k: jnp.asarray(rng.normal(size=v.shape, scale=0.2), jnp.float32)
-            for k, v in params.items()
-        }
+        {k: jnp.asarray(np.float32(rng.normal(size=v.shape, scale=0.2))) for k, v in params.items()}
     )
 
 
@@ -391,7 +388,7 @@ def test_sharded_weights_are_fused_where_they_are(sizes):
 
 def inputs(cfg, tokens=16, audio=4):
     rng = np.random.default_rng(2)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(np.float32(rng.normal(size=shape)))  # noqa: E731
     shared = {"sigma": jnp.asarray([0.3, 0.8]), "timesteps": jnp.asarray([[0.3], [0.8]])}
     return (
         Modality(draw(2, tokens, cfg.in_channels), positions=jnp.abs(draw(1, 3, tokens, 2)),
