@@ -3,7 +3,7 @@
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
-linear codec to them, trains 1.7 M parameters for 1,800 steps, and makes 64 clips from captions of
+linear codec to them, trains 1.7 M parameters for 900 steps, and makes 64 clips from captions of
 the same grammar; `preview.png` in the workdir shows four after less than two minutes, when there
 are scenes and sounds but no events yet. The wiring is that of LTX-2 2.3; only sizes differ. One
 video latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a
@@ -75,17 +75,26 @@ def get_config(arg: str | None = None) -> Config:
             codec=LinearCodecConfig(
                 video_strides=(1, 32, 32), video_channels=48, audio_channels=32
             ),
-            batch_size=16,
+            batch_size=32,
         ),
-        # Sampling denoises both streams together, so most draws share one noise level.
-        flow=FlowConfig(shared_sigma_prob=0.85, caption_dropout=0.1),
+        flow=FlowConfig(
+            # Sampling denoises both streams together, so most draws share one noise level.
+            shared_sigma_prob=0.85,
+            # How many events there are, and when, is decided at noise levels above 0.85: clips that
+            # are sampled on from there keep the events of the real ones under the noise. A token
+            # here is a whole frame; by the count of them one draw in eight would be there.
+            sigma_tokens=3072,
+            sigma_uniform_prob=0.2,
+            caption_dropout=0.1,
+        ),
         optim=OptimConfig(
-            learning_rate=3e-3,
+            optimizer="muon",
+            learning_rate=6e-3,
             warmup_steps=50,
             schedule="cosine",
             final_fraction=0.05,
             b2=0.99,
-            ema_decay=0.995,
+            ema_decay=0.99,
         ),
         sample=SampleConfig(
             num_clips=64,
@@ -93,7 +102,7 @@ def get_config(arg: str | None = None) -> Config:
             steps=30,
             video_guidance=1.0,
             audio_guidance=1.0,
-            preview_step=150,
+            preview_step=100,
         ),
-        num_steps=1800,
+        num_steps=900,
     )

@@ -70,9 +70,18 @@ def get_config(arg: str | None = None) -> Config:
     return dataclasses.replace(
         base,
         workdir=f"workdir/quickstart-{arg}",
-        data=dataclasses.replace(data, batch_size=base.data.batch_size),
-        flow=dataclasses.replace(base.flow, **flow),
-        optim=dataclasses.replace(base.optim, clip_norm=clip_norm),
+        data=dataclasses.replace(data, batch_size=16),
+        flow=dataclasses.replace(
+            base.flow, **{"sigma_tokens": None, "sigma_uniform_prob": 0.1} | flow
+        ),
+        # Muon is for matrices of many directions; adapters have few.
+        optim=dataclasses.replace(
+            base.optim,
+            optimizer="adamw",
+            learning_rate=3e-3,
+            ema_decay=0.995,
+            clip_norm=clip_norm,
+        ),
         checkpoint=CheckpointConfig(every_steps=300),
         sample=dataclasses.replace(base.sample, num_clips=8, preview_step=None),
         init_from=str(BASE / "model.safetensors"),

@@ -66,7 +66,7 @@ def _check_used(config: Config, overrides: dict[str, str]) -> None:
         if config.optim.schedule not in readers:
             idle[f"optim.{name}"] = f"optim.schedule is {config.optim.schedule}"
     for sampler, names in {
-        "shifted_logit_normal": ("sigma_std", "sigma_uniform_prob", "sigma_eps"),
+        "shifted_logit_normal": ("sigma_std", "sigma_tokens", "sigma_uniform_prob", "sigma_eps"),
         "uniform": ("sigma_min", "sigma_max"),
     }.items():
         if config.flow.sigma != sampler:

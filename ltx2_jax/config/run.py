@@ -170,7 +170,10 @@ class FlowConfig:
     audio: StreamConfig = StreamConfig()
     sigma: str = "shifted_logit_normal"  # how noise levels are drawn, or "uniform"
     shared_sigma_prob: float = 0.0  # both streams take one sigma; released training draws two
-    sigma_std: float = 1.0  # these three are read by shifted_logit_normal alone
+    sigma_std: float = 1.0  # these four are read by shifted_logit_normal alone
+    # Noise levels as of a clip of so many tokens: 4096, at most of the released range, are of more
+    # noise than 1024. None: of the stream's own.
+    sigma_tokens: int | None = None
     sigma_uniform_prob: float = 0.1
     sigma_eps: float = 1e-3
     sigma_min: float = 0.0  # these two by uniform alone
@@ -188,6 +191,8 @@ class FlowConfig:
             raise UserError(f"sigma={self.sigma!r}: use {' or '.join(SIGMAS)}")
         check_share(self, "shared_sigma_prob", "sigma_uniform_prob", "sigma_min", "sigma_max")
         check_share(self, "first_frame_prob", "caption_dropout")
+        if self.sigma_tokens is not None:
+            check_least(self, sigma_tokens=1)
         if self.sigma_min > self.sigma_max:
             raise UserError(f"sigma_min={self.sigma_min} is above sigma_max={self.sigma_max}")
         for condition in self.audio.conditions:

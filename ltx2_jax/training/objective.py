@@ -136,8 +136,10 @@ def sampler(run: FlowConfig) -> flow.Sampler:
     if run.sigma == "uniform":
         low, high = run.sigma_min, run.sigma_max
         return lambda key, shape, _: flow.uniform_sigmas(key, shape, low, high)
-    return partial(
-        flow.sample_sigmas,
+    return lambda key, shape, tokens: flow.sample_sigmas(
+        key,
+        shape,
+        run.sigma_tokens or tokens,
         std=run.sigma_std,
         eps=run.sigma_eps,
         uniform_prob=run.sigma_uniform_prob,

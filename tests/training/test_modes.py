@@ -370,6 +370,7 @@ def test_a_reference_that_does_not_fit_its_clip_is_refused(shape, message):
         (lambda: FlowConfig(FROZEN, ABSENT), "one of the two must be generated"),
         (lambda: FlowConfig(sigma="normal"), "sigma='normal': use shifted_logit_normal or unif"),
         (lambda: FlowConfig(sigma_min=0.5, sigma_max=0.2), "sigma_min=0.5 is above sigma_max=0.2"),
+        (lambda: FlowConfig(sigma_tokens=0), "sigma_tokens=0"),
         (lambda: FlowConfig(first_frame_prob=2), "first_frame_prob=2 is not from 0 to 1"),
     ],
 )

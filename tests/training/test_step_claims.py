@@ -94,6 +94,16 @@ def test_noise_levels_have_the_spread_asked_for_and_the_shift_of_their_own_token
         assert np.mean(sigma < median) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(ROWS))
 
 
+def test_noise_levels_are_those_of_the_token_count_that_the_config_names():
+    few = draws(config(FlowConfig(sigma_tokens=4096)), many())
+    assert few["video"].conditions.clean.shape[1] < 100
+    for name in ("video", "audio"):
+        levels = np.asarray(few[name].sigma)
+        low, high = expit(2.05 - 2.5758), expit(2.05 + 3.0902)
+        median = (expit(2.05) - low) / (high - low)  # of nine tenths; the rest is uniform
+        assert np.mean(levels < median) == pytest.approx(0.45 + 0.1 * median, abs=2 / np.sqrt(ROWS))
+
+
 def test_all_noise_levels_are_uniform_if_asked():
     drawn = draws(config(FlowConfig(sigma_uniform_prob=1.0)), many())
     for name in ("video", "audio"):
