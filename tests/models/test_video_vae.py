@@ -285,12 +285,17 @@ def test_latents_of_another_vae_are_refused():
 
 
 def test_a_key_draws_the_noise_once_and_the_same_every_time():
+    """Every draw by its number: no two maps of the same size are alike."""
     vae, latents = drawn(partial(create, UNUSUAL)), noise_of(1, 2, 1, 2, 4)
     first, again, other = (
         run(vae, "decode", latents, None, jax.random.key(seed)) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other, atol=1e-3)
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in range(5)]
+    shapes = [latents.shape, *[(1, 2)] * 4]
+    noise = [np.asarray(jax.random.normal(*pair)) for pair in zip(keys, shapes, strict=True)]
+    np.testing.assert_allclose(run(vae, "decode", latents, None, noise), first, atol=1e-4)
 
 
 def test_timestep_conditioning_makes_the_latents_noisy_by_its_own_measure():
