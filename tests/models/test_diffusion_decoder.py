@@ -18,6 +18,7 @@ from ltx2_jax.models.codecs.diffusion_decoder import (
     DiffusionDecoder,
     DiffusionDecoderConfig,
     Layout,
+    fit_noise,
 )
 from ltx2_jax.models.codecs.diffusion_decoder_blocks import apply_rope, rope_split, rope_tables
 from ltx2_jax.models.codecs.diffusion_tiling import (
@@ -125,6 +126,12 @@ def test_a_long_window_keeps_frames_beyond_the_clip_as_context():
     assert layout.pixels == (17, 224, 224)  # the first window needs three latent frames
     assert layout.canvas((5, 56, 56), first=True, last=True) == (11, 448, 448)  # 9 frames are few
     assert layout.canvas((5, 56, 56), first=True, last=False) == (9, 448, 448)
+
+
+def test_noise_is_cut_to_a_canvas_or_its_last_frame_repeated():
+    noise = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.float32).reshape(2, 3, 4, 4, 3)
+    np.testing.assert_array_equal(fit_noise(noise, (2, 4, 4)), noise[:, :2])
+    np.testing.assert_array_equal(fit_noise(noise, (5, 4, 4)), noise[:, [0, 1, 2, 2, 2]])
 
 
 def test_the_release_has_its_weights_and_limits():
