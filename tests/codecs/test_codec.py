@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from ltx2_jax.codecs.codec import load_codec
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs import diffusion_tiling
+from ltx2_jax.models.codecs.inputs import to_uint8
 from ltx2_jax.models.codecs.tiling import TileSizes
 from ltx2_jax.weights.tensor_files import TensorFile
 
@@ -70,6 +71,11 @@ def test_uint8_pixels_are_scaled_to_plus_minus_one(codec, pixels):
     assert (latents.shape, latents.dtype) == ((2, 2, 2, 4, 4), np.float32)
     scaled = pixels / np.float32(127.5) - 1
     np.testing.assert_allclose(codec.video.encode(scaled), latents, atol=1e-5)
+
+
+def test_pixels_become_the_nearest_bytes_and_none_wraps_around():
+    pixels = np.float32([-3, -1.001, -1, -0.001, 0.001, 0.99, 1, 1.001, 3])
+    np.testing.assert_array_equal(to_uint8(pixels), [0, 0, 0, 127, 128, 254, 255, 255, 255])
 
 
 def test_frames_beyond_a_legal_number_change_nothing(codec, pixels):
@@ -292,7 +298,9 @@ def test_half_a_codec_does_what_it_can(halves, codec, pixels):
     ("shape", "message"),
     [
         ((1, 9, 60, 64, 3), "height 60 is not a multiple of the codec's stride 32; 64 would be"),
-        ((1, 9, 64, 65, 3), "width 65 is not a multiple"),
+        ((1, 9, 64, 65, 3), "width 65 is not a multiple of the codec's stride 32; 64 would be"),
+        ((1, 9, 20, 64, 3), "height 20 is not a multiple of the codec's stride 32; 32 would be"),
+        ((1, 9, 64, 90, 3), "width 90 is not a multiple of the codec's stride 32; 96 would be"),
         ((1, 0, 64, 64, 3), "F >= 1"),
         ((1, 9, 64, 64, 4), r"expected \[B, F, H, W, 3\]"),
     ],
@@ -305,8 +313,9 @@ def test_pictures_of_an_illegal_size_are_refused(codec, shape, message):
 def test_sound_that_is_empty_or_not_finite_is_refused(codec):
     with pytest.raises(UserError, match="audio is empty"):
         codec.audio.encode(np.zeros((1, 0, 2)))
-    with pytest.raises(UserError, match="not finite"):
-        codec.audio.encode(np.full((1, 6400, 2), np.nan))
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(UserError, match="not finite"):
+            codec.audio.encode(np.full((1, 6400, 2), value))
     with pytest.raises(UserError, match=r"expected \[B, samples, 2\] or mono"):
         codec.audio.encode(np.zeros((1, 6400, 6)))
 

@@ -17,7 +17,9 @@ from test_transformer import SMALL, forward, inputs, weights
 
 from ltx2_jax import sharding
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.layers import Rngs
+from ltx2_jax.models import flops
+from ltx2_jax.models.layers import FeedForward, Rngs
+from ltx2_jax.models.remat import REMAT_POLICIES
 from ltx2_jax.models.transformer import attention_kernels as kernels
 from ltx2_jax.models.transformer.attention import attend
 from ltx2_jax.models.transformer.streams import Keep
@@ -178,6 +180,16 @@ def test_whole_clips_are_cut_into_large_blocks_without_a_mask(target):
     assert kernels.cut(126, 126, kernels._tuning(target).forward) == kernels.Blocks(128, 128, 128)
 
 
+@pytest.mark.parametrize("target", [V5P, V6E, V7X])
+@pytest.mark.parametrize("tokens", [2600, 5000, 12345, 53680])
+def test_where_keys_are_masked_blocks_leave_room_for_the_mask(target, tokens):
+    for most in (kernels._tuning(target).forward, kernels._tuning(target).backward):
+        blocks = kernels.cut(tokens, tokens, most)
+        assert tokens % blocks.keys
+        assert blocks.keys <= most.keys - 256
+        assert blocks.queries <= most.queries - 128
+
+
 @pytest.mark.parametrize("keys", [1280, 1408, 1536, 2500, 2688, 2816, 3072])
 def test_a_forward_block_that_holds_all_keys_is_small(keys):
     tuning = kernels._tuning(V5P)
@@ -200,6 +212,7 @@ def test_the_backend_is_that_of_the_target():
     assert chosen(V6E, dtype=float32) == chosen(h100, dtype=float32) == "xla"  # exact
     assert chosen(V6E, bias=True) == chosen(V6E, "splash", bias=True) == "xla"
     assert chosen(h100, width=4) == chosen(h100, keys=501) == "xla"  # cuDNN cannot
+    assert (chosen(h100, width=128), chosen(h100, width=136)) == ("cudnn", "xla")
     assert chosen(("cpu", "cpu"), "splash", queries=1) == "splash"
 
 
@@ -247,9 +260,11 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_large_logits_are_held_a_block_at_a_time(monkeypatch):
+@pytest.mark.parametrize("rows", [50, 1])
+def test_large_logits_are_held_a_block_at_a_time(monkeypatch, rows):
+    """Also with one row of a bias for all queries, as that of masked text is."""
     *qkv, grad = arrays(50, 40, heads=2)
-    bias = np.random.default_rng(1).normal(size=(2, 1, 50, 40)).astype(np.float32)
+    bias = np.random.default_rng(1).normal(size=(2, 1, rows, 40)).astype(np.float32)
     run = partial(with_gradients, partial(attend, queries=VIDEO, keys=VIDEO, backend="xla"))
     whole = jax.jit(run)([*qkv, bias], grad)
     monkeypatch.setattr(kernels, "XLA_LOGITS_BYTES", 4 * 2 * 2 * 50 * 40 // 7)
@@ -275,6 +290,30 @@ def test_xla_attention_is_differentiable_forward():
     got, want = (jax.jvp(f, qkv, tangents) for f in (run, reference))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remat", "of_attention", "of_mlp"),
+    [("block", 8, 8), ("attention", 7, 8), ("projections", 7, 6)],
+)
+def test_products_whose_results_are_kept_are_not_made_again(remat, of_attention, of_mlp):
+    """Two forward and four backward, of one size; the weights of attention are never kept."""
+    policy = REMAT_POLICIES[remat]
+    mlp = FeedForward(8, 4, rngs=Rngs(0))
+    graph, params = nnx.split(mlp)
+
+    def count(function, *arguments):
+        kept = jax.checkpoint(lambda *x: jnp.sum(jnp.sin(function(*x))), policy=policy)
+        return flops.count(jax.grad(kept, tuple(range(len(arguments)))), *arguments)
+
+    *qkv, _ = arrays(16, 16, heads=2, width=4)
+    self_attention = partial(attend, queries=VIDEO, keys=VIDEO)
+    assert count(self_attention, *qkv) == of_attention * 2 * (2 * 2 * 16 * 16 * 4)
+
+    def hidden(params, x):
+        return nnx.merge(graph, params)(x, ("batch",))
+
+    assert count(hidden, params, np.ones((5, 8), np.float32)) == of_mlp * 2 * (5 * 8 * 32)
 
 
 def gradient_program(cfg, audio_tokens=5):

@@ -127,6 +127,9 @@ def test_attention_follows_the_blocks_of_the_listed_sizes_in_both_halves():
     config = dataclasses.replace(
         TINY, resolution=32, attention_resolutions=(16,), middle_attention=True
     )
+    assert config.attention == (False, True, False)
+    both = dataclasses.replace(config, attention_resolutions=(8, 32))
+    assert both.attention == (True, False, True)
     params = mapping.abstract_params(partial(create, config))
     names = [".".join(map(str, path)) for path in params]
     found = {name.split(".attention")[0] for name in names if ".attention" in name}

@@ -18,6 +18,7 @@ from ltx2_jax.models.codecs.diffusion_decoder import (
     DiffusionDecoder,
     DiffusionDecoderConfig,
     Layout,
+    fit_noise,
 )
 from ltx2_jax.models.codecs.diffusion_decoder_blocks import apply_rope, rope_split, rope_tables
 from ltx2_jax.models.codecs.diffusion_tiling import (
@@ -106,6 +107,19 @@ def test_small_latents_are_padded_with_their_edge_and_the_pixels_cropped():
     np.testing.assert_array_equal(layout.pad(small), padded)
     pixels = np.arange(17 * 96 * 96).reshape(1, 17, 96, 96, 1)
     np.testing.assert_array_equal(layout.crop(pixels), pixels[:, :1, :64])
+    # In the middle of a window of 7: one row before and after, two columns.
+    layout = Layout(DIFFUSION_DECODER_2_5, (1, 3, 5, 3, 128))
+    pixels = np.arange(17 * 224 * 224).reshape(1, 17, 224, 224, 1)
+    np.testing.assert_array_equal(layout.crop(pixels), pixels[:, :, 32:192, 64:160])
+
+
+def test_a_window_that_is_begun_needs_a_latent_or_an_overlap_more():
+    """A latent has 8 rows and columns of the last stage: 29 need four, 17 three."""
+    wide = (*TINY.kernels[:4], (3, 29, 17))
+    assert dataclasses.replace(TINY, kernels=wide).min_latents == (3, 4, 3)
+    # One cell of the last stage is half of one that is cut, and that is shared as a whole.
+    short = (*TINY.kernels[:3], (1, 1, 1), (3, 3, 3))
+    assert min_overlap(dataclasses.replace(TINY, kernels=short)) == (8, 32, 32)
 
 
 def test_a_long_window_keeps_frames_beyond_the_clip_as_context():
@@ -113,6 +127,12 @@ def test_a_long_window_keeps_frames_beyond_the_clip_as_context():
     assert layout.pixels == (17, 224, 224)  # the first window needs three latent frames
     assert layout.canvas((5, 56, 56), first=True, last=True) == (11, 448, 448)  # 9 frames are few
     assert layout.canvas((5, 56, 56), first=True, last=False) == (9, 448, 448)
+
+
+def test_noise_is_cut_to_a_canvas_or_its_last_frame_repeated():
+    noise = np.arange(2 * 3 * 4 * 4 * 3, dtype=np.float32).reshape(2, 3, 4, 4, 3)
+    np.testing.assert_array_equal(fit_noise(noise, (2, 4, 4)), noise[:, :2])
+    np.testing.assert_array_equal(fit_noise(noise, (5, 4, 4)), noise[:, [0, 1, 2, 2, 2]])
 
 
 def test_the_release_has_its_weights_and_limits():
@@ -246,6 +266,21 @@ def test_tiles_are_exact_where_their_edge_is_out_of_reach():
     assert error.max() > 1e-3
 
 
+@pytest.mark.parametrize(("fourth", "side"), [((3, 5, 5), 160), ((3, 5, 31), 256)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_overlap_by_the_longest_reach_of_two_stages_and_two_sides(fourth, side, turned):
+    """Of two blocks of stage 4, or of eight of stage 5, whose cells are half as large.
+
+    Half a window of 11 is 5 cells: 8 x 5 / 2 = 20 cells are 40 frames, or 160 pixels. Half a window
+    of 31 is 15: 2 x 15 = 30 cells are 240 pixels, which is 256 in whole latents. The other side
+    would do with 64.
+    """
+    kernels = (*DIFFUSION_DECODER_2_5.kernels[:3], fourth, (11, 5, 11))
+    kernels = tuple((t, c, r) if turned else (t, r, c) for t, r, c in kernels)
+    cfg = dataclasses.replace(DIFFUSION_DECODER_2_5, kernels=kernels)
+    assert min_overlap(cfg) == (40, side, side)
+
+
 @pytest.mark.parametrize(
     ("tiling", "message"),
     [
@@ -260,17 +295,27 @@ def test_tiles_that_do_not_fit_are_refused(tiling, message):
         plan_tiles(TINY, (1, 5, 4, 5, 4), tiling)
 
 
-@pytest.mark.parametrize("max_cells", [1_000_000, 2_000_000])
-def test_automatic_tiles_fit_and_overlap_by_the_reach(max_cells):
-    cfg, shape = DIFFUSION_DECODER_2_5, (1, 16, 22, 40, 128)  # 121 frames of 1280 x 704
+def test_a_tile_of_the_release_fills_the_window_of_its_last_stage():
+    """Two columns of it come of one that is cut: its 11 come of 6, not of 5."""
+    shape = (1, 16, 22, 40, 128)  # 160 columns to be cut
+    plan = plan_tiles(DIFFUSION_DECODER_2_5, shape, TileCounts(width=(26, 0)))
+    assert min(tile.source.stop - tile.source.start for tile in plan.columns) == 6
+    with pytest.raises(UserError, match=r"tiles of 5 latent cells are too small: 6 are needed"):
+        plan_tiles(DIFFUSION_DECODER_2_5, shape, TileCounts(width=(27, 0)))
+
+
+@pytest.mark.parametrize(("max_cells", "batch"), [(1_000_000, 1), (2_000_000, 1), (2_000_000, 2)])
+def test_automatic_tiles_fit_and_overlap_by_the_reach(max_cells, batch):
+    cfg, shape = DIFFUSION_DECODER_2_5, (batch, 16, 22, 40, 128)  # 121 frames of 1280 x 704
     plan = plan_tiles(cfg, shape, automatic_tiling(cfg, shape, max_cells))
     for group in plan.groups:
         for tile in group:
-            assert 8 * np.prod([s.stop - s.start for s in tile.source[1:]]) <= max_cells
+            cells = np.prod([s.stop - s.start for s in tile.source[1:]])
+            assert 8 * batch * cells <= max_cells
     for axis, least in zip((plan.time, plan.rows, plan.columns), min_overlap(cfg), strict=True):
         for before, after in itertools.pairwise(axis):
             assert before.target.stop - after.target.start >= least
-    assert automatic_tiling(cfg, shape, 10_000_000) is None
+    assert automatic_tiling(cfg, shape, batch * 10_000_000) is None
 
 
 # ---- weights -------------------------------------------------------------------------------------

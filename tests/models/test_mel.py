@@ -1,5 +1,7 @@
 """The log-mel front end against scipy, direct sums and published numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,16 @@ def test_filters_are_triangles_of_equal_area():
         triangle = np.interp(frequencies, [low, centre, high], [0, 2 / (high - low), 0])
         np.testing.assert_allclose(bank[:, m], triangle, atol=1e-9)
     assert (bank.max(axis=0) > 0).all()
+
+
+def test_filters_lie_between_the_frequencies_of_the_config():
+    bank = mel_filter_bank(MelConfig(bins=10, f_min=1000.0, f_max=4000.0))
+    frequencies = np.arange(513) * 16000 / 1024
+    # Above 1 kHz mels are even in the logarithm: 12 edges, each 4^(1/11) of the one before.
+    edges = 1000 * 4.0 ** (np.arange(12) / 11)
+    for m in range(10):
+        inside = (frequencies > edges[m]) & (frequencies < edges[m + 2])
+        np.testing.assert_array_equal(bank[:, m] > 0, inside)
 
 
 def test_stft_is_scipys():
@@ -130,6 +142,9 @@ def test_log_mel_is_the_log_of_filtered_magnitudes():
 def test_silence_is_the_floor():
     silent = np.asarray(log_mel(jnp.zeros((1, 1600, 2)), CONFIG))
     np.testing.assert_allclose(silent, np.log(1e-5), rtol=1e-6)
+    higher = dataclasses.replace(CONFIG, floor=0.1)
+    silent = np.asarray(log_mel(jnp.zeros((1, 1600, 2)), higher))
+    np.testing.assert_allclose(silent, np.log(0.1), rtol=1e-6)
 
 
 def test_a_tone_peaks_in_the_filter_around_its_frequency():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +27,7 @@ from ltx2_jax.models.text.connectors import AUDIO_CONNECTOR_2_3, VIDEO_CONNECTOR
 from ltx2_jax.models.transformer.config import LTX2_3_22B
 from ltx2_jax.planning.compiled import hlo
 from ltx2_jax.planning.topology import has_compiler, tpu_devices
-from ltx2_jax.sharding import bytes_per_chip, make_mesh, spec, spec_of
+from ltx2_jax.sharding import abstract_mesh, bytes_per_chip, make_mesh, spec, spec_of
 
 ROWS, COLUMNS = 6, 64
 
@@ -92,6 +93,15 @@ def test_an_error_is_half_a_step_at_most(form, share):
     assert (error.reshape(groups) <= largest * share * slack).all()
     # And it is that large: half of it is passed by one number in two.
     assert np.mean(error.reshape(groups) > largest * share / 2) > 0.4
+
+
+def test_values_are_the_nearest_in_the_steps_that_are_kept():
+    """Scales of int4 are rounded to bfloat16 first: as it comes back, no other value is nearer."""
+    weight = random(2, ROWS, COLUMNS)
+    values, scale = quantized(jnp.asarray(weight), "int4")
+    steps = np.repeat(np.asarray(scale, np.float32), 32, axis=-1)
+    want = np.clip(np.round(weight / steps), -7, 7)
+    np.testing.assert_array_equal(np.asarray(values, np.float32), want)
 
 
 def test_an_error_of_float8_is_a_sixteenth_of_the_number():
@@ -295,6 +305,66 @@ def test_the_matrix_unit_is_given_what_was_rounded(form, chip, side, sums):
         [side, side, sums]
     ]
     assert program.memory_analysis().temp_size_in_bytes < WIDTH * WIDTH
+
+
+def mixed(form):
+    """The tiny model with weights of a form, and of which dtype either half computes."""
+    config = tiny.config(model=dataclasses.replace(tiny.MODEL, dtype="bfloat16"))
+    video, audio = config.text.video_connector, config.text.audio_connector
+    audio = dataclasses.replace(audio, dtype="bfloat16")
+    return ltx2.LTX2Config(config.model, video, audio, form)
+
+
+def test_every_large_matrix_of_the_blocks_and_no_gate_is_quantised():
+    """Connectors, which run once a clip, keep what they read as it is."""
+    model = nnx.eval_shape(lambda: ltx2.LTX2(mixed("int8-products"), rngs=Rngs(0)))
+    found = {"blocks": set(), "outside": set()}
+    for path, linear in lora.linears(model):
+        few = linear.scale is not None
+        assert few == (linear.weight.dtype == jnp.int8)
+        if linear.weight.ndim == 3:
+            found["blocks"].add((path[0], path[-1] == "to_gate", few, linear.rounds_input))
+        else:
+            found["outside"].add(few)
+    assert found == {
+        "blocks": {
+            ("transformer", False, True, True),
+            ("transformer", True, False, False),
+            ("connectors", False, True, False),
+            ("connectors", True, False, False),
+        },
+        "outside": {False},
+    }
+
+
+def test_a_sampler_keeps_what_every_network_casts_in_the_dtype_of_that_network():
+    """Values and scales of a form as they are, and norms, which are used in float32."""
+    leaf = jax.ShapeDtypeStruct((3, 2), jnp.float32)
+    few = jax.ShapeDtypeStruct((3, 2), jnp.int8)
+    held = {"linear": {"weight": leaf, "bias": leaf}, "norm": leaf}
+    held["quantised"] = {"weight": few, "scale": leaf}
+    params = {"transformer": held, "connectors": {"video": held, "audio": held}}
+    used = ltx2.as_used(mixed(None), params)
+    for network, dtype in (
+        (used["transformer"], "bfloat16"),
+        (used["connectors"]["video"], "float32"),
+        (used["connectors"]["audio"], "bfloat16"),
+    ):
+        dtypes = jax.tree.map(lambda x: x.dtype.name, network)
+        assert dtypes == {
+            "linear": {"weight": dtype, "bias": dtype},
+            "norm": "float32",
+            "quantised": {"weight": "int8", "scale": "float32"},
+        }
+
+
+def test_weights_of_a_sampler_are_whole_on_every_chip_that_has_other_clips():
+    """Those of a training are spread over these chips, and so would be gathered in every step."""
+    for sampler, parts in ((False, 2), (True, 1)):
+        mesh = abstract_mesh(2, 1, 1)
+        params = ltx2.abstract_params(mixed(None), mesh, for_sampling=sampler)
+        weight = params["transformer"]["blocks"]["video_self"]["to_q"]["weight"]
+        assert np.prod(weight.sharding.shard_shape(weight.shape)) == weight.size // parts
 
 
 @pytest.mark.parametrize(("form", "least"), [("int8", 0.50), ("fp8", 0.50), ("int4", 0.28)])

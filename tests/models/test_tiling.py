@@ -113,6 +113,12 @@ def test_a_clip_that_fits_into_a_tile_is_not_cut():
         assert len(plan.groups) == len(plan.groups[0]) == 1
 
 
+def test_automatic_tiles_of_a_thin_picture_are_longer_than_their_overlap():
+    """Two cells of 24 are its part of the longer side, which the overlap alone would fill."""
+    assert tiling.automatic_tiling(64, 1024) == TileSizes((80, 24), (96, 64), (768, 64))
+    assert tiling.automatic_tiling(1024, 64) == TileSizes((80, 24), (768, 64), (96, 64))
+
+
 def test_counts_instead_of_sizes_make_tiles_equal():
     grid = (16, 22, 40)
     counts = tiling.automatic_tiling(704, 1280).to_counts(grid, STRIDES)

@@ -12,11 +12,12 @@ from flax import nnx
 
 from ltx2_jax.diffusion import geometry
 from ltx2_jax.diffusion.conditioning import first_frame_mask
-from ltx2_jax.models.layers import Rngs
+from ltx2_jax.models.layers import Rngs, layer_norm, rms_norm
 from ltx2_jax.models.remat import REMAT_POLICIES
+from ltx2_jax.models.rope import rope_tables
 from ltx2_jax.models.transformer.config import LTX2_3_22B, LTX2_19B, PRESETS, TransformerConfig
-from ltx2_jax.models.transformer.streams import Keep, Modality
-from ltx2_jax.models.transformer.transformer import LTX2Transformer
+from ltx2_jax.models.transformer.streams import Keep, Modality, Stem
+from ltx2_jax.models.transformer.transformer import Block, LTX2Transformer
 
 SMALL = dataclasses.replace(tiny.MODEL, num_layers=2)
 
@@ -160,6 +161,72 @@ def test_bfloat16_activations_stay_close_to_float32(prompt_adaln):
         assert y.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(y, np.float32) - x) / np.linalg.norm(x)
         assert error < 0.05
+
+
+def test_gates_between_streams_read_the_noise_of_the_other_by_a_scale_of_their_own():
+    """Twice the noise by half of the scale is the same gate, whatever the stream's own noise is."""
+    half = dataclasses.replace(SMALL, cross_gate_timestep_scale=500.0)
+    (video, audio), params = inputs(), weights(SMALL)["video"]
+
+    def gate(cfg, video, audio):
+        graphdef = nnx.graphdef(jax.eval_shape(lambda: Stem(cfg, "video", rngs=Rngs(0))))
+        run = jax.jit(lambda *given: nnx.merge(graphdef, params)(*given, None)[1].cross_gate)
+        return run(video, audio)
+
+    want = gate(SMALL, video, audio)
+    other = dataclasses.replace(video, sigma=video.sigma / 3, timesteps=video.timesteps / 3)
+    noisier = dataclasses.replace(audio, sigma=2 * audio.sigma)
+    np.testing.assert_allclose(gate(half, other, noisier), want, atol=1e-6)
+    assert np.abs(gate(half, video, audio) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize(("of_video", "of_audio"), [(20.0, 40.0), (40.0, 20.0)])
+def test_streams_meet_on_one_clock_which_is_the_longer_one(of_video, of_audio):
+    cfg = dataclasses.replace(SMALL, max_pos=(of_video, 2048.0, 2048.0), audio_max_pos=(of_audio,))
+    streams = inputs(cfg)
+    for name, stream, other in zip(("video", "audio"), streams, streams[::-1], strict=True):
+        graphdef = nnx.graphdef(jax.eval_shape(lambda n=name: Stem(cfg, n, rngs=Rngs(0))))
+        stem = nnx.merge(graphdef, weights(SMALL)[name])
+        want = rope_tables(
+            stream.positions[:, :1], heads=8, width=16, max_pos=(40.0,), theta=cfg.rope_theta
+        )
+        for got, table in zip(stem.prepare(stream, other).cross_rope, want, strict=True):
+            np.testing.assert_allclose(got, table, atol=1e-5)
+
+
+def test_interleaved_pairs_are_the_split_ones_in_another_order():
+    """Of four features of a head, 0 and 2 are a pair and 1 and 3, or 0 and 1 and 2 and 3."""
+    rng = np.random.default_rng(3)
+    angle = rng.uniform(0, 6, (2, 5, 8, 2)).astype(np.float32)
+    x, rope = rng.normal(size=(2, 5, 32)).astype(np.float32), (np.cos(angle), np.sin(angle))
+    split = jax.tree.map(lambda leaf: leaf[0], weights(SMALL)["blocks"]["video_self"])
+    order = np.arange(32).reshape(8, 2, 2).swapaxes(1, 2).reshape(-1)
+    moved = {name: jax.tree.map(lambda leaf: leaf[order], split[name])
+             for name in ("to_q", "to_k", "q_norm", "k_norm")}  # fmt: skip
+
+    def attended(rope_type, params):
+        cfg = dataclasses.replace(SMALL, rope_type=rope_type)
+        graphdef = nnx.graphdef(jax.eval_shape(lambda: Block(cfg, rngs=Rngs(0)).video_self))
+        return jax.jit(lambda p: nnx.merge(graphdef, p)(x, rope=rope))(params)
+
+    want = attended("split", split)
+    np.testing.assert_allclose(attended("interleaved", split | moved), want, atol=1e-5)
+    assert np.abs(attended("interleaved", split) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_of_bfloat16_round_once(norm):
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 1, (40, 100)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    if norm == "rms":
+        scale = jnp.asarray(np.random.default_rng(1).uniform(1, 2, 100), jnp.float32)
+        got = rms_norm(x, 1e-6, scale)
+        want = exact / np.sqrt(np.mean(exact**2, -1, keepdims=True)) * np.asarray(scale)
+    else:
+        got = layer_norm(x, 1e-6)
+        want = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8 * 1.01, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,17 @@ def test_clips_of_a_batch_do_not_meet():
     np.testing.assert_allclose(call(module, x)[1:], call(module, x[1:]), atol=1e-5)
 
 
+def test_group_norms_hold_far_from_zero():
+    """Where a mean of squares minus a squared mean would be lost to rounding."""
+    norm = network().norm_in
+    x = 100 + 0.01 * random(1, 2, 3, 4, 32)
+    exact = x.astype(np.float64)  # one channel a group
+    mean, variance = (f(exact, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    want = (exact - mean) / np.sqrt(variance + 1e-5)
+    want = want * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(x), want, atol=5e-3)
+
+
 def test_two_dimensions_treat_every_frame_by_itself():
     flat, x = network(dims=2), random(1, 3, 3, 4, 4)
     frames = [call(flat, x[:, i : i + 1]) for i in range(3)]

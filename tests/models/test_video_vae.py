@@ -161,6 +161,19 @@ def test_pixel_norm_has_the_epsilon_of_the_video_vae():
     np.testing.assert_allclose(blocks.pixel_norm(x), 0.5**0.5, rtol=1e-4)
 
 
+def test_a_shortcut_is_normalised_over_a_whole_clip_with_its_own_epsilon():
+    """Far from zero, where a mean of squares minus a squared mean would be lost to rounding."""
+    style = blocks.ConvStyle("zeros", causal=True, dtype="float32")
+    layer = drawn(lambda: blocks.ResidualBlock(2, 3, style, rngs=Rngs(0)))
+    x = 8 + 1e-3 * noise_of(2, 2, 3, 4, 2)
+    exact = x.astype(np.float64)
+    mean, variance = (f(exact, axis=(1, 2, 3, 4), keepdims=True) for f in (np.mean, np.var))
+    want = (exact - mean) / np.sqrt(variance + 1e-6)
+    norm = layer.shortcut_norm
+    want = want * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(x), want, atol=2e-3)
+
+
 def test_attention_stays_within_a_frame_and_has_one_head():
     style = blocks.ConvStyle("zeros", causal=True, dtype="float32")
     layer = drawn(lambda: blocks.FrameAttention(6, style, rngs=Rngs(0)))
@@ -272,12 +285,17 @@ def test_latents_of_another_vae_are_refused():
 
 
 def test_a_key_draws_the_noise_once_and_the_same_every_time():
+    """Every draw by its number: no two maps of the same size are alike."""
     vae, latents = drawn(partial(create, UNUSUAL)), noise_of(1, 2, 1, 2, 4)
     first, again, other = (
         run(vae, "decode", latents, None, jax.random.key(seed)) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other, atol=1e-3)
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in range(5)]
+    shapes = [latents.shape, *[(1, 2)] * 4]
+    noise = [np.asarray(jax.random.normal(*pair)) for pair in zip(keys, shapes, strict=True)]
+    np.testing.assert_allclose(run(vae, "decode", latents, None, noise), first, atol=1e-4)
 
 
 def test_timestep_conditioning_makes_the_latents_noisy_by_its_own_measure():
@@ -288,6 +306,28 @@ def test_timestep_conditioning_makes_the_latents_noisy_by_its_own_measure():
     moved = latents + DECODE_NOISE / (1 - DECODE_NOISE)
     still = run(vae, "decode", moved, None, [np.zeros_like(latents), *quiet])
     np.testing.assert_allclose(noisy, still, atol=1e-4)
+
+
+def test_blocks_that_inject_noise_need_it_whatever_else_does():
+    """Two maps for each of them, at their resolution: also one that stands alone."""
+    block = Block("res_x_y", inject_noise=True)
+    cfg = replace(UNUSUAL, decoder_blocks=(block, Block("compress_space")))
+    cfg = replace(cfg, timestep_conditioning=False)
+    assert cfg.uses_noise
+    assert not replace(cfg, decoder_blocks=cfg.decoder_blocks[1:]).uses_noise
+    asked = []
+
+    def draw(shape):
+        asked.append(shape)
+        return jnp.zeros(shape)
+
+    graphdef, state = nnx.split(nnx.eval_shape(partial(create, cfg)))
+
+    def decode(state, latents):
+        return nnx.merge(graphdef, state).decoder(latents, draw=draw)
+
+    jax.eval_shape(decode, state, jnp.zeros((1, 2, 3, 5, 4)))
+    assert asked == [(6, 10), (6, 10)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from golden_case import file_of, tensors_of
 from ml_dtypes import bfloat16
 
 from ltx2_jax.errors import UserError
+from ltx2_jax.models.codecs.bandwidth_extension import BandwidthExtension
 from ltx2_jax.models.codecs.resample import resample
 from ltx2_jax.models.codecs.vocoder import (
     VOCODER_2_0,
@@ -169,6 +170,19 @@ def test_the_skip_is_the_resampler_with_its_ends_held():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("samples", "frames"), [(6, 2), (7, 3), (8, 3)])
+def test_a_begun_hop_is_a_frame_of_its_own(samples, frames):
+    seen = []
+
+    def silent(mel):
+        seen.append(mel.shape)
+        return jnp.zeros((1, mel.shape[1] * 6, 2))
+
+    extension = BandwidthExtension(silent, bins=5, n_fft=6, hop=3, ratio=2)
+    assert jax.eval_shape(extension, jnp.zeros((1, samples, 2))).shape == (1, 2 * samples, 2)
+    assert seen == [(1, frames, 5, 2)]
+
+
 def test_log_mels_look_back_only_and_are_magnitudes_through_the_stored_tables():
     extension = built(TINY).extension
     extension = nnx.merge(*nnx.split(extension))
@@ -209,6 +223,7 @@ def test_bandwidth_extension_triples_every_length(frames):
     filled = np.pad(low, ((0, 0), (0, -5 * frames % 2), (0, 0)))
     assert len(filled[0]) % 2 == 0
     residual = model.extension.generator(model.extension.log_mel(filled))
+    assert np.abs(residual).max() > 1  # the sum alone is clipped
     expected = np.clip(residual + model.extension.interpolate(filled), -1, 1)
     np.testing.assert_allclose(waveform, expected[:, : 15 * frames], atol=1e-5)
     assert model.output_sample_rate == 300

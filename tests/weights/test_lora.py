@@ -445,9 +445,10 @@ def test_adapters_are_variables_of_their_own():
 
 def test_an_adapter_that_does_not_fit_its_map_is_refused():
     model = mapping.build(partial(transformer.create, CONFIG), weights())
-    wrong = {"video": {"project_in": {"a": np.zeros((2, 7)), "b": np.zeros((32, 2))}}}
-    with pytest.raises(ValueError, match=r"video\.project_in: .* do not fit \[32, 8\]"):
-        attach(model, wrong)
+    for n_in, n_out in ((7, 32), (8, 31)):
+        wrong = {"video": {"project_in": {"a": np.zeros((2, n_in)), "b": np.zeros((n_out, 2))}}}
+        with pytest.raises(ValueError, match=r"video\.project_in: .* do not fit \[32, 8\]"):
+            attach(model, wrong)
 
 
 # ---- files ---------------------------------------------------------------------------------------
