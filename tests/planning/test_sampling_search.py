@@ -123,23 +123,31 @@ def on(sizes, *, name="v6e:8x8", networks=CONFIG.networks, rows=1, chip="v6e", *
     return sampling_estimate.estimate_sample(networks, request(LARGE), mesh, chip, rows)
 
 
-def in_blocks(*rows):
+def in_blocks(*rows, version="2.0"):
     """FLOPs of the matrices of all blocks, without attention itself, for so many rows."""
-    terms = flops.forward_flops(CONFIG.model, *rows)
+    terms = flops.forward_flops(PRESETS[version], *rows)
     outside = ("core", "timestep", "input and output", "caption")
     return sum(work for name, work in terms.items() if not any(x in name for x in outside))
 
 
-def test_products_take_as_long_as_the_rows_of_a_device():
-    """Tokens of video are split over sequence, those of audio and text are whole there."""
-    video, audio = in_blocks(14080, 0, 0), in_blocks(0, 126, 0)
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_products_take_as_long_as_the_rows_of_a_device(version):
+    """Tokens of video are split over sequence, those of audio and text are whole there.
+
+    Keys and values of the text are made once, unless every step modulates the text.
+    """
+    video, audio = (in_blocks(*rows, version=version) for rows in ((14080, 0, 0), (0, 126, 0)))
+    text = in_blocks(0, 0, 1024, version=version) * (version == "2.3")
     wide = 4 * 48 * (14080**2 + 14080 * 1024) * 4096  # of heads of 128
     narrow = 2 * 4 * 48 * 14080 * 126 * 2048  # between the streams, heads of 64
     chip = chips.CHIPS["v6e"]
-    gemm = (video / 4 + audio) / 0.8
+    gemm = (video / 4 + audio + text) / 0.8
     sound = 4 * 48 * 126 * (126 + 1024) * 2048  # to itself and to the text
     core = (wide / chip.attention_128 + narrow / chip.attention_64) / 4 + sound / chip.attention_64
-    guess = on((8, 2, 4), rows=11)  # two rows a device, of which some are for nothing
+    networks = dataclasses.replace(CONFIG.networks, transformer=PRESETS[version])
+    guess = on(
+        (8, 2, 4), networks=networks, rows=11
+    )  # two rows a device, of which some are for nothing
     assert guess.products == pytest.approx(2 * (gemm + core) / 2 / chip.flops)
 
 
@@ -162,7 +170,7 @@ def test_few_rows_wait_for_the_weights(form, size):
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 def test_memory_is_weights_and_activations_and_text_that_stays(version):
-    """Keys and values of the text are made once, unless every step modulates the text."""
+    """Its keys and values stay, unless every step modulates the text."""
     networks = dataclasses.replace(CONFIG.networks, transformer=PRESETS[version])
     guess = on((8, 2, 4), networks=networks, rows=8)
     activation, text = 2 * 14080 / 4 * 4096, 2 * 2 * 48 * 1024 * (4096 + 2048) / 2
@@ -187,13 +195,13 @@ def test_what_a_block_sends_is_summed():
     assert on((1, 16, 4), chip="h100").links == pytest.approx(48 * block)
 
 
-def test_shards_of_model_are_not_the_next_devices_but_one_of_every_group():
-    """The two of four that add up each other's results lie on one link, or across the square."""
-    guess = on((1, 2, 2), name="v6e:2x2", interconnect=4e9)
+def test_shards_of_model_lie_apart_on_the_mesh_and_side_by_side_on_the_chips():
+    """Four in a square, whose sums use two links each; the two of sequence two chips apart."""
+    guess = on((1, 4, 2), name="v6e:2x4", interconnect=4e9)
     video, audio = 2 * 14080 / 2 * 4096, 2 * 126 * 2048
-    summed = 4 * (video + audio + 4 * 2 * (14080 / 2 + 126))  # an all-reduce of two moves all of it
-    traded = 4 * video / 2 / 2
-    merged = (2 * audio / 2 / 64) + 2 * audio / 2
+    summed = 4 * (video + audio + 4 * 2 * (14080 / 2 + 126)) * 2 * 3 / 4 / 2
+    traded = 4 * video / 4 / 2 * 2  # half of it, over half of a link
+    merged = 2 * (2 * audio / 4 / 64 + 2 * audio / 4)
     assert guess.links == pytest.approx(48 * (summed + traded + merged) / 0.9e9, rel=1e-3)
 
 
