@@ -79,6 +79,13 @@ def test_narrow_heads_are_slower():
         assert chip.attention(64) == chip.attention_64 < chip.attention_128 < 1
 
 
+def test_products_of_eight_bits_are_named_as_xla_does_or_as_weights_are_kept():
+    v6e, v7x = chips.CHIPS["v6e"], chips.CHIPS["v7x"]
+    for name, rates in (("s8", (2, 1)), ("int8", (2, 1)), ("f8e4m3fn", (1, 2)), ("fp8", (1, 2))):
+        assert (v6e.products(name), v7x.products(name)) == rates
+    assert v6e.products("bf16") == v7x.products("bf16") == 1
+
+
 @pytest.mark.parametrize("slice_", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_compiler_of_every_tpu_takes_the_options_and_puts_the_checker_in(slice_):
     def bytes_of_code(**checked):
