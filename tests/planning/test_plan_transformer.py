@@ -11,7 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import chips, config, plan
+from ltx2_jax import chips, config, plan, units
 from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
@@ -390,6 +390,16 @@ def test_what_should_not_fit_by_arithmetic_is_no_success(command, monkeypatch, f
     code, out, _ = command("--topology=v6e:1x1", "--mesh=1,1,1", *flags)
     assert code == 1
     assert "GiB too much" in out
+
+
+def test_what_is_too_much_and_the_work_of_a_device_are_told(command):
+    _, out, _ = command("--topology=v5p:2x2x2", "--json")
+    facts = json.loads(out)
+    facts |= {"fits": False, "hbm_bytes_per_device": 2 * reports.GIB, "model_flops": 8e15}
+    facts["estimate"]["peak"] = 5 * reports.GIB
+    text = reports.describe(facts)
+    assert "should not fit: 3.0 GiB too much" in text
+    assert f"{units.flops(8e15)}, {units.flops(1e15)} a device" in text
 
 
 def test_the_command_plans_the_batch_that_tokens_give(command):
