@@ -79,6 +79,13 @@ def test_narrow_heads_are_slower():
         assert chip.attention(64) == chip.attention_64 < chip.attention_128 < 1
 
 
+def test_products_of_eight_bits_are_named_as_xla_does_or_as_weights_are_kept():
+    v6e, v7x = chips.CHIPS["v6e"], chips.CHIPS["v7x"]
+    for name, rates in (("s8", (2, 1)), ("int8", (2, 1)), ("f8e4m3fn", (1, 2)), ("fp8", (1, 2))):
+        assert (v6e.products(name), v7x.products(name)) == rates
+    assert v6e.products("bf16") == v7x.products("bf16") == 1
+
+
 @pytest.mark.parametrize("slice_", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_compiler_of_every_tpu_takes_the_options_and_puts_the_checker_in(slice_):
     def bytes_of_code(**checked):
@@ -96,3 +103,28 @@ def test_an_option_that_no_compiler_knows_is_refused_by_it():
         program = jax.jit(jnp.sin, compiler_options={"xla_tpu_no_such_checker": True})
         with pytest.raises(Exception, match="xla_tpu_no_such_checker"):
             program.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile()
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "training", "sampling"),
+    [
+        ("tpu", "TPU v5", "sparse_core", None),
+        ("tpu", "TPU v6 lite", "sparse_core", None),
+        ("tpu", "TPU7x", "large_2nd_minor_layout", "large_2nd_minor_layout"),
+        ("tpu", "TPU v5 lite", None, None),
+        ("gpu", "NVIDIA H100 80GB HBM3", None, None),
+        ("cpu", "cpu", None, None),
+    ],
+)
+def test_a_program_has_the_options_of_its_chip_and_work(
+    monkeypatch, platform, kind, training, sampling
+):
+    monkeypatch.setattr(chips, "target", lambda: (platform, kind))
+    for work, wanted in ((True, training), (False, sampling)):
+        plain = chips.compiler_options(training=work)
+        checked = chips.compiler_options(training=work, checked=True)
+        assert (plain is None) == (wanted is None)
+        assert wanted is None or any(wanted in name for name in plain)
+        added = set(checked or {}) - set(plain or {})
+        assert (len(added) == 3 and all("sdc" in name for name in added)) == (platform == "tpu")
+    assert (chips.one_run_options() is None) == (platform != "cpu")

@@ -81,6 +81,9 @@ def test_help_shows_an_example(name, capsys):
         ("sample", ["--workdir=x", "--seed=-1"], "--seed"),
         ("sample", ["--workdir=x", "--seed=4294967296"], "--seed"),
         ("sample", ["--workdir=x", "--video-guidance=nan"], "--video-guidance"),
+        ("sample", ["--workdir=x", "--video-guidance=inf"], "--video-guidance"),
+        ("train", ["--config=x", "--start-timeout=inf"], "--start-timeout"),
+        ("train", ["--config=x", "--heartbeat=0"], "--heartbeat"),
         ("prepare", ["t.csv", "out", "--num-frames=0"], "--num-frames"),
     ],
 )

@@ -146,6 +146,8 @@ def test_a_value_of_another_type_is_named_with_the_type_wanted(name, text, kind)
         ("data.films.fps", "0", "--config.data.films: fps=0.0 must be above 0"),
         ("data.films.stride", "0", "--config.data.films: stride=0"),
         ("num_steps", "0", "--config: num_steps=0"),
+        ("flow.caption_dropout", "1.5", "--config.flow: caption_dropout=1.5 is not from 0 to 1"),
+        ("flow.first_frame_prob", "-0.1", "--config.flow: first_frame_prob=-0.1 is not from 0"),
         ("model.remat", "some", "--config.model: remat='some'"),
         ("model.num_heads", "3", "--config.model: audio_num_heads=4 must equal num_heads=3"),
         ("data.codec.video_strides", "4,0,8", "--config.data.codec: video_strides (4, 0, 8)"),

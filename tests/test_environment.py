@@ -98,3 +98,19 @@ def test_commands_end_with_a_line_and_a_code(capsys):
     assert command.run("name", interrupted, interrupted="nothing was written") == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["name: error: --flag: wrong", "name: interrupted; nothing was written"]
+
+
+def test_a_command_whose_reader_went_away_ends_without_a_word(capfd):
+    def printing_into_head():
+        raise BrokenPipeError
+
+    assert command.run("name", printing_into_head) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_a_flag_is_written_in_full():
+    """What only begins like one is left over, and refused with all that nobody knows."""
+    parser = command.parser("name", "what it does", "example")
+    parser.add_argument("--topology")
+    known, rest = parser.parse_known_args(["--topology=a", "--topo=b"])
+    assert (known.topology, rest) == ("a", ["--topo=b"])

@@ -187,8 +187,46 @@ def test_weights_move_to_another_axis_when_fsdp_does_not_divide(mesh_context):
         assert sharding.weight_spec((8, 6), ("fsdp", "heads")) == P(("data", "sequence"), "model")
         assert sharding.weight_spec((3, 8), ("fsdp", None)) == P(None, ("data", "sequence"))
         assert sharding.weight_spec((6, 3), ("fsdp", None)) == P("data", None)
+        # The largest of the others, and none that is split already.
+        assert sharding.weight_spec((3, 8, 16), ("fsdp", None, None)) == P(
+            None, None, ("data", "sequence")
+        )
+        assert sharding.weight_spec((3, 16, 8), ("fsdp", "heads", None)) == P(
+            None, "model", ("data", "sequence")
+        )
         with pytest.raises(UserError, match="does not divide 5"):
             sharding.weight_spec((8, 5), ("fsdp", "heads"))
+    with mesh_context(4, 1, 2):
+        assert sharding.weight_spec((6, 3), ("fsdp", None)) == P("sequence", None)
+
+
+def test_weights_are_whole_and_sums_are_exact_only_where_that_is_asked_for(mesh_context):
+    def asked():
+        return sharding.weight_spec((8,), ("fsdp",)), sharding.reduces_in_float32()
+
+    with mesh_context(8, 1, 1):
+        before = asked()
+        assert before == (P("data"), False)
+        with sharding.resident_weights(), sharding.gradients_reduced_in("float32"):
+            assert asked() == (P(None), True)
+            with sharding.gradients_reduced_in("bfloat16"):
+                assert asked() == (P(None), False)
+            assert asked() == (P(None), True)
+        assert asked() == before
+        with pytest.raises(ValueError, match="in vain"), sharding.resident_weights():
+            with sharding.gradients_reduced_in("float32"):
+                raise ValueError("in vain")
+        assert asked() == before
+
+
+def test_an_array_is_large_by_its_bytes():
+    tree = {
+        "wide": jax.ShapeDtypeStruct((300_000,), jnp.float32),
+        "narrow": jax.ShapeDtypeStruct((900_000,), jnp.int8),
+        "four bits": jax.ShapeDtypeStruct((1000,), jnp.int4),  # two to a byte of a device
+    }
+    assert sharding.replicated(tree) == ["wide"]
+    assert sharding.bytes_per_chip(tree) == 4 * 300_000 + 900_000 + 500
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (8, 2, 1), (-1, 3, 1), (0, 1, 1)])

@@ -106,7 +106,9 @@ def _products(
     for name, work in terms.items():
         if "core" in name:
             head = cfg.head_dim if name.startswith("video") else cfg.audio_head_dim
-            over = model * (1 if name.startswith("audio self") else sequence)
+            # Where the sound attends to itself or to the text, every shard has all of it.
+            whole = name.startswith(("audio self", "audio text"))
+            over = model * (1 if whole else sequence)
             products += rows * work / over / chip.device_flops / chip.attention(head)
     return products, longer
 

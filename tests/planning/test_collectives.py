@@ -3,7 +3,7 @@
 import pytest
 
 from ltx2_jax.planning.compiled import hlo
-from ltx2_jax.planning.compiled.collectives import axes_of, groups_of
+from ltx2_jax.planning.compiled.collectives import axes_of, collectives, groups_of
 
 MESH = {"data": 2, "model": 2, "sequence": 2}
 SEQUENCE = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -42,6 +42,7 @@ def sets(groups):
          ("data", "sequence")),
         ("replica_groups={}", [list(range(8))], ("data", "model", "sequence")),
         ("source_target_pairs={{0,1},{1,0},{2,3}}", [[0, 1], [0, 1], [2, 3]], ("sequence",)),
+        ("source_target_pairs={{0,1},{2,2}}", [[0, 1], [2, 2]], ("sequence",)),
         ("source_target_pairs={{0,4},{4,2}}", [[0, 4], [2, 4]], ("data", "model")),
     ],
 )  # fmt: skip
@@ -55,3 +56,45 @@ def test_a_part_of_an_axis_is_smaller_than_the_axis():
     groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert axes_of(groups, {"data": 2, "sequence": 4}) == ("sequence",)
     assert len(groups[0]) < 4
+
+
+def test_a_collective_that_is_awaited_later_is_asynchronous():
+    text = """ENTRY %main (s: bf16[2,4]) -> bf16[8,4] {
+  %s = bf16[2,4]{1,0} parameter(0)
+  %g = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%s), replica_groups=[1,4]<=[4]
+  %d = bf16[8,4]{1,0} all-gather-done(%g)
+  ROOT %h = bf16[8,4]{1,0} all-gather(%s), replica_groups=[1,4]<=[4]
+}
+"""
+    found = collectives(hlo.parse(text), {"data": 4})
+    assert [(c.kind, c.bytes, c.asynchronous) for c in found] == [
+        ("all-gather", 64, True), ("all-gather", 64, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("root", "kind", "size"),
+    [
+        ("bf16[2,4]{1,0} copy(%k)", "reduce-scatter", 16),
+        ("(bf16[2,4]{1,0}, bf16[8,4]{1,0}) tuple(%k, %r)", "all-reduce", 64),
+    ],
+)
+def test_a_sum_of_which_a_device_keeps_its_share_alone_is_scattered(root, kind, size):
+    result = root.split(" copy")[0].split(" tuple")[0]
+    text = f"""%inner (p: bf16[8,4], i: s32[]) -> bf16[2,4] {{
+  %p = bf16[8,4]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %r = bf16[8,4]{{1,0}} all-reduce(%p), replica_groups=[1,4]<=[4]
+  %k = bf16[2,4]{{1,0}} dynamic-slice(%r, %i, %z), dynamic_slice_sizes={{2,4}}
+  ROOT %o = {root}
+}}
+
+ENTRY %main (a: bf16[8,4], n: s32[]) -> bf16[2,4] {{
+  %a = bf16[8,4]{{1,0}} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %f = {result} fusion(%a, %n), kind=kCustom, calls=%inner
+}}
+"""
+    (found,) = collectives(hlo.parse(text), {"data": 4})
+    assert (found.kind, found.bytes, found.group) == (kind, size, 4)

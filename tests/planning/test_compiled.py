@@ -18,7 +18,7 @@ from ltx2_jax.models.layers import Rngs
 from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.models.transformer.streams import Modality
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
-from ltx2_jax.planning.compiled import hlo
+from ltx2_jax.planning.compiled import hlo, traffic
 from ltx2_jax.planning.compiled.facts import describe, module_facts, program_facts
 from ltx2_jax.sharding import make_mesh
 
@@ -107,6 +107,47 @@ def test_a_stacked_operand_is_read_a_slice_at_a_time():
     # may copy each of them; it never touches the whole stack.
     assert 2 * 10 * matrix <= read < 7 * 10 * matrix
     assert 2 * 10 * matrix <= written < 7 * 10 * matrix
+
+
+SLICED, STACK, ROW = "f32[3,128]{1,0}", "f32[8,128]{1,0}", "f32[1,128]{1,0}"  # 512 bytes a row
+UPDATE = f"%p = {STACK} parameter(0)\n  %u = {ROW} parameter(1)\n  %z = s32[] constant(0)"
+
+
+@pytest.mark.parametrize(
+    ("fused", "result", "read", "written"),
+    [
+        # Two overlapping slices of four rows are no more than the four.
+        (
+            f"%p = f32[4,128]{{1,0}} parameter(0)\n  %x = {SLICED} slice(%p), slice={{[0:3]}}\n"
+            f"  %y = {SLICED} slice(%p), slice={{[1:4]}}\n  ROOT %s = {SLICED} add(%x, %y)",
+            SLICED, 4, 3,
+        ),
+        # In place: what is put in is read, what it is put into is not.
+        (f"{UPDATE}\n  ROOT %d = {STACK} dynamic-update-slice(%p, %u, %z, %z)", STACK, 1, 1),
+    ],
+)  # fmt: skip
+def test_a_fusion_moves_the_rows_that_it_touches(fused, result, read, written):
+    given = [line.strip() for line in fused.split("\n") if "parameter" in line]
+    names = ", ".join(line.split()[0] for line in given)
+    module = hlo.parse(
+        f"%inner (p: f32[4,128]) -> f32[3,128] {{\n  {fused}\n}}\n\n"
+        "ENTRY %main (p: f32[4,128]) -> f32[3,128] {\n  "
+        + "\n  ".join(given)
+        + f"\n  ROOT %f = {result} fusion({names}), kind=kLoop, calls=%inner\n}}\n"
+    )
+    moved = traffic.hbm_bytes(module, module.entry, module.entry.root)
+    assert moved == (512 * read, 512 * written)
+
+
+@pytest.mark.parametrize(("layout", "written"), [("{1,0}", 512), ("{1,0:S(1)}", 0)])
+def test_what_is_updated_on_the_chip_is_not_written_to_memory(layout, written):
+    stack = STACK.replace("{1,0}", layout)
+    body = UPDATE.replace(STACK, stack)
+    module = hlo.parse(
+        f"ENTRY %main (p: f32[8,128], u: f32[1,128]) -> f32[8,128] {{\n  {body}\n"
+        f"  ROOT %d = {stack} dynamic-update-slice(%p, %u, %z, %z)\n}}\n"
+    )
+    assert traffic.hbm_bytes(module, module.entry, module.entry.root) == (512, written)
 
 
 def test_a_conditional_counts_its_dearest_branch():
@@ -237,6 +278,21 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"77","bytes_acces
         ("odd", None, 0),
     ]
     assert facts["kernel_flops"] == facts["flops"] == forward + 77
+
+
+@pytest.mark.parametrize(
+    ("name", "notes", "products"),
+    [("fwd", "", 2), ("dq", "", 3), ("dkv", "", 4), ("dkv", "use_fused_bwd_kernel: true", 5)],
+)
+def test_a_backward_kernel_of_attention_computes_scores_again(name, notes, products):
+    text = f"""ENTRY %main (q: bf16[4,256,64]) -> bf16[4,512,64] {{
+  %q = bf16[4,256,64]{{2,1,0}} parameter(0)
+  %k = bf16[4,512,64]{{2,1,0}} parameter(1)
+  ROOT %splash_mha_{name}.1 = bf16[4,512,64]{{2,1,0}} custom-call(%q, %k, %k), \
+custom_call_target="tpu_custom_call", metadata={{op_name="{notes}"}}
+}}
+"""
+    assert module_facts(hlo.parse(text))["flops"] == products * 2 * 4 * 256 * 512 * 64
 
 
 def test_a_weight_that_is_copied_for_the_whole_loop_is_named():

@@ -1,6 +1,7 @@
 """Times of collectives against sums done by hand: links, rings, lines, switches."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ def test_a_gather_along_a_closed_ring_uses_both_links():
 def test_a_gather_along_a_line_is_bound_by_its_ends():
     net = network("v5p", (2, 4, 4))  # no cubes, no rings
     assert ideal("all-gather", GB, range(4), net) == pytest.approx(GB * 3 / 4 / LINK)
+    part_of_a_ring = ideal("all-gather", GB, (0, 1), network("v5p", (4, 4, 4)))
+    assert part_of_a_ring == pytest.approx(GB / 2 / LINK)
 
 
 def test_a_gather_over_a_box_uses_all_of_its_dimensions():
@@ -61,6 +64,7 @@ def test_an_all_to_all_crosses_the_middle():
     assert ideal("all-to-all", GB, range(4), line) == pytest.approx(GB / LINK)
     ring = network("v5p", (4, 4, 4))
     assert ideal("all-to-all", GB, range(4), ring) == pytest.approx(GB / (2 * LINK))
+    assert ideal("ragged-all-to-all", GB, range(4), ring) == ideal("all-to-all", GB, range(4), ring)
     flat = network("v6e", (2, 4))  # four chips on each side, two links between them
     assert ideal("all-to-all", GB, range(8), flat) == pytest.approx(GB / LINK)
 
@@ -77,6 +81,7 @@ def test_cores_of_a_v7x_share_the_links_of_their_chip():
     assert ideal("all-gather", GB, pair, net) == pytest.approx(GB / 2 / (6 * LINK))
     one_core_each = (0, 2, 4, 6)
     assert ideal("all-gather", GB, one_core_each, net) == pytest.approx(GB * 3 / 4 / LINK)
+    assert ideal("all-to-all", GB, one_core_each, net) == pytest.approx(GB * 4 / 4 / LINK)
     # Both cores of a chip need the same data: it crosses the links once.
     assert ideal("all-gather", GB, range(8), net) == pytest.approx(GB * 3 / 4 / (2 * LINK))
     assert ideal("all-to-all", GB, range(8), net) == pytest.approx(GB * 8 / 4 / (2 * LINK))
@@ -96,6 +101,7 @@ def test_on_a_switch_every_device_has_all_its_links():
         ("all-reduce", 4, 1.5),
         ("all-gather", 4, 3),
         ("reduce-scatter", 4, 0.75),
+        ("all-to-all", 4, 0.75),
         ("collective-permute", 2, 1),
     ],
 )
@@ -113,4 +119,9 @@ def test_practical_links_are_slower_and_take_a_while_to_start():
     bound = GB * 3 / 4 / (2 * LINK)
     assert seconds(gather, net, ideal=False) == pytest.approx(bound / EFFICIENCY + 2 * HOP_SECONDS)
     nothing = collective("all-gather", GB, range(1))
+    for shape, hops in (((4, 4, 4), 3 * 2), ((2, 2, 2), 3 * 1), ((2, 2, 4), 1 + 1 + 3)):
+        net, whole = network("v5p", shape), range(math.prod(shape))
+        told = seconds(collective("all-gather", GB, whole), net, ideal=False)
+        bound = ideal("all-gather", GB, whole, net)
+        assert told - bound / EFFICIENCY == pytest.approx(hops * HOP_SECONDS)
     assert seconds(nothing, net, ideal=False) == 0

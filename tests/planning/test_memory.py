@@ -1,6 +1,7 @@
 """A program that does not fit is told in numbers, in whatever form the compiler says so."""
 
 import contextlib
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -97,6 +98,21 @@ def test_donated_memory_counts_once(monkeypatch):
     assert [f["aliased_bytes_per_device"] for f in facts] == [0, 4096]
     assert facts[0]["peak_bytes_per_device"] == facts[1]["peak_bytes_per_device"] + 4096
     assert "(0.00 in place)" in memory.describe_memory(facts[1], "given", "results")
+
+
+def test_memory_is_added_up_on_the_device_and_on_its_host(monkeypatch):
+    sizes = {"argument": 100, "output": 50, "alias": 20, "temp": 7}
+    fields = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
+    fields |= {f"host_{name}_size_in_bytes": 10 * size for name, size in sizes.items()}
+    analysis = SimpleNamespace(generated_code_size_in_bytes=3, **fields)
+    compiled = SimpleNamespace(memory_analysis=lambda: analysis)
+    facts = memory.memory_facts(compiled, "TPU v5")
+    assert facts["peak_bytes_per_device"] == 100 + 50 - 20 + 7 + 3
+    assert facts["host_bytes_per_device"] == 10 * (100 + 50 - 20 + 7)
+    assert facts["hbm_bytes_per_device"] == round(95.74 * GIB)
+    for room, fits in ((140, True), (139, False), (None, True)):  # None: nobody knows
+        monkeypatch.setattr("ltx2_jax.chips.hbm_bytes", lambda kind, room=room: room)
+        assert memory.memory_facts(compiled, "cpu")["fits"] == fits
 
 
 @pytest.mark.parametrize("error", [None, UserError("no")])

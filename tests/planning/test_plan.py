@@ -7,7 +7,7 @@ import jax
 import pytest
 import tiny_codec
 
-from ltx2_jax import chips, plan
+from ltx2_jax import chips, plan, planning
 from ltx2_jax.errors import UserError
 from ltx2_jax.planning import vae as plan_vae
 from ltx2_jax.weights.names.video_vae import video_vae_config
@@ -55,6 +55,16 @@ def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch
     assert "does not fit: 0.00 GiB too much" in capsys.readouterr().out
     assert plan.cli([*arguments, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_the_command_plans_the_half_and_the_release_that_it_names(monkeypatch):
+    given = []
+    monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(planning, "plan_vae", lambda *args: given.append(args) or {"fits": True})
+    monkeypatch.setattr(planning, "describe", str)
+    flags = ["--what=vae", "--topology=v6e:2x4", "--half=encode", "--release=2.0", "--frames=9"]
+    assert plan.cli(flags) == 0
+    assert given == [(plan_vae.VAES["2.0"], "encode", (9, 704, 1280), "v6e:2x4")]
 
 
 def test_illegal_sizes_are_refused_before_compiling(eight_devices):

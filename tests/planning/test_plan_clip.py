@@ -1,5 +1,6 @@
 """plan of a whole clip: the programs of a recipe are those that a pipeline calls."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -217,8 +218,12 @@ def command(monkeypatch, capsys):
 def test_the_command_names_recipe_release_and_size(command):
     flags = ["--recipe=two_stage", "--release=2.0", "--height=512", "--width=768", "--frames=9"]
     code, given, _ = command(*flags, "--mesh=2,2,2")
+    command(*flags, "--quantize=int8", "--offload")
     assert code == 1  # as it does not fit
+    (other, *_), how = given[1]
+    assert other == dataclasses.replace(clip.CLIPS["2.0"], quantize="int8")
     ((networks, recipe, size, topology), named) = given[0]
+    assert (named["offload"], how["offload"], how["sizes"]) == (False, True, None)
     assert networks == clip.CLIPS["2.0"]
     assert (recipe.name, recipe.stages[0].steps) == ("two_stage", 40)
     assert (size, topology, named["sizes"]) == ((9, 512, 768), "v6e:2x4", (2, 2, 2))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_jax import config, plan
+from ltx2_jax.errors import UserError
 from ltx2_jax.fields import replaced
 from ltx2_jax.planning import hosts, plan_hosts, request_of
 
@@ -79,6 +80,36 @@ def test_hosts_of_another_slice_have_rows_of_their_own():
     assert two["split"] == {"slice": 2, "data": 8}
     rows = [host["rows"] for host in one["hosts"]]
     assert [host["rows"] for host in two["hosts"]] == rows + [[8 + r for r in own] for own in rows]
+
+
+@needs_compiler
+def test_a_slice_with_a_host_without_rows_does_not_fit(monkeypatch):
+    for rows, fits in (
+        (((0, 1), (2, 3)), True),
+        (((0, 1, 2, 3), ()), False),
+        (((0, 1), (1, 2)), False),
+    ):
+        monkeypatch.setattr(hosts, "rows_of_host", lambda *given, rows=rows: rows[given[-1]])
+        facts = planned(
+            preset("ltx2_19b", **{"data.batch_size": 4, "mesh.data": 4, "mesh.model": 2}),
+            "v5p:2x2x2",
+        )
+        assert facts["fits"] == fits
+        assert ("rows are missing" in hosts.describe_hosts(facts)) != fits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.batch_size": 12}, "data.batch_size=12 is not a multiple of mesh.data=8"),
+        ({"data.batch_size": 8, "mesh.sequence": 4}, "sequence=4 does not divide 6 video tokens"),
+    ],
+)
+def test_hosts_of_a_run_that_cannot_be_have_no_rows(changes, message):
+    run = preset("ltx2_19b", **changes)
+    request = request_of(run, num_frames=9, height=32, width=96)
+    with pytest.raises(UserError, match=message):
+        plan_hosts(run, request, "v5p:2x2x2")
 
 
 @needs_compiler

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from ltx2_jax import chips, config, plan
+from ltx2_jax import chips, config, plan, units
+from ltx2_jax.data.schema import Field, Schema
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import flops
@@ -64,6 +65,23 @@ def test_a_clip_is_as_large_as_the_config_the_flags_or_the_default_say():
     with pytest.raises(UserError, match=r"data\.films\.buckets: bucket 768x512x50: "):
         programs.request_of(dataclasses.replace(table, data=config.DataConfig(
             path="clips.csv", films=wrong)))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("release", "video", "length"),
+    [("2.3", None, 50), ("linear", (2, 2, 4, 8), 50), ("2.3", (2, 2, 4, 8), 10)],
+)
+def test_sound_is_as_long_as_a_dataset_or_the_pictures_say(monkeypatch, release, video, length):
+    """50 latents: with pictures of a release, the 25 a second of its codec count, for 5 frames."""
+    fields = {"audio": Field("float32", (50, 16, 8))}
+    fields |= {"video": Field("float32", video)} if video else {}
+    names = ("codec", "codec_hash", "text_encoder", "text_encoder_hash")
+    schema = Schema(
+        release, "features", "2.3", 5, 16, 32, 12.0, **dict.fromkeys(names, ""), fields=fields
+    )
+    monkeypatch.setattr(programs, "_schema", lambda run: schema)
+    run = dataclasses.replace(CONFIG, data=config.DataConfig(path="clips"))
+    assert programs.request_of(run).audio_length == length
 
 
 def test_the_train_step_is_compiled(eight_devices):
@@ -217,11 +235,15 @@ def test_a_search_ranks_what_fits_and_compiles_the_best(monkeypatch):
     assert f"{first['batch'] / 2.0:8.2f}" in table[2]
 
 
-def test_a_search_in_too_little_memory_says_the_least(monkeypatch):
-    small = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=1000)
-    monkeypatch.setitem(chips.CHIPS, "v5e", small)
-    with pytest.raises(UserError, match=r"nothing fits the 0\.0 GiB .*; the least is 0\.0"):
-        search.search_plans(CONFIG, REQUEST, "v5e:2x2", compiled=1)
+def test_a_search_in_too_little_memory_says_the_least():
+    preset = config.load(f"{Path(__file__).parents[2]}/configs/ltx2_19b.py")
+    request, where = programs.request_of(preset), topology.slice_of("v6e:1x1")
+    fields = {"model.remat": "attention_offload", "data.batch_size": 1}
+    option = changes.changed(preset, fields)
+    guess = estimate.estimate(option, request, changes.mesh_of(option, where), where.chip)
+    least = f"{guess.peak / reports.GIB:.1f} GiB"
+    with pytest.raises(UserError, match=rf"nothing fits the 31\.2 GiB .*; the least is {least}"):
+        search.search_plans(preset, request, "v6e:1x1", compiled=1)
 
 
 def test_two_slices_take_a_batch_each_and_send_each_other_gradients():
@@ -244,6 +266,82 @@ def test_two_slices_take_a_batch_each_and_send_each_other_gradients():
     assert one.between_slices == 0
     with pytest.raises(UserError, match="64 is not a multiple of 2 slices x mesh"):
         checks.check_batch(preset, changes.mesh_of(preset, two))
+
+
+# ---------------------------------------------------------------------------- what a search tries
+
+
+def test_a_search_tries_batches_of_which_every_slice_has_a_part():
+    """One, two or four clips for each of two slices and of two micro-batches."""
+    option = changes.changed(CONFIG, {"optim.accumulate_steps": 2})
+    facts = search.search_plans(option, REQUEST, "2xv6e:1x1", compiled=0)
+    assert {tuple(row["mesh"]) for row in facts["rows"]} == {(1, 1, 1)}
+    assert {row["batch"] for row in facts["rows"]} == {4, 8, 16}
+    assert facts["fits"]
+
+
+def test_of_what_was_compiled_that_which_does_not_fit_comes_last(monkeypatch):
+    monkeypatch.setattr(search, "has_compiler", lambda: True)
+    fits = iter([False, True, False, False])
+
+    def fake(option, request, name):
+        times = {"mfu": 0.5, "step": 1.0}
+        found = {"peak_bytes_per_device": 2**30, "roofline": {"practical": times}}
+        return found | {"fits": next(fits)}
+
+    monkeypatch.setattr(search, "plan_train", fake)
+    facts = search.search_plans(CONFIG, REQUEST, "v6e:1x1", compiled=2)
+    first, *others, last = facts["rows"]
+    assert (facts["fits"], first["plan"]["fits"], last["plan"]["fits"]) == (True, True, False)
+    assert {row["plan"] is None for row in others} == {True}
+    facts = search.search_plans(CONFIG, REQUEST, "v6e:1x1", compiled=2)
+    assert not facts["fits"]
+
+
+def test_of_gpus_a_search_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(search, "has_compiler", lambda: True)
+    facts = search.search_plans(CONFIG, REQUEST, "h100:1", compiled=2)
+    assert not any(row["plan"] for row in facts["rows"])
+    assert f"not compiled   {topology.A_GPU}" in reports.describe(facts)
+
+
+# ------------------------------------------------------------------------------------ what helps
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "wanted"),
+    [
+        ("v5p:2x2x1", {}, {"data.batch_size=4", "optim.accumulate_steps=2"}),
+        # Halves of these would leave a micro-batch, or a slice, without its clips.
+        ("v5p:2x2x1", {"optim.accumulate_steps": 2}, set()),
+        ("2xv5p:2x2x1", {}, set()),
+    ],
+)
+def test_help_is_all_that_saves_memory_and_is_allowed(name, fields, wanted):
+    fields = fields | {"mesh": (4, 1, 1), "data.batch_size": 8, "model.remat": "block"}
+    option, where = changes.changed(CONFIG, fields), topology.slice_of(name)
+    helps = changes.what_helps_training(option, REQUEST, where)
+    # The other policies keep more; model=2 would double what has no heads to split.
+    wanted = wanted | {"model.remat=attention_offload"}
+    assert {change["change"] for change in helps} == {
+        "--mesh=2,1,2 --config.data.batch_size=4", *(f"--config.{change}" for change in wanted)
+    }  # fmt: skip
+    assert all(change["saves"] > 0 for change in helps)
+
+
+def test_another_mesh_is_of_as_many_slices():
+    option = dataclasses.replace(CONFIG, mesh=config.MeshConfig(2, 2, 2, slices=2))
+    changed = changes.changed(option, {"mesh": (4, 1, 2)})
+    assert changed.mesh == config.MeshConfig(4, 1, 2, slices=2)
+
+
+def test_a_plan_takes_the_batch_that_tokens_give_its_clips():
+    """Three times 8 clips of 16 tokens of video, and of those of audio; and a token too few."""
+    tokens = 3 * 8 * (16 + REQUEST.audio_length)
+    for most, clips in ((tokens, 24), (tokens - 1, 16)):
+        option = changes.changed(CONFIG, {"data.batch_tokens": most})
+        planned = programs.for_clips(option, REQUEST).data
+        assert (planned.batch_size, planned.batch_tokens) == (clips, None)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -280,6 +378,34 @@ def test_without_the_compiler_arithmetic_is_printed(command):
     facts = json.loads(out)
     assert facts["weight_bytes_per_device"] > 0
     assert not facts["compiled"]
+    _, out, _ = command("--topology=v5p:2x2x2", "--what=sample", "--batch=2", "--json",
+                        "--quantize=int8")  # fmt: skip
+    assert json.loads(out)["weight_bytes_per_device"] < facts["weight_bytes_per_device"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--what=sample", "--batch=2"]])
+def test_what_should_not_fit_by_arithmetic_is_no_success(command, monkeypatch, flags):
+    small = dataclasses.replace(chips.CHIPS["v6e"], hbm_bytes=1000)
+    monkeypatch.setitem(chips.CHIPS, "v6e", small)
+    code, out, _ = command("--topology=v6e:1x1", "--mesh=1,1,1", *flags)
+    assert code == 1
+    assert "GiB too much" in out
+
+
+def test_what_is_too_much_and_the_work_of_a_device_are_told(command):
+    _, out, _ = command("--topology=v5p:2x2x2", "--json")
+    facts = json.loads(out)
+    facts |= {"fits": False, "hbm_bytes_per_device": 2 * reports.GIB, "model_flops": 8e15}
+    facts["estimate"]["peak"] = 5 * reports.GIB
+    text = reports.describe(facts)
+    assert "should not fit: 3.0 GiB too much" in text
+    assert f"{units.flops(8e15)}, {units.flops(1e15)} a device" in text
+
+
+def test_the_command_plans_the_batch_that_tokens_give(command):
+    tokens = 2 * 8 * (16 + REQUEST.audio_length)
+    _, out, _ = command("--topology=v5p:2x2x2", f"--config.data.batch_tokens={tokens}", "--json")
+    assert json.loads(out)["batch"] == 16
 
 
 @pytest.mark.parametrize(
@@ -312,6 +438,11 @@ def test_without_the_compiler_arithmetic_is_printed(command):
         (["--topology=0xv5p:2x2x2"], "0 slices; a name asks for 1 to 256, as 2xv5p:4x4x4; slices "),
         (["--topology=2xv5p:3x3x3"], "sizes are 1, 2 or a multiple of 4; slices are v5p:2x2x1, "),
         (["--topology=2xv5p:2x2x1", "--config.mesh.slices=3"], "slices=3, but 2xv5p:2x2x1 is 2: "),
+        (["--topology=2xv5p:2x2x1", "--config.mesh.slices=3", "--mesh=1,2,2"], "slices=3, but 2x"),
+        (["--topology=2xv5p:2x2x2", "--what=sample", "--mesh=4,2,1", "--passes=2", "--batch=2"],
+         "2 slices x data=4 does not divide 2 clips x 2 passes; sizes that do: 1, 2, 4"),
+        (["--topology=v5p:2x2x2", "--config.init_from=x", "--config.tune={'train': ['none']}"],
+         "tune.train: 'none' means no weight"),
         (["--topology=2xv5p:2x2x2", "--mesh=2,2,4"], "the 8 devices of each of the 2 slices"),
         (["--topology=8xv5p:2x2x2"], "batch_size=8 is not a multiple of 8 slices x mesh.data=2"),
         (["--topology=v5p:2x2x2", "--hosts", "--search"], "--search tries all meshes: leave --ho"),

@@ -35,6 +35,44 @@ def test_a_collective_is_waited_for_unless_it_is_asynchronous():
     assert times["step"] == pytest.approx(COMPUTE + GATHER)
 
 
+def test_what_nobody_awaits_is_over_before_the_program_is():
+    host = f"{WIDE[:-1]}:S(5)}}"
+    times = ideal(f"%h = ({host}, {WIDE}, u32[]) copy-start(%a)")
+    assert times["step"] == times["stalled"] == pytest.approx(2 * 4096**2 / CHIP.host_bandwidth)
+
+
+def test_what_is_awaited_is_the_start_behind_its_updates():
+    pair = f"({SHARD}, {WHOLE})"
+    times = ideal(
+        f"%g = {pair} all-gather-start(%s), {GROUPS}",
+        f"%u = {pair} async-update(%g)",
+        f"%e = {WHOLE} async-done(%u)",
+        f"%d = {WIDE} {DOT}",
+    )
+    assert times["waited"] == pytest.approx(GATHER)
+    assert times["step"] == pytest.approx(COMPUTE + GATHER)
+
+
+def test_a_loop_takes_the_time_of_its_rounds():
+    carried = f"(s32[], {WIDE})"
+    body = "\n  ".join([
+        f"%p = {carried} parameter(0)",
+        "%i = s32[] get-tuple-element(%p), index=0",
+        f"%a = {WIDE} get-tuple-element(%p), index=1",
+        f"%d = {WIDE} {DOT}",
+        f"ROOT %t = {carried} tuple(%i, %d)",
+    ])  # fmt: skip
+    module = hlo.parse(
+        f"%body (p: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {{\n  {body}\n}}\n\n"
+        f"ENTRY %main (x: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {{\n"
+        f"  %x = {carried} parameter(0)\n"
+        f"  ROOT %l = {carried} while(%x), condition=%none, body=%body, "
+        'backend_config={"known_trip_count":{"n":"3"}}\n}\n'
+    )
+    times = roofline(module, MESH, SWITCH)["ideal"]
+    assert times["compute"] == times["step"] == pytest.approx(3 * COMPUTE)
+
+
 @pytest.mark.parametrize(
     ("chip", "sides", "rate"),
     [("v6e", ("s8", "s8"), 2), ("v6e", ("s8", "bf16"), 1), ("v6e", ("f8e4m3fn",) * 2, 1),
@@ -63,33 +101,42 @@ def test_an_asynchronous_collective_hides_behind_what_runs_before_it_is_awaited(
     assert exposed["step"] == pytest.approx(COMPUTE + GATHER)
 
 
-def test_what_crosses_between_slices_hides_behind_what_runs_before_the_answer():
-    """A send to the host's runtime and a receive from it are one collective, here of 4 MiB."""
-    part, end = "f32[1024,1024]{1,0}", "token[]"
+def crossing(number=0):
+    """Lines of a sum over slices of 4 MiB, and the line that awaits it."""
+    part, end, n = "f32[1024,1024]{1,0}", "token[]", number
     runtime = (
         'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale'
-        '_runtime",_xla_host_transfer_rendezvous="sum_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+        f'_runtime",_xla_host_transfer_rendezvous="sum_{n}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
     start = (
-        f"%t = {end} after-all()",
-        f"%send = ({part}, u32[], {end}) send(%s, %t), channel_id=1, {runtime}",
-        f"%recv = ({part}, u32[], {end}) recv(%t), channel_id=2, {runtime}",
-        f"%sent = {end} send-done(%send), channel_id=1, {runtime}",
+        f"%t{n} = {end} after-all()",
+        f"%send{n} = ({part}, u32[], {end}) send(%s, %t{n}), channel_id=1, {runtime}",
+        f"%recv{n} = ({part}, u32[], {end}) recv(%t{n}), channel_id=2, {runtime}",
+        f"%sent{n} = {end} send-done(%send{n}), channel_id=1, {runtime}",
     )
-    answer = f"%got = ({part}, {end}) recv-done(%recv), channel_id=2, {runtime}"
-    work = f"%d = {WIDE} {DOT}"
-    chip = CHIPS["v5p"]
-    crossing, busy = 2**22 / (50e9 / 8), 2 * 4096**3 / chip.flops
+    return start, f"%got{n} = ({part}, {end}) recv-done(%recv{n}), channel_id=2, {runtime}"
+
+
+def test_what_crosses_between_slices_hides_behind_what_runs_before_the_answer():
+    """A send to the host's runtime and a receive from it are one collective."""
+    (start, answer), (second, its_answer) = crossing(), crossing(1)
+    work, chip = f"%d = {WIDE} {DOT}", CHIPS["v5p"]
+    over, busy = 2**22 / (50e9 / 8), 2 * 4096**3 / chip.flops
 
     def times(*lines):
-        arguments = (f"%a = {WIDE} parameter(0)", f"%s = {part} parameter(1)")
+        arguments = (f"%a = {WIDE} parameter(0)", "%s = f32[1024,1024]{1,0} parameter(1)")
         module = program(*arguments, *lines, f"ROOT %r = {WIDE} copy-done(%a)")
         return roofline(module, {"slice": 2, "data": 2}, Network(chip, None))["ideal"]
 
     hidden, exposed = times(*start, work, answer), times(*start, answer, work)
-    assert hidden["interconnect"] == exposed["interconnect"] == pytest.approx(crossing)
-    assert hidden["waited"] == pytest.approx(crossing - busy, rel=0.1)
-    assert exposed["waited"] == pytest.approx(crossing, rel=0.01)
+    assert hidden["interconnect"] == exposed["interconnect"] == pytest.approx(over)
+    assert hidden["waited"] == pytest.approx(over - busy, rel=0.1)
+    assert exposed["waited"] == pytest.approx(over, rel=0.01)
+    # Of two the second crosses after the first, and an answer is that to its own question.
+    assert times(*start, *second, its_answer, work)["waited"] == pytest.approx(2 * over, rel=0.01)
+    hidden = times(*start, *second, answer, work, its_answer)
+    assert hidden["waited"] == pytest.approx(2 * over - busy, rel=0.1)
 
 
 def test_a_copy_to_the_host_is_as_slow_as_its_bus():
@@ -101,6 +148,47 @@ def test_a_copy_to_the_host_is_as_slow_as_its_bus():
     assert times["stalled"] == pytest.approx(bus - COMPUTE)
     assert (times["busy"], times["waited"]) == (pytest.approx(COMPUTE), 0)
     assert times["bound"] == "stalled"
+
+
+def test_copies_to_the_host_and_to_vmem_go_side_by_side():
+    host, vmem = f"{WIDE[:-1]}:S(5)}}", f"{WIDE[:-1]}:S(1)}}"
+    times = ideal(
+        f"%h = ({host}, {WIDE}, u32[]) copy-start(%a)",
+        f"%v = ({vmem}, {WIDE}, u32[]) copy-start(%a)",
+        f"%w = {vmem} copy-done(%v)",
+        f"%d = {WIDE} {DOT}",
+        f"%e = {host} copy-done(%h)",
+    )
+    assert times["step"] == pytest.approx(2 * 4096**2 / CHIP.host_bandwidth)
+
+
+def test_a_step_is_no_faster_than_memory_gives_all_its_bytes():
+    """A copy to VMEM runs beside one in HBM, at the bandwidth that both have together."""
+    vmem = f"{WIDE[:-1]}:S(1)}}"
+    times = ideal(
+        f"%v = ({vmem}, {WIDE}, u32[]) copy-start(%a)",
+        f"%c = {WIDE} copy(%a)",
+        f"%w = {vmem} copy-done(%v)",
+    )
+    assert times["step"] == times["hbm"] == pytest.approx(3 * 2 * 4096**2 / CHIP.hbm_bandwidth)
+
+
+def test_a_product_in_which_a_collective_is_fused_takes_the_longer_of_the_two():
+    inner = "\n  ".join([
+        f"%a = {WIDE} parameter(0)",
+        f"%s = {SHARD} parameter(1)",
+        f"%g = {WHOLE} all-gather(%s), {GROUPS}",
+        f"ROOT %d = {WIDE} {DOT}",
+    ])  # fmt: skip
+    module = hlo.parse(
+        f"%inner (a: bf16[4096,4096], s: bf16[2048,4096]) -> bf16[4096,4096] {{\n  {inner}\n}}\n\n"
+        f"ENTRY %main (a: bf16[4096,4096], s: bf16[2048,4096]) -> bf16[4096,4096] {{\n"
+        f"  %a = {WIDE} parameter(0)\n  %s = {SHARD} parameter(1)\n"
+        f"  ROOT %f = {WIDE} fusion(%a, %s), kind=kOutput, calls=%inner\n}}\n"
+    )
+    times = roofline(module, MESH, SWITCH)["ideal"]
+    assert times["interconnect"] == pytest.approx(GATHER)
+    assert times["step"] == times["waited"] == pytest.approx(COMPUTE)
 
 
 def test_two_collectives_on_an_axis_go_one_after_the_other():
@@ -119,6 +207,12 @@ def test_an_instruction_takes_the_longer_of_its_flops_and_its_bytes():
     assert times["step"] == times["hbm"] == pytest.approx(moved)
     assert times["compute"] == 0
     assert times["bound"] == "hbm"
+
+
+def test_a_kernel_moves_as_many_bytes_as_it_claims():
+    claim = '{"custom_call_config":{"cost_estimate":{"bytes_accessed":"1000000000"}}}'
+    kernel = f'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={claim}'
+    assert ideal(f"%k.1 = {WIDE} {kernel}")["hbm"] == pytest.approx(1e9 / CHIP.hbm_bandwidth)
 
 
 def test_practical_rates_tell_attention_from_matrix_products():
