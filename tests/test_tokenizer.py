@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from safetensors.numpy import save_file
 
 from ltx2_jax import tokenizer
 from ltx2_jax.errors import UserError
@@ -231,8 +232,12 @@ def test_the_config_beside_a_model_names_its_special_words(model, tmp_path):
     shutil.copy(model, tmp_path / "tokenizer.model")
     names = {"bos_token": "<s>", "eos_token": {"content": "<pad>"}, "pad_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    loaded = tokenizer.Tokenizer(tmp_path)
-    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (2, 0, 1)
+    packed = tmp_path / "pack.safetensors"  # small files of one are in its metadata
+    tensors = {"hf_asset__tokenizer.model": np.frombuffer(model.read_bytes(), np.uint8)}
+    save_file(tensors, packed, {"tokenizer_config.json": json.dumps(names)})
+    for place in (tmp_path, packed):
+        loaded = tokenizer.Tokenizer(place)
+        assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (2, 0, 1)
 
 
 def test_a_json_neither_cuts_nor_fills_texts_by_itself_and_counts_its_highest_id(tmp_path):
