@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,6 +251,22 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
     with pytest.raises(UserError, match=r"another config \(different: version\)"):
         write_dataset(folder, config)
+
+
+def test_a_table_that_is_not_written_to_its_end_does_not_appear(tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def full_disk(path, text, *args, **how):
+        write(path, text[:10], *args, **how)
+        raise OSError(28, "No space left on device")
+
+    config = SyntheticConfig(num_clips=1, num_frames=2, height=16, width=16)
+    synthetic._claim(tmp_path, config)
+    monkeypatch.setattr(synthetic, "_claim", lambda *_: None)
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises((OSError, UserError), match="No space left"):
+        write_dataset(tmp_path, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "synthetic.json"]
 
 
 @pytest.mark.parametrize("name", ["clips", "captions.csv"])
