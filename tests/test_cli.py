@@ -229,6 +229,51 @@ def test_a_clip_does_not_depend_on_what_it_is_batched_with(workdir):
     assert (together[0].video != together[2].video).any()
 
 
+def test_clips_of_a_run_are_made_as_asked_and_many_are_written_one_by_one(
+    tmp_path, monkeypatch, capsys
+):
+    config, calls = load(str(SMALL)), []
+
+    class Run:
+        clip_bytes = 300 * 2**20
+
+        def __init__(self, *workdir, **given):
+            calls.append((workdir, given))
+            self.config = config
+
+        def __call__(self, prompts, *, sample):
+            calls.append((prompts, sample))
+            return prompts
+
+        def save(self, prompts, paths, *, sample):
+            calls.append((prompts, paths, sample))
+
+    monkeypatch.setattr(sample.Pipeline, "from_workdir", Run)
+    monkeypatch.setattr(sample, "write_clips", lambda *_: None)
+    monkeypatch.setattr(sample, "sync_report", lambda clips, kinds: f"sync of {len(clips)}")
+    scripted, out = ["a red ball bounces once", "a lamp flashes twice"], tmp_path / "out"
+    argv = ["--workdir=run", f"--out={out}", "--checkpoint-step=7", "--text-cache=cache"]
+    argv += ["--mesh=4,2,1", "--steps=3", "--audio-guidance=2"]
+    settings = dataclasses.replace(config.sample, steps=3, audio_guidance=2.0)
+
+    assert sample.cli([*argv, *scripted]) == 0
+    (workdir, given), (prompts, how) = calls
+    assert dict(given.pop("mesh").shape) == {"data": 4, "model": 2, "sequence": 1}
+    assert (workdir, given) == (("run",), {"step": 7, "text_cache": "cache"})
+    assert (prompts, how) == (scripted, settings)
+    assert "generated clips: sync of 2" in capsys.readouterr().out
+    # Neither of one clip nor of other ones can their sync be told.
+    for prompts in (scripted[:1], [scripted[0], "a dog"], ["a dog", "a cat"]):
+        assert sample.cli([*argv, *prompts]) == 0
+        assert "sync" not in capsys.readouterr().out
+
+    assert sample.cli([*argv, *scripted, "--num-clips=4"]) == 0  # more than a GiB of them
+    paths = [out / "samples" / f"00{i}.mp4" for i in range(4)]
+    want = dataclasses.replace(settings, num_clips=4)
+    assert calls[-1] == (2 * scripted, paths, want)
+    assert f"wrote 4 clips in {out}/samples" in capsys.readouterr().out
+
+
 def test_sample_without_prompts_makes_captions_up(workdir, tmp_path, capsys):
     assert sample.cli([f"--workdir={workdir}", f"--out={tmp_path}", "--num-clips=3"]) == 0
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 3

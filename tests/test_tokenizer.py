@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from safetensors.numpy import save_file
 
 from ltx2_jax import tokenizer
 from ltx2_jax.errors import UserError
@@ -105,6 +106,21 @@ def test_captions_longer_than_the_library_default_are_not_dropped(tmp_path):
     assert (ids[mask][1:] > 255 + 4).all()  # pieces, not bytes
 
 
+def test_a_rare_character_and_a_form_of_one_are_learned_as_they_are(model, tmp_path):
+    """Others would be spelled in bytes, or as what they resemble."""
+    tokenizer.train(["word " * 2000 + "\u2460\ufb01"], tmp_path / "rare.model", 512)
+    loaded = tokenizer.Tokenizer(tmp_path / "rare.model")
+    ids, mask = loaded.encode(["\u2460\ufb01"], 8)
+    assert (ids[mask][1:] > 255 + 4).all()
+    assert loaded.decode(ids[0]) == "\u2460\ufb01"
+
+
+def test_words_of_the_captions_are_one_token_each(model):
+    _, mask = tokenizer.Tokenizer(model).encode(CAPTIONS, 64)
+    words = [len(caption.replace(",", " ,").split()) for caption in CAPTIONS]
+    assert mask.sum(1).tolist() == [1 + count for count in words]
+
+
 def test_a_vocabulary_too_small_says_what_is_needed(tmp_path):
     with pytest.raises(UserError, match=r"vocab_size 100 is too small .* at least (\d+)") as error:
         tokenizer.train(CAPTIONS, tmp_path / "t.model", 100)
@@ -199,6 +215,52 @@ def test_spelled_out_control_words_become_control_ids():
     assert gemma4.decode(ids[mask]) == "hello "
 
 
+def test_words_beside_a_model_are_kept_whole_the_longest_of_two(model, tmp_path):
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    added = [{"content": "<x>", "id": 600}, {"content": "<x><y>", "id": 601, "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    loaded = tokenizer.Tokenizer(tmp_path)
+    ids, _ = loaded.encode(["red<x><y>", "red<x>"], 16)
+    assert ids[:, -1].tolist() == [601, 600]
+    np.testing.assert_array_equal(ids[0, :-1], ids[1, :-1])
+    assert loaded.vocab_size == 602
+    assert loaded.decode(ids[0]) == "red"  # a special word is no text
+    assert [loaded.id_of(word) for word in ("<x>", "</s>", "<nothing>")] == [600, 3, None]
+
+
+def test_the_config_beside_a_model_names_its_special_words(model, tmp_path):
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    names = {"bos_token": "<s>", "eos_token": {"content": "<pad>"}, "pad_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    packed = tmp_path / "pack.safetensors"  # small files of one are in its metadata
+    tensors = {"hf_asset__tokenizer.model": np.frombuffer(model.read_bytes(), np.uint8)}
+    save_file(tensors, packed, {"tokenizer_config.json": json.dumps(names)})
+    for place in (tmp_path, packed):
+        loaded = tokenizer.Tokenizer(place)
+        assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (2, 0, 1)
+
+
+def test_a_json_neither_cuts_nor_fills_texts_by_itself_and_counts_its_highest_id(tmp_path):
+    pytest.importorskip("tokenizers")
+    source = GOLDEN / "v2.5" / "gemma" / "tokenizer.json"
+    described = json.loads(source.read_text())
+    described["truncation"] = {
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    described["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    described["model"]["vocab"]["far away"] = 999
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    plain, changed = (tokenizer.Tokenizer(p) for p in (source, tmp_path / "tokenizer.json"))
+    for ours, theirs in zip(changed.encode(PROMPTS, 64), plain.encode(PROMPTS, 64), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (plain.vocab_size, changed.vocab_size) == (640, 1000)
+    ids = plain.encode(["<bos>hello<eos>"], 16)[0][0]
+    assert plain.decode(ids) == "hello"
+
+
 def test_control_words_of_a_trained_model_count_too(model):
     loaded = tokenizer.Tokenizer(model)
     ids, mask = loaded.encode(["<s>red</s>"], 16)
@@ -247,6 +309,9 @@ def test_a_place_without_a_readable_tokenizer_is_named(tmp_path):
         tokenizer.Tokenizer(GOLDEN / "v2.5" / "split" / "transformer.safetensors")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"its tokenizer\.json is not JSON"):
+        tokenizer.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match=r"its tokenizer\.json is not a JSON object"):
         tokenizer.Tokenizer(tmp_path)
     (tmp_path / "pack.safetensors").write_text("hello")
     with pytest.raises(UserError, match="not a readable safetensors"):

@@ -485,7 +485,8 @@ def explain(error: Exception, name: str) -> None:
     text = str(error)
     if isinstance(error, UserError) or "RESOURCE_EXHAUSTED" not in text:
         return
-    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?\w*i?B|\d+ bytes)", text)
+    # A TPU's allocator leaves out the B.
+    asked = re.search(r"allocat\w+ (?:of )?([\d.]+ ?(?:[KMGT]i?B?|B|bytes)\b)", text)
     needs = f" ({asked[1]} more were asked for)" if asked else ""
     raise UserError(
         f"too little memory for {name}{needs}: fewer frames, a smaller size, a mesh of more "

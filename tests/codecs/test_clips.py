@@ -107,6 +107,15 @@ def test_sound_of_any_rate_is_encoded_for_the_same_time(codec, rate):
     np.testing.assert_allclose(latents[2:-3], expected[2:-3], atol=0.02 * abs(expected).max())
 
 
+def test_a_sound_that_ends_before_its_picture_is_followed_by_silence(codec):
+    clip = Clip(np.zeros((9, 32, 32, 3), np.uint8), 12.0, np.ones((3000, 2)), 16000)
+    longer = np.concatenate([clip.audio, np.zeros((9160, 2))])  # 19 latents
+    _, latents = clips.encode_clip(codec, clip)
+    _, expected = clips.encode_clip(codec, dataclasses.replace(clip, audio=longer))
+    assert latents.shape == (19, 16, 2)
+    np.testing.assert_array_equal(latents, expected)
+
+
 def test_silent_tracks_and_missing_ones_are_different(codec):
     clip = Clip(np.zeros((9, 32, 32, 3), np.uint8), 12.0, np.zeros((12000, 2)), 16000)
     video, audio = clips.encode_clip(codec, clip)

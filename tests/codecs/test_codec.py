@@ -8,11 +8,16 @@ import pytest
 import tiny_codec
 from safetensors.numpy import load_file, save_file
 
+from ltx2_jax.codecs.audio import AudioCodec
 from ltx2_jax.codecs.codec import load_codec
+from ltx2_jax.diffusion.geometry import AudioClock
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.codecs import diffusion_tiling
+from ltx2_jax.models.codecs.audio_vae import AudioVAEConfig
 from ltx2_jax.models.codecs.inputs import to_uint8
+from ltx2_jax.models.codecs.mel import MelConfig
 from ltx2_jax.models.codecs.tiling import TileSizes
+from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3
 from ltx2_jax.weights.tensor_files import TensorFile
 
 
@@ -177,6 +182,28 @@ def test_long_clips_are_tiled_by_themselves_and_more_devices_take_larger_tiles(p
     assert one.largest_tile((1, 4801, 704, 1280, 3))[0] <= 80 + 8
 
 
+def test_a_call_has_as_many_clips_as_fill_a_tile_for_every_device(paths):
+    tile = TileSizes()
+    frames, height, width = tile.frames[0], tile.height[0], tile.width[0]
+    for devices, counts in ((1, (1, 1, 2, 32)), (2, (1, 2, 4, 64))):
+        video = load_codec(*paths, devices=jax.devices()[:devices]).video
+        sizes = ((2 * frames, height), (frames, height), (frames, height // 2), (10, height // 4))
+        found = [video.at_once((9, f, h, width, 3)) for f, h in sizes]
+        assert tuple(found) == counts
+
+
+def test_the_rate_of_a_sound_is_that_of_the_last_network_that_makes_it():
+    def made(vae, vocoder):
+        return AudioCodec(vae, vocoder, lambda _: ())
+
+    mel = MelConfig(sample_rate=8000, hop=100)
+    other = made(AudioVAEConfig(mel=mel), VOCODER_2_3)
+    assert (other.sample_rate, other.output_sample_rate) == (8000, 48000)
+    assert (other.latents_per_second, other.clock) == (20, AudioClock(8000, 100, 4))
+    assert made(AudioVAEConfig(), VOCODER_2_0).output_sample_rate == 24000
+    assert made(AudioVAEConfig(mel=mel), None).output_sample_rate == 8000
+
+
 def test_the_split_pack_loads_as_the_single_file_does(codec, tmp_path, pixels):
     split = load_codec(
         *tiny_codec.write(tmp_path, split=True, version="2.5.1"),
@@ -195,6 +222,10 @@ def test_silence_has_finite_latents_and_mono_is_doubled(codec):
     np.testing.assert_array_equal(
         codec.audio.encode(mono), codec.audio.encode(np.repeat(mono, 2, axis=2))
     )
+
+
+def test_a_very_short_sound_is_one_latent(codec):
+    assert codec.audio.encode(np.zeros((1, 640 // 3, 2))).shape == (1, 1, 16, 2)
 
 
 def test_sound_lasts_as_long_as_asked(codec):
@@ -336,13 +367,31 @@ def test_the_diffusion_decoder_is_shared_by_devices_and_repeats_its_noise(monkey
     np.testing.assert_array_equal(one.video.decode(latents), pixels)
     np.testing.assert_allclose(two.video.decode(latents), pixels, atol=1e-4)
     # Every draw for a clip is another one, and what is decoded stays within its range.
-    shape = (1, 1, 2, 4, 50)
-    monkeypatch.setattr(
-        diffusion_tiling, "decode_chunks", lambda decoder, raw, draw, _: map(draw, (shape, shape))
-    )
-    first, second = one.video.decode_chunks(latents)
-    assert (first != second).mean() > 0.5
-    assert max(np.abs(first).max(), np.abs(second).max()) == 1
+    shape, seen = (1, 1, 2, 3, 50), []  # two devices do not divide 3 columns
+
+    def chunks(decoder, raw, draw, tiling):
+        seen.append((raw, tiling))
+        return map(draw, (shape, shape))
+
+    monkeypatch.setattr(diffusion_tiling, "decode_chunks", chunks)
+    for codec in (one, two):
+        first, second = codec.video.decode_chunks(latents)
+        assert (first != second).mean() > 0.5
+        assert max(np.abs(first).max(), np.abs(second).max()) == 1
+    # It reads latents as the network knows them, in tiles as large as the devices can hold.
+    statistics = one.video.params["statistics"]
+    raw = latents * np.asarray(statistics["std"]) + np.asarray(statistics["mean"])
+    np.testing.assert_allclose(seen[0][0], raw, atol=1e-5)
+    assert np.abs(raw - latents).max() > 0.1
+    monkeypatch.setattr(diffusion_tiling, "MAX_CELLS", 16_000)
+    large = np.zeros((1, 1, 24, 48, one.video.channels))
+    for number, codec in enumerate((one, two), 1):
+        list(codec.video.decode_chunks(large))
+        want = diffusion_tiling.automatic_tiling(
+            one.video.decoder_config, large.shape, number * 16_000
+        )
+        assert seen[-1][1] == want
+    assert seen[-1][1] != seen[-2][1]
 
 
 def test_a_diffusion_decoder_alone_decodes(tmp_path):

@@ -162,6 +162,16 @@ def test_the_error_is_the_variance_that_was_dropped(codec, videos):
     assert residual == pytest.approx(spectrum[48:].sum(), rel=1e-3)
 
 
+def test_the_first_frame_is_the_mean_of_what_its_latent_says_of_it(codec):
+    latents = np.random.default_rng(0).normal(size=(1, 4, 2, 2, 48)).astype(np.float32) / 4
+    mean, matrix = codec.video.space.decoder
+    copies = (latents[0, 0, 0, 0] @ matrix + mean).reshape(4, 8, 8, 3)
+    assert np.abs(copies).max() < 1
+    decoded = np.asarray(codec.video.decode(latents))
+    np.testing.assert_allclose(decoded[0, 0, :8, :8], copies.mean(axis=0), atol=1e-5)
+    assert np.ptp(copies, axis=0).max() > 0.01
+
+
 def test_decoding_is_close_and_inside_the_pixel_range(codec, videos):
     decoded = codec.video.decode(codec.video.encode(videos))
     assert np.abs(decoded).max() <= 1.0
@@ -243,6 +253,14 @@ def test_silence_stays_silent(codec):
     assert np.abs(decoded).max() < 1e-4
     floor = jnp.full((1, 105, 64, 2), np.log(1e-5))
     assert np.abs(waveform(floor, CONFIG, SAMPLES)).max() < 1e-8
+
+
+def test_a_loud_waveform_is_cut_to_its_range_and_its_last_frame_held_for_one_latent():
+    loud = jnp.full((1, 105, 64, 2), 3.0)  # mel frames of 27 latents, which last 27 * 640 samples
+    audio = np.abs(waveform(loud, CONFIG, SAMPLES))
+    assert audio.max() == 1
+    assert audio[:, 26 * 640 + 160 : 27 * 640].max() > 0.1
+    assert not audio[:, 27 * 640 :].any()
 
 
 def test_the_channels_of_a_mono_signal_stay_equal(codec):

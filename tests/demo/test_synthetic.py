@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,12 @@ def test_fresh_captions_are_reproducible_and_of_the_same_grammar():
     assert all(len(caption) < 90 for caption in fresh)
 
 
+def test_fresh_captions_are_not_those_of_the_clips_of_their_seed():
+    clips = [parse(render(CONFIG, index).caption) for index in range(40)]
+    fresh = [parse(caption) for caption in captions(CONFIG, 40, seed=CONFIG.seed)]
+    assert np.mean([a == b for a, b in zip(clips, fresh, strict=True)]) < 0.2
+
+
 def test_the_caption_does_not_tell_the_phase():
     """Phases of equal captions spread over all that fits; of one event, uniformly."""
     by_kind = {}
@@ -180,6 +187,13 @@ def test_the_lamp_jumps_at_the_event_and_decays():
         assert ratio == pytest.approx(np.exp(-0.15 / synthetic.LAMP_DECAY), abs=0.02)
 
 
+def test_a_frame_shows_the_mean_light_of_the_time_around_it():
+    fps, decay = CONFIG.fps, synthetic.LAMP_DECAY
+    light = synthetic._exposed_pulses(CONFIG, np.array([2.25 / fps]))  # frame 2: 1.5 to 2.5
+    lit = np.exp(-np.linspace(0, 0.25, 10_001) / fps / decay).mean() * 0.25
+    np.testing.assert_allclose(light[:3], [0, 0, lit], rtol=1e-4)
+
+
 def test_a_ball_by_night_is_neither_by_day_nor_a_lamp():
     """The sync of its clips is read as well as that of the two other families."""
     night = [render(SyntheticConfig(families=("night",)), index) for index in range(24)]
@@ -239,6 +253,30 @@ def test_writing_resumes_extends_and_never_mixes_configs(tmp_path, monkeypatch):
         write_dataset(folder, config)
 
 
+def test_a_table_that_is_not_written_to_its_end_does_not_appear(tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def full_disk(path, text, *args, **how):
+        write(path, text[:10], *args, **how)
+        raise OSError(28, "No space left on device")
+
+    config = SyntheticConfig(num_clips=1, num_frames=2, height=16, width=16)
+    synthetic._claim(tmp_path, config)
+    monkeypatch.setattr(synthetic, "_claim", lambda *_: None)
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises((OSError, UserError), match="No space left"):
+        write_dataset(tmp_path, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "synthetic.json"]
+
+
+@pytest.mark.parametrize("name", ["clips", "captions.csv"])
+def test_a_folder_of_other_clips_is_left_alone(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="holds clips of unknown origin; choose another folder"):
+        write_dataset(tmp_path, SyntheticConfig(num_clips=1))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -260,3 +298,10 @@ def test_captions_of_the_same_events_are_of_one_kind():
     same = "a low note on every impact of a blue ball that bounces twice, fast"
     assert synthetic.event_kind(one) == synthetic.event_kind(same) == ("ball", "twice", "fast")
     assert synthetic.event_kind("a red lamp flashes once, the flash a low beep") == ("lamp", "once")
+
+
+def test_a_caption_is_scripted_that_names_what_happens_and_how_often():
+    for caption in captions(CONFIG, 20, seed=5):
+        assert synthetic.is_scripted(caption)
+    for caption in ("a dog barks twice", "a red ball on a lawn", "a lamp at night", ""):
+        assert not synthetic.is_scripted(caption)

@@ -99,6 +99,17 @@ def test_token_midpoints_in_seconds():
     assert video.dtype == audio.dtype == np.float32
 
 
+@pytest.mark.parametrize(("ours", "theirs", "factor"), [(9, 5, 2), (5, 5, 1), (9, 1, 1)])
+def test_a_reference_passes_as_many_times_faster_as_it_has_fewer_frames(ours, theirs, factor):
+    assert geometry.temporal_factor((ours, 2, 2), (theirs, 2, 2)) == factor
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(8, 5), (5, 9), (1, 5)])
+def test_a_reference_of_frames_that_do_not_fit_is_refused(ours, theirs):
+    with pytest.raises(UserError, match=f"of {theirs} latent frames for a clip of {ours}:"):
+        geometry.temporal_factor((ours, 2, 2), (theirs, 2, 2))
+
+
 def test_audio_bounds_without_gap_and_with_shift():
     bounds = geometry.audio_positions(126)[0, 0]
     np.testing.assert_array_equal(bounds[1:, 0], bounds[:-1, 1])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ltx2_jax.diffusion import guidance
+from ltx2_jax.errors import UserError
 
 
 def passes(dtype=jnp.float32):
@@ -68,3 +69,17 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_a_constant_estimate_stays_finite():
     flat = jnp.zeros((1, 3, 2))
     np.testing.assert_array_equal(guidance.rescale(flat, flat, 0.7), 0)
+
+
+def test_a_number_by_noise_level_is_that_of_the_least_bound_that_is_not_below():
+    values = {0.5: 2.0, 0.2: 1.0, 0.9: 3.0}
+    levels = np.asarray([1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.0])
+    np.testing.assert_array_equal(guidance.binned(values, levels), [3, 3, 3, 2, 2, 1, 1, 1])
+    with pytest.raises(UserError, match="need at least one level"):
+        guidance.binned({}, levels)
+
+
+def test_steps_to_skip_are_not_fewer_than_none():
+    for steps in ((-1, 2), (2, -1)):
+        with pytest.raises(UserError, match=r"skip_steps=.* must not be negative"):
+            guidance.Guidance(skip_steps=steps)

@@ -36,6 +36,19 @@ def test_ltx2_schedule_ends_at_the_terminal_only_when_stretched():
     np.testing.assert_allclose(plain, shift * t / (1 + (shift - 1) * t), rtol=1e-6)
 
 
+def test_the_shifts_of_a_schedule_may_be_given():
+    """The logarithm of the shift is a line in tokens, through one at 1024 and one at 4096."""
+    t = np.linspace(1, 0, 11)
+    for tokens, shift in ((1024, np.exp(0.5)), (4096, np.exp(1.5)), (2560, np.exp(1.0))):
+        plain = schedules.ltx2_sigmas(10, tokens, base_shift=0.5, max_shift=1.5, stretch=False)
+        np.testing.assert_allclose(plain, shift * t / (1 + (shift - 1) * t), rtol=1e-6)
+
+
+def test_linear_quadratic_may_be_linear_up_to_its_last_step():
+    sigmas = schedules.linear_quadratic_sigmas(8, threshold=0.16, linear_steps=8)
+    np.testing.assert_allclose(sigmas, [*(1 - 0.02 * np.arange(8)), 0], atol=1e-7)
+
+
 def test_more_tokens_stay_longer_at_high_noise():
     few, many = schedules.ltx2_sigmas(20, tokens=512), schedules.ltx2_sigmas(20, tokens=16384)
     assert np.all(many[1:-2] > few[1:-2])
@@ -96,7 +109,9 @@ def test_mistakes_name_what_is_possible():
         schedules.make_sigmas("karras", 8)
     with pytest.raises(UserError, match="has 8 steps, not 30"):
         schedules.make_sigmas("distilled", 30)
-    with pytest.raises(UserError, match="steps=0"):
-        schedules.make_sigmas("ltx2", 0)
-    with pytest.raises(UserError, match="linear_steps=9"):
-        schedules.linear_quadratic_sigmas(8, linear_steps=9)
+    for name in ("ltx2", "linear_quadratic", "beta"):
+        with pytest.raises(UserError, match=r"^steps=0"):
+            schedules.make_sigmas(name, 0)
+    for linear in (0, 9):
+        with pytest.raises(UserError, match=f"linear_steps={linear}"):
+            schedules.linear_quadratic_sigmas(8, linear_steps=linear)

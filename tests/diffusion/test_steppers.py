@@ -154,6 +154,17 @@ def test_a_short_step_of_res2s_begins_where_its_noised_midpoint_comes_from():
     assert np.abs(anchor - x).max() > 1e-2
 
 
+@pytest.mark.parametrize(("sigma", "following"), [(0.02, 0.015), (0.8, 0.4)])
+def test_a_long_step_of_res2s_or_one_at_little_noise_begins_where_it_is(sigma, following):
+    stepper = steppers.Res2s()
+    rows = jax.tree.map(lambda a: a[0], stepper.rows(jnp.asarray([sigma, following, 0.0])))
+    x, x0, noise = np.random.default_rng(0).normal(size=(3, 1, 4, 3)).astype(np.float32)
+    found = steppers.Found(jnp.asarray(x0), None)
+    _, (anchor, e1) = stepper.step(rows, jnp.asarray(x), found, (x, x), noise, None)
+    np.testing.assert_array_equal(anchor, x)
+    np.testing.assert_array_equal(e1, x0 - x)
+
+
 def test_res2s_asks_for_the_estimate_between_its_noise_levels_and_ends_above_zero():
     rows = steppers.Res2s().rows(jnp.asarray([1.0, 0.25, 0.0]))
     want = [1, 0.5, 0.25, (0.25 * 0.0011) ** 0.5, 0.0011]
@@ -181,3 +192,31 @@ def test_noise_is_exactly_normal_in_the_steps_that_ask_for_it():
     asked = {name for name, stepper in STEPPERS.items() if stepper.draws and stepper.normalized}
     assert asked == {"res_2s", "res_2s by token"}
     assert {name for name, s in STEPPERS.items() if s.draws} == asked | {"ancestral", "cfg++"}
+
+
+def test_the_noise_of_a_step_has_the_share_that_is_asked_for():
+    x, x0, noise = np.random.default_rng(2).normal(size=(3, 1, 4, 3)).astype(np.float32)
+    found = steppers.Found(jnp.asarray(x0), jnp.asarray(x0))
+    row = {"sigma": jnp.float32(0.8), "next": jnp.float32(0.5)}
+    # Ancestral: down to 0.5^2 / 0.8. CFG++: levels 4 and 1, noise over signal.
+    down = 0.3125
+    full = {
+        steppers.AncestralEuler: (0.25 - (down * 0.5 / (1 - down)) ** 2) ** 0.5,
+        steppers.EulerCFGPlusPlus: 0.5 * (1 - 1 / 16) ** 0.5,
+    }
+    for kind, up in full.items():
+        for share in (1.0, 0.25):
+            noisy, still = (
+                kind(s_noise=share).step(row, jnp.asarray(x), found, (), n, None)[0]
+                for n in (noise, 0 * noise)
+            )
+            np.testing.assert_allclose(noisy - still, share * up * noise, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gradient estimation", "cfg++"])
+def test_the_last_step_takes_the_estimate_itself(name):
+    x, x0, before = np.random.default_rng(3).normal(size=(3, 1, 4, 3)).astype(np.float32)
+    row = {"sigma": jnp.float32(0.4), "next": jnp.float32(0), "first": jnp.bool(False)}
+    found = steppers.Found(jnp.asarray(x0), jnp.asarray(x))
+    last, _ = STEPPERS[name].step(row, jnp.asarray(x), found, jnp.asarray(before), 0 * x, None)
+    np.testing.assert_array_equal(last, x0)

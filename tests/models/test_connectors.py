@@ -13,6 +13,8 @@ from golden_case import release_of, tensors_of
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.layers import Rngs
+from ltx2_jax.models.rope import rope_tables
+from ltx2_jax.models.text import connectors
 from ltx2_jax.models.text.connectors import (
     AUDIO_CONNECTOR_2_3,
     CONNECTOR_2_0,
@@ -141,6 +143,25 @@ def test_a_mesh_does_not_change_the_context(mesh_context, params):
         got = run(configs, jax.device_put(params, homes), *inputs)
     for have, expected in zip(got[:2], want[:2], strict=True):
         np.testing.assert_allclose(have, expected, atol=2e-6)
+
+
+def test_tokens_turn_as_the_config_says(monkeypatch):
+    cfg = dataclasses.replace(
+        VIDEO, max_pos=20.0, rope_type="interleaved", rope_precision="float32"
+    )
+    asked = []
+
+    def tables(positions, **given):
+        asked.append(given)
+        return rope_tables(positions, **given)
+
+    monkeypatch.setattr(connectors, "rope_tables", tables)
+    x, mask = jnp.zeros((1, LENGTH, cfg.width)), jnp.ones((1, LENGTH), bool)
+    connector = jax.eval_shape(lambda: Connector(cfg, rngs=Rngs(0)))
+    assert connector.blocks.attention.interleaved_rope
+    jax.eval_shape(lambda: Connector(cfg, rngs=Rngs(0))(x, mask))
+    told = {"max_pos": (20.0,), "theta": 10000.0, "precision": "float32", "width": cfg.width}
+    assert asked[0].items() >= told.items()
 
 
 @pytest.mark.parametrize("registers", [128, 0])

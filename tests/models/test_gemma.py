@@ -162,6 +162,19 @@ def test_bfloat16_activations_stay_near_float32_and_round_the_embedding_factor()
     np.testing.assert_array_equal(got[0], scaled)
 
 
+def test_norms_and_logits_of_bfloat16_are_computed_in_float32():
+    model = tiny_gemma.build(dataclasses.replace(GEMMA_3, dtype="bfloat16"))
+    x = np.random.default_rng(0).normal(size=(50, 24)).astype(jnp.bfloat16)
+    wide, table = np.float64(x), np.float64(model.embedding[...].astype(jnp.bfloat16))
+    logits = model.logits(jnp.asarray(x))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, wide @ table.T, atol=1e-5)
+    weight = 1 + np.float64(model.norm.weight[...])  # has more digits than bfloat16
+    want = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-6) * weight
+    same = np.asarray(model.norm(jnp.asarray(x))) == want.astype(jnp.bfloat16)
+    assert same.mean() > 0.99  # but for those half-way between two
+
+
 # ------------------------------------------------------------------------------------------ scan
 
 
@@ -181,6 +194,8 @@ def test_48_layers_compile_as_six_and_are_never_all_in_memory():
     program = list(equations(traced(GEMMA_3_12B, tokens=37)))
     products = [eqn for eqn, _ in program if eqn.primitive.name == "dot_general"]
     assert len(products) == 6 * 9  # four projections, two of attention, three of the MLP
+    scores = [out for out in (eqn.outvars[0].aval for eqn in products) if out.shape.count(37) == 2]
+    assert [x.dtype for x in scores] == 6 * [jnp.float32]  # of bfloat16 queries and keys
     shapes = [v.aval.shape for eqn, _ in program for v in eqn.outvars]
     largest = max(math.prod(shape) for shape in shapes if 37 in shape)
     assert largest == 37 * GEMMA_3_12B.mlp  # of the activations, not of the weights

@@ -84,9 +84,10 @@ def test_the_loop_ends_when_every_row_has_ended(monkeypatch):
     jax.effects_barrier()
     assert len(runs) == 6  # the prompt, and each new token but the last
     runs.clear()
-    ends = dataclasses.replace(GREEDY, max_new_tokens=6, eos=tuple(free[:, 2].tolist()))
+    ends = dataclasses.replace(GREEDY, max_new_tokens=6, eos=tuple(free[:, 2].tolist()), pad=7)
     steps = np.isin(free, free[:, 2]).argmax(axis=1).max() + 1
-    run(model, tokens, mask, ends)
+    ended = run(model, tokens, mask, ends)
+    assert (ended[:, steps:] == 7).all()  # what the loop never came to is filled too
     jax.effects_barrier()
     assert len(runs) == steps <= 3
 
@@ -110,10 +111,13 @@ def test_draws_follow_the_softmax_at_their_temperature():
 def test_sampling_repeats_with_its_key_and_differs_without():
     model = tiny_gemma.build(GEMMA_4)
     tokens, mask = tiny_gemma.prompts()
-    how = dataclasses.replace(GREEDY, temperature=1.0)
+    how = dataclasses.replace(GREEDY, temperature=4.0, top_k=3)
     a, b, c = (run(model, tokens, mask, how, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert (a != c).mean() > 0.3
+    # No token but the three likeliest follows a prompt.
+    first = [run(model, tokens, mask, how, jax.random.key(seed))[:, 0] for seed in range(16)]
+    assert [len(np.unique(row)) for row in np.transpose(first)] == [3, 3, 3, 3]
     # Steps have keys of their own: with flat logits a row would otherwise repeat one token.
     flat = nnx.merge(*nnx.split(model))
     flat.embedding = nnx.Param(jnp.zeros_like(model.embedding[...]))
@@ -170,6 +174,7 @@ def test_no_ngram_comes_twice_in_a_continuation_that_would_loop():
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+        ({"top_k": -1}, "top_k=-1: must be at least 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram=-1"),
     ],
 )

@@ -90,8 +90,11 @@ def run(features, states, mask):
     return scanned(*nnx.split(features), jnp.asarray(states, jnp.float32), jnp.asarray(mask))
 
 
-def reference(cfg, tensors, states, mask):
-    """The stack [B, S, D, L] as a whole, in float64, one sample after the other."""
+def reference(cfg, tensors, states, mask, factor=np.asarray):
+    """The stack [B, S, D, L] as a whole, in float64, one sample after the other.
+
+    `factor` rounds what is multiplied.
+    """
     stack = np.moveaxis(states, 0, -1)
     normed = np.zeros_like(stack)
     for b, valid in enumerate(mask):
@@ -106,7 +109,8 @@ def reference(cfg, tensors, states, mask):
     for name, weight in tensors.items():
         if name.endswith("weight"):
             scale = (len(weight) / cfg.width) ** 0.5 if cfg.norm == "rms" else 1
-            outputs.append(flat @ weight.T * scale + tensors.get(name[:-6] + "bias", 0))
+            product = factor(flat) @ factor(weight).T
+            outputs.append(product * scale + tensors.get(name[:-6] + "bias", 0))
     return outputs[0], outputs[-1]
 
 
@@ -116,6 +120,19 @@ def test_the_sum_over_layers_is_the_projection_of_the_stack(cfg):
     got = run(build(cfg, tensors), states, mask)
     for have, want in zip(got, reference(cfg, tensors, states, mask), strict=True):
         np.testing.assert_allclose(have, want, atol=2e-4, rtol=1e-4)
+
+
+def test_statistics_and_sums_of_bfloat16_states_are_of_float32():
+    def low(x):
+        return np.asarray(x).astype(jnp.bfloat16).astype(np.float64)
+
+    tensors, (states, mask) = official(V1), inputs(V1)
+    features = build(dataclasses.replace(V1, dtype="bfloat16"), tensors)
+    (total,) = features.init(*mask.shape)
+    for index, hidden in enumerate(states):
+        (total,) = features.add((total,), jnp.bfloat16(hidden), index, jnp.asarray(mask))
+    want, _ = reference(V1, tensors, low(states), mask, factor=low)
+    np.testing.assert_allclose(total, want, atol=1e-2)  # its sums in bfloat16 would be 0.1 off
 
 
 @pytest.mark.parametrize("cfg", [V1, V2], ids=["V1", "V2"])

@@ -1,7 +1,9 @@
 """What cannot be is one line before the work begins; what is changed is said."""
 
+import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from ltx2_jax.sampling.pipeline import Pipeline
 from ltx2_jax.sampling.tasks import Asked, make_task
 from ltx2_jax.sharding import make_mesh
 from ltx2_jax.weights.lora_files import Lora, read_lora, write_lora
+from ltx2_jax.weights.references import fingerprint
 from ltx2_jax.weights.sources import open_release
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -354,6 +357,52 @@ def test_latents_are_upsampled_by_the_mean_and_deviation_of_their_codec(pipe):
         np.testing.assert_array_equal(found, want)
 
 
+def test_an_upsampler_of_another_codec_or_kind_is_refused(pipe):
+    files = pipe.maker.files
+    config = open_release(GOLDEN / "v2.0" / "upsampler_spatial.safetensors").config("upsampler")
+    for changes, message in (
+        ({"in_channels": 5}, "up: upsamples latents of 5 channels, those of .* have "),
+        ({"temporal_upsample": True, "dims": 3}, "up: makes frames 2 times as many and sizes 2 "),
+        ({"rational_resampler": True, "spatial_scale": 1.5}, "up: makes frames 1 .* sizes 1.5 "),
+    ):
+        changed = dataclasses.replace(config, **changes)
+        other = SimpleNamespace(name="up", config=lambda network, changed=changed: changed)
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(files, upsampler=other)._check()
+    fits = SimpleNamespace(name="up", config=lambda network: config)
+    dataclasses.replace(files, upsampler=fits)._check()
+
+
+def test_a_clip_says_which_files_made_it_and_what_tells_them_from_others(pipe):
+    path = GOLDEN / "v2.0" / "upsampler_spatial.safetensors"
+    files = dataclasses.replace(pipe.maker.files, upsampler=open_release(path))
+    assert files.named() == {str(p.resolve()): fingerprint(p) for p in (V20, GEMMA, path)}
+
+
+def test_a_prompt_is_encoded_once_and_the_encoder_read_again_when_it_was_freed():
+    loads, asked = [], []
+
+    class Encoder:
+        shared = False
+
+        def features(self, prompts):
+            asked.append(list(prompts))
+            lengths = np.asarray([[[len(prompt)]] for prompt in prompts], np.float32)
+            return lengths, -lengths, np.zeros((len(prompts), 1), bool)
+
+    texts = loading.Texts(lambda: loads.append(1) or Encoder())
+    found = texts(["aaa", "b", "aaa"])
+    assert found["video_text"].ravel().tolist() == [3, 1, 3]
+    assert found["audio_text"].ravel().tolist() == [-3, -1, -3]
+    texts(["b", "cc"])
+    assert (asked, len(loads)) == ([["aaa", "b"], ["cc"]], 1)
+    texts.free()
+    texts(["aaa", "cc"])  # known without it
+    assert len(loads) == 1
+    texts(["dddd"])
+    assert len(loads) == 2
+
+
 class Fused(loading.Weights):
     """Weights that are read as a number of their own; a LoRA adds its name."""
 
@@ -458,7 +507,7 @@ def test_a_lack_of_memory_is_one_line(pipe):
         raise RuntimeError(
             "RESOURCE_EXHAUSTED: Attempting to allocate 12.5G. That was not possible"
         )
-    assert str(caught.value).startswith("too little memory for stage 1")
+    assert str(caught.value).startswith("too little memory for stage 1 (12.5G more were asked for)")
     assert "fewer frames" in str(caught.value)
     with pytest.raises(RuntimeError), pipe.phase("stage 1"):
         raise RuntimeError("another")

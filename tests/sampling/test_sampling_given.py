@@ -342,6 +342,26 @@ def test_the_sound_of_a_pass_may_have_the_prompt_where_its_picture_has_none(monk
     np.testing.assert_array_equal(seen["audio_mask"][:, 0, 0], [1, 1])
 
 
+def test_the_network_is_told_of_a_given_clip_where_its_tokens_are_and_how_much_they_attend():
+    known = given()
+    text = {name: np.full((1, 2, 1), n) for n, name in enumerate(ltx2.TEXT_FIELDS)}
+    video, audio = programs.modalities(Model, REQUEST, text, known)
+    attention = np.ones((24, 24))
+    attention[:16, 16:] = attention[16:, :16] = 0.5  # between the clip and its keyframe
+    np.testing.assert_array_equal(video.attention_mask, attention[None])
+    assert audio.attention_mask is None
+    for stream, c in ((video, known.video), (audio, known.audio)):
+        np.testing.assert_array_equal(stream.positions, c.positions)
+
+
+def test_the_pass_without_a_prompt_is_found_behind_others():
+    text, null = ({k: np.full((1, 2, 1), v) for k in ltx2.TEXT_FIELDS} for v in (1.0, 0.0))
+    passes = (Pass(exchange=False), EMPTY_CAPTION)
+    args = Model, (text, null), np.arange(1), (), None, REQUEST
+    assert programs._guide(*args, passes, Guidance(), bare(1)).uncond == 1
+    assert programs._guide(*args, passes[:1], Guidance(), bare(1)).uncond is None
+
+
 def test_a_pass_skips_blocks_of_either_stream():
     keep = programs._keep(Pass(skipped=(0,), audio_skipped=(1, 2)), 1, 3)
     np.testing.assert_array_equal(keep.video_self, [[False, True, True]])

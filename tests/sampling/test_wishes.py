@@ -1,5 +1,6 @@
 """Files of prompts, whose lines may say what else a clip is given."""
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -210,6 +211,48 @@ def test_a_clip_of_a_line_remembers_what_the_line_gave_it(folder):
     (folder / "a.png").unlink()
     with pytest.raises(UserError, match="--again: image: no such file"):
         again()
+
+
+def test_each_clip_is_written_under_its_own_name_as_fine_as_asked(folder, monkeypatch, capsys):
+    (folder / "p.jsonl").write_text('{"prompt": "c", "picture": false, "seed": 9}')
+    out = folder / "new"
+    argv = ["model", "b", "--prompt=a", f"--prompts={folder}/p.jsonl", "--crf=30", "--seed=4"]
+    argv += [f"--output-path={out}/x.mp4", f"--save-latents={out}/l.safetensors"]
+    pipe = SimpleNamespace(
+        maker="maker", codec="codec", seconds={}, phase=lambda name: contextlib.nullcontext()
+    )
+    monkeypatch.setattr(sample, "_pipeline", lambda args: pipe)
+    written, kept = [], []
+
+    def make(maker, asked, **given):
+        assert (maker, given["seed"]) == ("maker", 4)
+        task = Task(9, 16, 16, 8.0)
+        return [Made(None, None, task, w.prompt, {"seed": i}) for i, w in enumerate(asked)]
+
+    def write(clip, path, codec, *, crf):
+        written.append((clip.prompt, path.name, codec, crf))
+        return [path]
+
+    monkeypatch.setattr(wishes, "make", make)
+    monkeypatch.setattr(Made, "write", write)
+    monkeypatch.setattr(sample, "save_latents", lambda path, clip: kept.append((path.name, clip)))
+    sample.main(flags.read(argv), argv)
+    names = "x-000.mp4", "x-001.mp4", "x-002.wav"  # a sound without a picture is no film
+    assert written == [(p, name, "codec", 30) for p, name in zip("abc", names, strict=True)]
+    assert [name for name, _ in kept] == [f"l-00{i}.safetensors" for i in range(3)]
+    for number, (_, clip) in enumerate(kept):
+        command = clip.about["command"]
+        assert (command["prompt"], command["seed"]) == (["abc"[number]], number)
+    assert f"wrote {out}/x-001.mp4, seed 1\n" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(folder):
+    (folder / "dir.mp4").mkdir()
+    (folder / "dir.safetensors").mkdir()
+    for flag, name in (("--output-path", "a.png/x.mp4"), ("--save-latents", "dir.safetensors")):
+        args = flags.read(["model", "a", f"{flag}={folder / name}", "--sound-only"])
+        with pytest.raises(UserError, match=f"^{flag}: .*{name} cannot be written"):
+            sample.output_paths(args, 1)
 
 
 def test_clips_go_where_they_are_wanted_and_never_over_others(folder, monkeypatch):

@@ -17,6 +17,7 @@ from ltx2_jax.demo.random_encoder import RandomEncoder
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.text.gemma import GEMMA_SMALL
 from ltx2_jax.sharding import make_mesh
+from ltx2_jax.text.cache import TextCache
 from ltx2_jax.text.captions import caption_features, load_caption_encoder, tell_cut
 from ltx2_jax.text.encoder import TextEncoder, write_reference
 
@@ -148,6 +149,9 @@ def test_a_released_encoder_is_used_as_it_was_where_it_was(tmp_path, monkeypatch
         GOLDEN / "v2.3" / name for name in ("checkpoint.safetensors", "gemma")
     ]
     assert given == {**asked, "mesh": mesh, "connect": False}
+    monkeypatch.setattr(TextCache, "load", lambda *files, **given: (files, given))
+    cached = load_caption_encoder(tmp_path / "e.safetensors", mesh, tmp_path / "cache")
+    assert cached == ((tmp_path / "cache", *files), given)
 
 
 def test_captions_beyond_a_batch_are_encoded_as_those_within_it(path, monkeypatch):

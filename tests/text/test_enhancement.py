@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from ltx2_jax.errors import UserError
 from ltx2_jax.models.text.generation import Decoding
@@ -264,14 +265,24 @@ def test_the_text_encoder_of_2_5_is_refused():
 
 def test_a_stock_model_is_taken_by_its_name_on_the_hub(asked, monkeypatch):
     loaded = []
-    monkeypatch.setattr(module, "_load", lambda gemma, *_: loaded.append(gemma))
+    monkeypatch.setattr(module, "_load", lambda *given: loaded.append(given))
     fetch = module.hub.fetch
     monkeypatch.setattr(
         module.hub, "fetch", lambda name: GEMMA_3 if name == "google/it" else fetch(name)
     )
     with pytest.warns(UserWarning, match="could not be enhanced"):
         enhance(["a fox"], "google/it")
-    assert loaded == [GEMMA_3]
+    mesh = make_mesh(devices=jax.devices()[1:2])
+    with pytest.warns(UserWarning, match="could not be enhanced"):
+        enhance(["a fox"], "google/it", mesh=mesh, dtype="float32")
+    assert loaded == [(GEMMA_3, None, "bfloat16"), (GEMMA_3, mesh, "float32")]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_matrices_of_a_decoder_are_kept_in_the_dtype_asked_for(dtype):
+    gemma = module._load(GEMMA_3, None, dtype)
+    matrices = [x for x in jax.tree.leaves(nnx.state(gemma.groups)) if x.ndim > 2]
+    assert {str(x.dtype) for x in matrices} == {gemma.cfg.dtype} == {dtype}
 
 
 def test_a_stock_model_in_one_file_is_no_text_encoder_of_2_5(tmp_path):

@@ -87,6 +87,21 @@ def test_a_saved_encoder_says_of_which_states_its_features_are(tmp_path):
         )  # fmt: skip
 
 
+def test_an_encoder_is_on_one_device_and_in_the_dtype_and_form_asked_for():
+    wide = encoder()
+    usual = TextEncoder.load(CHECKPOINT, GEMMA, connect=False)
+    small = TextEncoder.load(CHECKPOINT, GEMMA, connect=False, quantize="int8")
+    for one, dtype in ((wide, "float32"), (usual, "bfloat16"), (small, "int8")):
+        assert one.mesh.size == 1
+        matrices = [x for x in jax.tree.leaves(nnx.state(one.model.gemma.groups)) if x.ndim > 2]
+        assert dtype in {str(x.dtype) for x in matrices}
+        assert dtype == "int8" or len({x.dtype for x in matrices}) == 1
+    assert [one.model.text_features.cfg.dtype for one in (wide, usual)] == ["float32", "bfloat16"]
+    connectors = wide.model.connectors
+    assert connectors.video.cfg.dtype == connectors.audio.cfg.dtype == "float32"
+    assert usual.model.connectors is None
+
+
 def test_another_tokenizer_may_be_given(tmp_path):
     tokenizer.train(["a fox walks", "a hare runs"], tmp_path / "tokenizer.model", 300)
     given = TextEncoder.load(
