@@ -3,7 +3,7 @@
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
-linear codec to them, trains 1.7 M parameters for 900 steps, and makes 64 clips from captions of
+linear codec to them, trains 1.7 M parameters for 1,000 steps, and makes 64 clips from captions of
 the same grammar; `preview.png` in the workdir shows four after less than two minutes, when there
 are scenes and sounds but no events yet. The wiring is that of LTX-2 2.3; only sizes differ. One
 video latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a
@@ -18,11 +18,13 @@ other only what the caption says, and no longer agree in time.
 import dataclasses
 
 from ltx2_jax.config import (
+    Condition,
     Config,
     DataConfig,
     FlowConfig,
     OptimConfig,
     SampleConfig,
+    StreamConfig,
     TextConfig,
 )
 from ltx2_jax.demo.config import LinearCodecConfig, RandomEncoderConfig, SyntheticConfig
@@ -78,6 +80,11 @@ def get_config(arg: str | None = None) -> Config:
             batch_size=32,
         ),
         flow=FlowConfig(
+            # In three of ten samples the first half of the picture is given, in as many that of the
+            # sound, and in one of ten both: from these it learns to follow a given stream, and to
+            # go on in the rhythm of what came before.
+            video=StreamConfig(conditions=(Condition("prefix", 0.3, length=13),)),
+            audio=StreamConfig(conditions=(Condition("prefix", 0.3, length=27),)),
             # Sampling denoises both streams together, so most draws share one noise level.
             shared_sigma_prob=0.85,
             # How many events there are, and when, is decided at noise levels above 0.85: clips that
@@ -104,5 +111,5 @@ def get_config(arg: str | None = None) -> Config:
             audio_guidance=1.0,
             preview_step=100,
         ),
-        num_steps=900,
+        num_steps=1000,
     )

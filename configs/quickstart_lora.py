@@ -43,6 +43,12 @@ GIVEN = {  # 13 of 25 frames, and the sound of the same time
     "video": StreamConfig(conditions=(Condition("prefix", 0.8, length=13),)),
     "audio": StreamConfig(conditions=(Condition("prefix", 0.8, length=27),)),
 }
+RELEASED = {
+    "video": StreamConfig(),
+    "audio": StreamConfig(),
+    "sigma_tokens": None,
+    "sigma_uniform_prob": 0.1,
+}
 UNIFORM = {"shared_sigma_prob": 1.0, "sigma": "uniform", "sigma_min": 1e-3, "sigma_max": 0.999}
 
 # Data, changes to `flow`, targets of the adapters, steps.
@@ -71,9 +77,7 @@ def get_config(arg: str | None = None) -> Config:
         base,
         workdir=f"workdir/quickstart-{arg}",
         data=dataclasses.replace(data, batch_size=16),
-        flow=dataclasses.replace(
-            base.flow, **{"sigma_tokens": None, "sigma_uniform_prob": 0.1} | flow
-        ),
+        flow=dataclasses.replace(base.flow, **RELEASED | flow),
         # Muon is for matrices of many directions; adapters have few.
         optim=dataclasses.replace(
             base.optim,
