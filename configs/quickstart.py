@@ -4,8 +4,8 @@
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
 linear codec to them, trains 1.7 M parameters for 1,000 steps, and makes 64 clips from captions of
-the same grammar; `preview.png` in the workdir shows four after less than two minutes, when there
-are scenes and sounds but no events yet. The wiring is that of LTX-2 2.3; only sizes differ. One
+the same grammar; `preview.png` in the workdir shows four after less than two minutes, when scenes
+and sounds are noisy yet. The wiring is that of LTX-2 2.3; only sizes differ. One
 video latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a
 small Gemma 3 with fixed random weights, once; the connectors behind it are trained with the rest.
 
