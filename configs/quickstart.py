@@ -1,13 +1,13 @@
-"""A small LTX-2 on two CPU cores: from nothing to clips with sound in about five minutes.
+"""A small LTX-2 on two CPU cores: from nothing to clips with sound in less than six minutes.
 
     python -m ltx2_jax.train --config=configs/quickstart.py
 
 renders 512 clips of 2 s (balls that bounce, lamps that flash, each event with a sound), fits a
 linear codec to them, trains 1.7 M parameters for 1,000 steps, and makes 64 clips from captions of
-the same grammar; `preview.png` in the workdir shows four after less than two minutes, when scenes
-and sounds are noisy yet. The wiring is that of LTX-2 2.3; only sizes differ. One
-video latent is a whole frame here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a
-small Gemma 3 with fixed random weights, once; the connectors behind it are trained with the rest.
+the same grammar; `preview.png` in the workdir shows four after two minutes, when scenes and sounds
+are noisy yet. The wiring is that of LTX-2 2.3; only sizes differ. One video latent is a whole frame
+here, which keeps 2 s at 25 video and 52 audio tokens. Captions pass a small Gemma 3 with fixed
+random weights, once; the connectors behind it are trained with the rest.
 
     --config=configs/quickstart.py:ablation
 
