@@ -171,8 +171,7 @@ class FlowConfig:
     sigma: str = "shifted_logit_normal"  # how noise levels are drawn, or "uniform"
     shared_sigma_prob: float = 0.0  # both streams take one sigma; released training draws two
     sigma_std: float = 1.0  # these four are read by shifted_logit_normal alone
-    # Noise levels as of a clip of so many tokens: 4096, at most of the released range, are of more
-    # noise than 1024. None: of the stream's own.
+    # The count of tokens that shifts the levels, many towards noise; None: the stream's own.
     sigma_tokens: int | None = None
     sigma_uniform_prob: float = 0.1
     sigma_eps: float = 1e-3
