@@ -269,6 +269,7 @@ def test_difference_names_dotted_paths_and_both_values():
         ),
         ({"flow__sigma_max": "0.9"}, "flow.sigma is shifted_logit_normal"),
         ({"flow__sigma": "uniform", "flow__sigma_std": "2"}, "flow.sigma is uniform"),
+        ({"flow__sigma": "uniform", "flow__sigma_tokens": "9"}, "flow.sigma is uniform"),
         (
             {"flow__video__role": "frozen", "flow__first_frame_prob": "0.5"},
             "flow.video.role is frozen",
