@@ -110,7 +110,7 @@ def test_a_flag_that_is_missing_or_no_number_is_named(name, argv, missing, capsy
         (["--config.mesh.data=2"], r"mesh \(data=2, .*must be 8"),
         (["--config.mesh.model=8"], "mesh: model=8 does not divide 4 attention heads"),
         (["--config.data.batch_size=12"], "data.batch_size=12 is not a multiple of mesh.data=8"),
-        (["--config.optim.accumulate_steps=4"], "is not a multiple of .*optim.accumulate_steps=4"),
+        (["--config.optim.accumulate_steps=8"], "is not a multiple of .*optim.accumulate_steps=8"),
         (["--config.sample.schedule=euler"], "no schedule is called 'euler': choose from ltx2, "),
         (["--config.sample.schedule=distilled"], "the distilled schedule has 8 steps, not 30"),
         (["--config.data.path=no/where"], "no/where: no dataset here"),
