@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,9 +159,9 @@ def _check_writable(path: Path, flag: str) -> None:
     """UserError unless a file can be made there; nothing is left of the attempt."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
+        # Of a name of its own: other hosts may try the same folder at the same time.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
         if path.is_dir():
             raise IsADirectoryError(21, "Is a directory")
     except OSError as error:

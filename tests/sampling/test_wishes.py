@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -244,6 +245,13 @@ def test_each_clip_is_written_under_its_own_name_as_fine_as_asked(folder, monkey
         command = clip.about["command"]
         assert (command["prompt"], command["seed"]) == (["abc"[number]], number)
     assert f"wrote {out}/x-001.mp4, seed 1\n" in capsys.readouterr().out
+
+
+def test_hosts_that_share_a_folder_may_try_it_at_the_same_time(tmp_path):
+    path = tmp_path / "x.mp4"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: sample._check_writable(path, "--output-path"), range(400)))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(folder):
