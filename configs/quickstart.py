@@ -87,9 +87,9 @@ def get_config(arg: str | None = None) -> Config:
             audio=StreamConfig(conditions=(Condition("prefix", 0.3, length=27),)),
             # Sampling denoises both streams together, so most draws share one noise level.
             shared_sigma_prob=0.85,
-            # How many events there are, and when, is decided at noise levels above 0.85: clips that
-            # are sampled on from there keep the events of the real ones under the noise. A token
-            # here is a whole frame; by the count of them one draw in eight would be there.
+            # How many events there are, and when, is decided at noise levels above 0.85
+            # (docs/finetuning.md). The shift of 25 tokens puts one draw in eight there, this one
+            # three in ten.
             sigma_tokens=3072,
             sigma_uniform_prob=0.2,
             caption_dropout=0.1,

@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> Config:
         workdir=f"workdir/quickstart-{arg}",
         data=DataConfig(mixture=((NIGHT, 0.5), (OWN, 0.5)), batch_size=16),
         flow=FlowConfig(**{"shared_sigma_prob": 0.85, "caption_dropout": 0.1} | flow),
-        # Muon is for matrices of many directions; adapters have few.
+        # Not the quickstart's own: what docs/finetuning.md has measured.
         optim=dataclasses.replace(
             base.optim,
             optimizer="adamw",

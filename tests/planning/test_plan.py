@@ -1,5 +1,6 @@
 """plan compiles the program that runs, and says what it needs."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -10,9 +11,12 @@ import tiny_codec
 from ltx2_jax import chips, plan, planning
 from ltx2_jax.errors import UserError
 from ltx2_jax.planning import vae as plan_vae
+from ltx2_jax.planning.text import TEXT_ENCODERS
 from ltx2_jax.weights.names.video_vae import video_vae_config
 
 TINY = video_vae_config(tiny_codec.VIDEO_VAE)
+GEMMA = dataclasses.replace(TEXT_ENCODERS["2.5"].gemma, quantized="int8")
+ENCODER = dataclasses.replace(TEXT_ENCODERS["2.5"], gemma=GEMMA)
 
 
 @pytest.fixture
@@ -57,14 +61,24 @@ def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
-def test_the_command_plans_the_half_and_the_release_that_it_names(monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (
+            ["--what=vae", "--half=encode", "--release=2.0", "--frames=9"],
+            (plan_vae.VAES["2.0"], "encode", (9, 704, 1280)),
+        ),
+        (["--what=text", "--release=2.5", "--batch=8", "--quantize=int8"], (ENCODER, 8)),
+    ],
+)
+def test_the_command_plans_the_release_that_it_names_as_it_says(flags, wanted, monkeypatch):
     given = []
     monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(planning, "plan_vae", lambda *args: given.append(args) or {"fits": True})
+    for name in ("plan_vae", "plan_text"):
+        monkeypatch.setattr(planning, name, lambda *args: given.append(args) or {"fits": True})
     monkeypatch.setattr(planning, "describe", str)
-    flags = ["--what=vae", "--topology=v6e:2x4", "--half=encode", "--release=2.0", "--frames=9"]
-    assert plan.cli(flags) == 0
-    assert given == [(plan_vae.VAES["2.0"], "encode", (9, 704, 1280), "v6e:2x4")]
+    assert plan.cli(["--topology=v6e:2x4", *flags]) == 0
+    assert given == [(*wanted, "v6e:2x4")]
 
 
 def test_illegal_sizes_are_refused_before_compiling(eight_devices):

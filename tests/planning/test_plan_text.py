@@ -11,7 +11,6 @@ import tiny_gemma
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from ltx2_jax import plan, planning
 from ltx2_jax.models.text.connectors import ConnectorConfig
 from ltx2_jax.models.text.features import TextFeaturesConfig
 from ltx2_jax.planning import text as module
@@ -94,18 +93,6 @@ def test_a_plan_says_what_a_chip_holds_and_sends_and_whether_it_fits(monkeypatch
 def test_the_model_axis_is_as_large_as_the_heads_allow(version, count, model):
     mesh = text_mesh(TEXT_ENCODERS[version], jax.devices()[:count])
     assert dict(mesh.shape) == {"data": count // model, "model": model, "sequence": 1}
-
-
-def test_the_command_plans_the_encoder_of_a_release_as_it_is_kept(monkeypatch):
-    given = []
-    monkeypatch.setattr(plan.jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(planning, "plan_text", lambda *args: given.append(args) or {"fits": True})
-    monkeypatch.setattr(planning, "describe", str)
-    flags = ["--what=text", "--topology=v6e:2x4", "--release=2.5", "--batch=8", "--quantize=int8"]
-    assert plan.cli(flags) == 0
-    gemma = dataclasses.replace(TEXT_ENCODERS["2.5"].gemma, quantized="int8")
-    encoder = dataclasses.replace(TEXT_ENCODERS["2.5"], gemma=gemma)
-    assert given == [(encoder, 8, "v6e:2x4")]
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.5"])
