@@ -1,13 +1,16 @@
 """One CPU process with 8 devices for all tests; golden data from the repository or --golden-dir."""
 
-import atexit
 import gc
+import hashlib
 import os
-import shutil
+import platform
 import signal
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
+
+PROGRAMS_BYTES = 2**31  # of compiled programs that are kept: beyond, all of them go
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Optimising the programs takes longer than running them once on tiny arrays.
@@ -18,13 +21,27 @@ os.environ["XLA_FLAGS"] = (
 )
 if version("jaxlib") < "0.11":  # its newer code generator takes twice as long; later ones are quick
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# Workers and commands that tests start compile the same programs: once is enough.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ltx2-jax-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-import pytest
+
+def _programs() -> Path:
+    """The folder of this user and this kind of CPU in which compiled programs are kept."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = platform.machine() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "ltx2_jax-tests" / hashlib.sha256(cpu.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {file: file.stat().st_size for file in folder.iterdir()}
+    if sum(kept.values()) > PROGRAMS_BYTES:
+        for file in kept:
+            file.unlink(missing_ok=True)
+    return folder
+
+
+# Workers, the commands that tests start, and later runs compile the same programs: once is enough.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 UNFREEZE = gc.unfreeze
 

@@ -11,9 +11,10 @@ share its links. Then
     collective-permute            the array over one link
 
 on v7x n counts chips, the two cores of a chip share its links, and between the two alone runs a
-link as fast as six. On a switch every device has all its links at once. Between n slices the same
-parts of an array cross the data-center network, at a device's share of its host's rate. Not
-modelled: other traffic on the same links or network, and the copies to the host and back.
+link as fast as six; a permute is taken to leave the chip, as a ring does somewhere. On a switch
+every device has all its links at once. Between n slices the same parts of an array cross the
+data-center network, at a device's share of its host's rate. Not modelled: other traffic on the same
+links or network, and the copies to the host and back.
 """
 
 import dataclasses
