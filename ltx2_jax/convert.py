@@ -206,7 +206,8 @@ def _merge(
     pairs = [(lora, strength) for lora, _, strength in given]
     stream = out.streams["transformer"]
     out.streams["transformer"] = lambda: loras.fuse_stream(stream(), pairs, config)
-    merged = [{"file": name, "strength": strength} for _, name, strength in given]
+    merged = json.loads(out.metadata.get("merged_loras", "[]"))
+    merged += [{"file": name, "strength": strength} for _, name, strength in given]
     out.metadata["merged_loras"] = json.dumps(merged)
 
 

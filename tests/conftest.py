@@ -1,10 +1,13 @@
 """One CPU process with 8 devices for all tests; golden data from the repository or --golden-dir."""
 
+import atexit
 import gc
 import hashlib
 import os
 import platform
+import shutil
 import signal
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,13 +27,21 @@ if version("jaxlib") < "0.11":  # its newer code generator takes twice as long; 
 
 
 def _programs() -> Path:
-    """The folder of this user and this kind of CPU in which compiled programs are kept."""
+    """The folder of this user and this kind of CPU in which compiled programs are kept.
+
+    One for this run alone, if that cannot be written.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = platform.machine() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     folder = caches / "ltx2_jax-tests" / hashlib.sha256(cpu.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="ltx2_jax-tests-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     kept = {file: file.stat().st_size for file in folder.iterdir()}
     if sum(kept.values()) > PROGRAMS_BYTES:
         for file in kept:

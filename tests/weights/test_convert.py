@@ -186,9 +186,9 @@ def test_lora_files_are_merged_at_their_strengths(tmp_path):
         bare = name.removeprefix("model.diffusion_model.")
         expected = want[bare] if bare in want else before[name]
         assert value.tobytes() == expected.tobytes(), name
-    assert json.loads(metadata_of(out)["merged_loras"]) == [
-        {"file": "lora.safetensors", "strength": 0.7},
-        {"file": "lora.safetensors", "strength": -0.2},
+    run(out, tmp_path / "more.safetensors", "--lora", LORA, "0.1")
+    assert json.loads(metadata_of(tmp_path / "more.safetensors")["merged_loras"]) == [
+        {"file": "lora.safetensors", "strength": strength} for strength in (0.7, -0.2, 0.1)
     ]
 
 
