@@ -118,11 +118,12 @@ def pytest_generate_tests(metafunc):
 def modules_are_apart():
     """The garbage of a module goes, and what is left after it is not looked through again.
 
-    Compiled programs go before they are too many: Linux maps 65,530 pieces of memory at most.
+    Compiled programs go before they are too many: about 4 GiB, and Linux maps 65,530 pieces of
+    memory at most.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 12_000:
         import jax
 
         jax.clear_caches()

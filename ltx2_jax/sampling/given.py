@@ -155,17 +155,14 @@ def kept_frames(task: Task, stride: int) -> np.ndarray:
     return kept
 
 
-def with_known_sound(task: Task, made: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
-    """Sound that was made, float32 [samples, 2], with what is known in its place.
+def with_known_sound(task: Task, made: np.ndarray, rate: int) -> np.ndarray:
+    """Sound that was made, float32 [samples, 2], with what is known of it in its place.
 
-    A sound that is given whole comes back as it was given, at its own rate. Else the known parts
-    take the place of what was made, which is changed within 10 ms of them so that nothing clicks.
+    What was made is changed within 10 ms of the known parts so that nothing clicks.
     """
     known = task.audio
     if known is None:
-        return made, rate
-    if known.is_whole(task.seconds):
-        return known.samples, known.rate
+        return made
     samples = resample(known.samples, known.rate, rate)
     begin = round(known.start * rate)
     samples = samples[: len(made) - begin]
@@ -175,7 +172,7 @@ def with_known_sound(task: Task, made: np.ndarray, rate: int) -> tuple[np.ndarra
         kept[max(0, round(known.redo[0] * rate)) : round(known.redo[1] * rate)] = False
     whole = made.copy()
     whole[kept] = samples[kept[begin : begin + len(samples)]]
-    return _joined(whole, made, kept, round(0.01 * rate)), rate
+    return _joined(whole, made, kept, round(0.01 * rate))
 
 
 def _joined(whole: np.ndarray, made: np.ndarray, kept: np.ndarray, fade: int) -> np.ndarray:

@@ -305,7 +305,7 @@ class Maker:
         sizes = {"height": task.height, "width": task.width, "fps": task.fps}
         first = {**given, **again, "num_frames": most, "seed": seed}
         (made,) = self.make([prompt], **first)
-        clip, spent = made.clip(self.codec), dict(self.seconds)
+        clip, spent, about = made.clip(self.codec), dict(self.seconds), made.about
         again["skip_stage_2"] = False
         for part in range(1, parts):
             have = len(clip.video)
@@ -318,7 +318,9 @@ class Maker:
         self.seconds = spent
         sound = None if clip.audio is None else KnownAudio(clip.audio, clip.sample_rate)
         whole = dataclasses.replace(task, video=KnownVideo(clip.video), audio=sound)
-        return Made(None, None, whole, prompt, {**made.about, "prompt": prompt, "seed": seed})
+        return Made(
+            None, None, whole, prompt, about | {"clip": about["clip"] | {"num_frames": total}}
+        )
 
     # ---- text ----------------------------------------------------------------------------------
 

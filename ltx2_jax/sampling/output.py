@@ -97,7 +97,10 @@ class Made:
             yield pixels
 
     def sound(self, codec: Codec) -> tuple[np.ndarray | None, int]:
-        """float32 [samples, 1 or 2] as long as the picture, and its rate."""
+        """float32 [samples, 1 or 2] as long as the picture, and its rate.
+
+        A sound that is given whole comes back as it was given, at its own rate.
+        """
         rate, known = codec.audio.output_sample_rate, self.task.audio
         if self.task.sound and known is not None and known.is_whole(self.task.seconds):
             return known.samples, known.rate
@@ -105,7 +108,7 @@ class Made:
             return None, rate
         samples = round(self.task.seconds * rate)
         made = np.asarray(codec.audio.decode(np.asarray(self.audio)[None], samples))[0]
-        return with_known_sound(self.task, np.array(made), rate)
+        return with_known_sound(self.task, np.array(made), rate), rate
 
 
 def _even(pixels: np.ndarray) -> np.ndarray:

@@ -114,7 +114,7 @@ class Task:
     @property
     def partial(self) -> bool:
         """Whether streams are given in part, or whole and the other made to fit."""
-        return self.video is not None or (self.audio is not None and self.audio.redo is not None)
+        return self.video is not None or self.audio is not None
 
 
 # --------------------------------------------------------------------------------- what is asked

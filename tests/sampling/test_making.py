@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK
@@ -108,6 +109,13 @@ def test_an_image_goes_through_its_own_crf_or_that_of_the_recipe(monkeypatch):
     images = tuple(Picture(film(1), crf=crf) for crf in (None, 7, 0))
     encode(Task(9, 64, 64, FPS, images=images[:1], keyframes=images[1:]), CODEC, 64, 64, 33)
     assert sorted(seen) == [7, 33]
+
+
+def test_a_clip_as_a_keyframe_is_as_many_whole_latents_as_it_fills():
+    asked = Task(17, 64, 64, FPS, keyframes=(Picture(film(11), 8),))
+    (found,) = encode(asked, CODEC, 64, 64, 33).keyframes
+    np.testing.assert_array_equal(pixels(found.latents), [0, 1])
+    assert (found.frame, found.pixel_frames) == (8, 9)
 
 
 def test_a_reference_is_read_at_its_own_size_and_rate():
@@ -236,7 +244,7 @@ def maker(monkeypatch):
 
         monkeypatch.setattr(stages, "run", run)
         files = SimpleNamespace(version="2.3", kind="dev", upsampler="there", named=dict)
-        files.load_upsampler = lambda dtype: lambda x: x.repeat(2, axis=2).repeat(2, axis=3)
+        files.load_upsampler = lambda dtype: lambda x: 1 + x.repeat(2, axis=2).repeat(2, axis=3)
         mesh = make_mesh(devices=jax.devices()[:1])
         fields = {"mesh": mesh, "files": files, "weights": Weights(**(config or {}))} | fields
         return Maker(texts=texts, open_codec=lambda: CODEC, **fields), calls, asked
@@ -277,7 +285,32 @@ def test_keyframes_of_the_first_stage_grow_with_the_clip(maker):
     made, calls, _ = maker(distilled_lora=(Lora({}), 1.0))
     made.make(["a dog"], num_generated_keyframes=2, num_frames=9, recipe="two_stage",
               height=128, width=64)  # fmt: skip
-    assert calls[1].before[0].slots.shape == (2, 4, 2, 1)
+    np.testing.assert_array_equal(calls[1].before[0].slots, np.full((2, 4, 2, 1), 2))
+    with pytest.raises(UserError, match=r"from x1 to x0\.5 needs the upsampler x2"):
+        made.make(["a dog"], num_frames=9, recipe="two_stage", height=128, width=64,
+                  changes={"stage1.size": "1", "stage2.size": "0.5"})  # fmt: skip
+
+
+def test_an_adapter_is_used_in_the_stages_in_which_it_has_a_strength(maker):
+    style = Lora({}, name="style")
+    made, *_ = maker(adapters=(Adapter(style, (even(1.0), even(0))),))
+    made.make(["a dog"], num_frames=9, recipe="distilled", height=128, width=64)
+    assert made.weights.used == [((style, even(1.0)),), ()]
+
+
+def test_every_clip_is_told_its_own_seed(maker):
+    made, _, _ = maker()
+    clips = made.make(["a dog", "a cat"], num_frames=9, seed=2**32 - 1, **SIZE)
+    assert [one.about["seed"] for one in clips] == [2**32 - 1, 0]
+
+
+def test_what_decoded_the_last_clips_has_left_the_memory_when_the_next_are_made(maker):
+    made, _, _ = maker()
+    made.open_codec = lambda: SimpleNamespace(video=Video, audio=Audio)
+    decoder, seen = made.codec, []
+    made.texts = lambda prompts: seen.append(made.codec) or {"video_text": np.zeros((2, 2, 1))}
+    made.make(["a dog"], num_frames=9, **SIZE)
+    assert seen[0] is not decoder
 
 
 def test_the_work_moves_to_the_mesh_that_is_best_for_it(maker):
@@ -290,6 +323,13 @@ def test_the_work_moves_to_the_mesh_that_is_best_for_it(maker):
     assert [call.program.mesh for call in calls] == [best] * 2
 
 
+def test_a_mesh_that_does_not_divide_the_tokens_is_refused_before_the_work(maker):
+    made, calls, asked = maker(mesh=make_mesh(1, 1, 8))
+    with pytest.raises(UserError, match="12"):
+        made.make(["a dog"], num_frames=17, **SIZE)
+    assert (calls, asked) == ([], [])
+
+
 def test_parts_of_a_long_clip_have_seeds_of_their_own_and_end_where_the_clip_does(maker):
     # 57 frames at most, of which a part sees the last 41: so 16 more, and the last 8.
     made, calls, _ = maker({"max_pos": (57 / FPS,)})
@@ -300,11 +340,70 @@ def test_parts_of_a_long_clip_have_seeds_of_their_own_and_end_where_the_clip_doe
     assert [call.seeds for call in calls] == [[5], [5 + 7919], [5 + 2 * 7919]]
     assert [call.encoded.video_given.sum() for call in calls[1:]] == [6, 6]
     assert (long.about["seed"], len(long.task.video.pixels), long.task.audio) == (5, 81, None)
+    assert long.about["clip"]["num_frames"] == 81
+    (long,) = made.make(["a dog"], num_frames=81, **SIZE)
+    assert len(long.task.audio.samples) == pytest.approx(81 / FPS * RATE, abs=1)
 
 
-def test_a_model_without_attention_between_the_streams_makes_no_picture_for_a_sound(maker):
+def test_a_length_by_the_model_is_counted_at_the_rate_of_the_clip(maker, monkeypatch):
+    rates, (made, calls, _) = [], maker()
+    monkeypatch.setattr(made, "_auto_frames", lambda *given: rates.append(given[-1]) or 9)
+    for wish in ({"fps": 50.0}, {}):
+        made.make(["a dog"], duration="auto", **wish, **SIZE)
+    assert rates == [call.task.fps for call in calls] == [50.0, 24.0]
+
+
+def test_a_length_by_the_model_follows_its_sound_too_and_keeps_to_the_limits(maker):
+    class Connectors(nnx.Module):
+        def __call__(self, video, audio, mask):
+            return video, audio, mask
+
+    class Head(nnx.Module):
+        def __call__(self, video, audio):
+            return video[:, 0, 0] + 10 * audio[:, 0, 0]
+
+    made, calls, _ = maker()
+    made.files.release = SimpleNamespace(networks=["duration_head"], module=lambda *_: Head())
+    made.weights.connectors = lambda: nnx.split(Connectors())
+    shared = {"text_mask": np.ones((2, 2), bool), "video_text": np.ones((2, 2, 1), np.float32)}
+    made.texts = lambda prompts: {**shared, "audio_text": np.full((2, 2, 1), 0.2, np.float32)}
+    for limits in ((1.0, 20.0), (1.0, 2.0), (4.0, 8.0)):
+        made.make(["a dog"], auto_duration=limits, **SIZE)
+    assert [call.task.num_frames for call in calls] == [65, 41, 97]  # of 3, 2 and 4 s
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_text_encoder_and_weights_leave_the_memory_unless_they_may_stay(maker, keep):
+    freed, (made, _, _) = [], maker(keep=keep)
+    made.texts.free = lambda: freed.append("text encoder")
+    made.weights.free = lambda: freed.append("weights")
+    made.make(["a dog"], num_frames=9, **SIZE)
+    assert freed == ([] if keep else ["text encoder", "weights"])
+
+
+def test_a_clip_that_is_given_is_made_at_the_nearest_size(maker):
+    made, calls, _ = maker()
+    made.make(["a dog"], video=Clip(np.zeros((9, 90, 70, 3), np.uint8), FPS, None, RATE))
+    assert (calls[0].task.height, calls[0].task.width) == (96, 64)
+
+
+def test_sound_alone_and_a_part_of_a_clip_are_made_in_one_stage(maker):
+    made, calls, _ = maker(distilled_lora=(Lora({}), 1.0))
+    made.make(["a dog"], recipe="two_stage", picture=False, num_frames=9)
+    made.make(["a dog"], recipe="two_stage", video=clip(9), start=0.0, end=0.2)
+    assert [call.number for call in calls] == [0, 0]
+
+
+def test_a_sound_that_is_longer_than_the_model_knows_is_told(maker):
+    made, calls, _ = maker({"max_pos": (1.0,)})
+    made.make(["a dog"], audio=(ramp(2000), RATE), **SIZE)
+    assert any("2.0 s are more than the 1 s" in note for note in calls[0].task.notes)
+
+
+def test_a_model_without_attention_between_the_streams_makes_none_for_the_other(maker):
     made, _, _ = maker({"audio_video_attention": False})
-    for wish in ({"video": clip(9)}, {"video": clip(9), "start": 0.0, "end": 0.2}):
+    span = {"start": 0.0, "end": 0.2}
+    for wish in ({"video": clip(9)}, {"video": clip(9), **span}, {"audio": (ramp(375), RATE)}):
         with pytest.raises(UserError, match="trained without attention between sound and picture"):
             made.check(["a dog"], **wish)
     made.check(["a dog"], num_frames=9, **SIZE)

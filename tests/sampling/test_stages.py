@@ -89,6 +89,21 @@ def test_images_and_keyframes_are_given_with_their_own_strengths():
     np.testing.assert_allclose(starts, [8, 16], rtol=1e-6)
 
 
+def test_frames_of_a_clip_are_given_as_they_are_known_and_its_sound_is_made():
+    frames = np.arange(48.0).reshape(3, 2, 2, 4)
+    video, audio = known(Encoded(video=frames, video_given=np.array([True, False, True])))
+    np.testing.assert_array_equal(video.strength[0], np.repeat([True, False, True], 4))
+    np.testing.assert_array_equal(video.clean[0], frames.reshape(12, 4))
+    assert (audio.strength, audio.frozen) == (None, False)
+
+
+def test_latent_frame_0_is_marked_for_a_model_that_knows_the_mark():
+    image = Encoded(images=(Placed(np.ones((1, 2, 2, 4)), 0, 1, 1),))
+    np.testing.assert_array_equal(known(image).video.marks[0], [1] * 4 + [0] * 8)
+    plain = stages.conditions(task(), image, SHAPES, marked=False, rows=1)
+    assert plain.video.marks is None
+
+
 def test_a_reference_covers_the_clip_with_the_strengths_that_it_is_given():
     read = Reference(None, 0.9, 0.5, downscale=2, time_scale=2)
     encoded = Encoded(references=(Placed(np.ones((2, 1, 1, 4)), 0, 0.75, 9, read),))
@@ -132,17 +147,17 @@ def test_a_mesh_must_divide_what_stands_beside_the_clip_in_every_stage():
 # --------------------------------------------------------------------------------------- the calls
 
 
-def ran(stage, seeds, batch=2, before=None, number=0):
+def ran(stage, seeds, batch=2, before=None, number=0, devices=1):
     """What the sampler was asked, call by call, and the clips; it returns the seeds as latents."""
-    calls = []
+    calls, mesh = [], make_mesh(devices=jax.devices()[:devices])
 
     def sample(params, texts, rows, key, sigmas, strengths, rescales, given, start, noises, **how):
         fields = {"texts": texts, "rows": rows, "key": key, "sigmas": sigmas, "start": start}
         fields |= {"strengths": strengths, "rescales": rescales, "given": given, "params": params}
-        calls.append(SimpleNamespace(**fields, **how))
+        calls.append(SimpleNamespace(**fields, **how, double=jax.config.jax_enable_x64))
         return np.asarray(rows)[:, None], -np.asarray(rows, np.int64)[:, None]
 
-    program = stages.Program(sample, "graph", make_mesh(devices=jax.devices()[:1]), True)
+    program = stages.Program(sample, "graph", mesh, True)
     text = {"video_text": np.arange(len(seeds) + 1) * 10}  # the negative prompt comes last
     made = stages.run(
         stage, program, "weights", SHAPES, task(), Encoded(), text, seeds, before,
@@ -157,6 +172,19 @@ def test_a_batch_has_the_seeds_and_prompts_of_its_clips_and_the_negative_prompt_
     assert [call.texts[0]["video_text"].tolist() for call in calls] == [[0, 10], [20, 20]]
     assert [call.texts[1]["video_text"].tolist() for call in calls] == [[30], [30]]
     assert [(clip.video.item(), clip.audio.item()) for clip in made] == [(7, -7), (5, -5), (3, -3)]
+
+
+def test_clips_and_passes_together_fill_the_devices():
+    four = {"seeds": [7, 5, 3], "devices": 4}
+    assert [call.rows.tolist() for call in ran(Stage(), **four)[0]] == [[7, 5, 3, 3]]
+    # Four passes of a clip are enough for four devices.
+    assert [call.rows.tolist() for call in ran(GUIDED, **four)[0]] == [[7, 5], [3, 3]]
+
+
+def test_double_precision_is_off_while_clips_are_made():
+    with jax.enable_x64(True):
+        (call,), _ = ran(GUIDED, [0])
+    assert not call.double
 
 
 def test_the_sampler_is_told_the_schedule_steps_and_guidance_of_the_stage():
