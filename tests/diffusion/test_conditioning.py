@@ -90,6 +90,53 @@ def test_strengths_become_numbers_where_one_is_below_one():
     assert conditioning.keyframe(c, latents(1), 1, **PLACE).strength.dtype == np.float32
 
 
+def test_the_further_a_token_is_given_the_less_noise_it_has():
+    c = conditioning.frames(video(), latents(1, seed=2), 1, 0.25)
+    c = conditioning.frames(c, latents(1, seed=3), 2, 0.75)
+    sigma, want = np.float32([0.5, 0.8]), np.repeat([1, 0.75, 0.25], 4)
+    found = conditioning.levels(c, sigma)
+    np.testing.assert_allclose(found["timesteps"], sigma[:, None] * want, rtol=1e-6)
+    np.testing.assert_array_equal(found["sigma"], sigma)
+    np.testing.assert_allclose(conditioning.token_levels(c, sigma), found["timesteps"], rtol=1e-6)
+
+
+def test_noise_is_mixed_with_the_clip_where_nothing_else_is_to_begin_with():
+    c, noise = dataclasses.replace(video(), start=None), rng(7).normal(size=(2, 12, 5))
+    want = 0.25 * latents().reshape(2, 12, 5) + 0.75 * noise
+    np.testing.assert_allclose(conditioning.noised(c, noise, 0.75), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_later_stage_starts_from_its_clip_and_from_the_keyframes_that_were_made():
+    made = latents(2, seed=4)
+    c = conditioning.keyframe_slots(video(), [2, 6], **PLACE, latents=made)
+    c = conditioning.started(c, latents(seed=6).reshape(2, 12, 5))
+    np.testing.assert_array_equal(c.start[:, :12], latents(seed=6).reshape(2, 12, 5))
+    np.testing.assert_array_equal(c.start[:, 12:], made.reshape(2, 8, 5))
+
+
+def test_clips_of_a_batch_keep_their_own_attention_when_more_is_appended():
+    mine = np.repeat(np.float32([[0.25], [0.5]]), 4, axis=1)
+    c = conditioning.keyframe(video(), latents(1, seed=2), 1, **PLACE, attention=mine)
+    c = conditioning.keyframe(c, latents(1, seed=3), 2, **PLACE, attention=0.75)
+    np.testing.assert_array_equal(
+        c.attention[:, 0], [[1] * 12 + [s] * 4 + [0.75] * 4 for s in (0.25, 0.5)]
+    )
+
+
+def test_the_clip_by_itself_keeps_what_is_given_and_marked_of_it():
+    c = conditioning.frames(video(), latents(1, seed=2), 1, 0.25)
+    c = conditioning.without_appended(conditioning.keyframe(c, latents(1), 5, **PLACE))
+    np.testing.assert_array_equal(c.strength[0], np.repeat([0, 0.25, 0], 4))
+    np.testing.assert_array_equal(c.marks, video().marks)
+    assert c.positions.shape[2] == c.clean.shape[1] == 12
+
+
+def test_a_mask_is_of_the_clip_and_not_of_what_stands_beside_it():
+    c = conditioning.keyframe(video(), latents(1, seed=2), 5, **PLACE, strength=0.25)
+    c = conditioning.masked(c, np.ones((2, *GRID)))
+    np.testing.assert_array_equal(c.strength[0], [1] * 12 + [0.25] * 4)
+
+
 def test_a_mask_gives_the_clip_where_it_says():
     where = rng(4).integers(0, 2, (2, *GRID))
     other = latents(seed=5)

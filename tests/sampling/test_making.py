@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from ltx2_jax.diffusion.geometry import AUDIO_CLOCK
 from ltx2_jax.errors import UserError
 from ltx2_jax.media.media import Clip, read_whole_sound
+from ltx2_jax.media.picture import covering
 from ltx2_jax.sampling import given, making, output, stages
 from ltx2_jax.sampling.given import encode
 from ltx2_jax.sampling.loras import Adapter, Strength, even
@@ -193,6 +194,34 @@ def test_a_picture_that_is_given_whole_comes_back_at_an_even_size():
     assert np.concatenate([*made.frames(CODEC)]).shape == (9, 64, 66, 3)
 
 
+def test_frames_of_another_size_are_rounded_to_the_nearest():
+    large = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), np.uint8)
+    made = Made(np.zeros((3, 2, 2, 1)), None, Task(17, 64, 64, FPS, video=KnownVideo(large)))
+    frames = np.concatenate([*made.frames(CODEC)])
+    np.testing.assert_array_equal(frames[:9], np.rint(covering(large, 64, 64)))
+
+
+def test_a_file_for_a_stream_that_is_not_there_is_refused(tmp_path):
+    video, audio = np.zeros((2, 2, 2, 1)), np.zeros((9, 1, 1))
+    with pytest.raises(UserError, match="no sound to write"):
+        Made(video, None, Task(9, 64, 64, FPS, sound=False)).write(tmp_path / "a.wav", CODEC)
+    with pytest.raises(UserError, match=r"no picture to write; give a name in \.wav"):
+        Made(None, audio, Task(9, 64, 64, FPS, picture=False)).write(tmp_path / "a.mp4", CODEC)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_small_clips_are_large_enough_to_be_watched_by_their_shorter_side(tmp_path, monkeypatch):
+    saved = {}
+    monkeypatch.setattr(
+        Clip, "save", lambda self, path: saved.update({path.name: self.video.shape})
+    )
+    monkeypatch.setattr(output, "contact_sheet", lambda *_, **__: None)
+    small = Clip(np.zeros((2, 32, 64, 3), np.uint8), FPS, None, RATE)
+    (tmp_path / "samples").mkdir()
+    output.write_clips([small], ["a dog"], tmp_path)
+    assert saved == dict.fromkeys(("000.mp4", "sample.mp4"), (2, 256, 512, 3))
+
+
 def test_a_file_of_something_else_is_not_read_as_latents(tmp_path):
     save_file({"video": np.zeros((1, 1, 1, 1), np.float32)}, tmp_path / "a", {"kind": "weights"})
     with pytest.raises(UserError, match="holds no latents"):
@@ -319,8 +348,10 @@ def test_the_work_moves_to_the_mesh_that_is_best_for_it(maker):
     for _ in range(2):
         made.make(["a dog", "a cat"], num_frames=17, **SIZE)
     assert told == [{"rows": [2 * 4], "tokens": [3 * 2 * 2]}] * 2  # four passes of two clips
+    made.make(["a dog"], num_frames=17, keyframes=(film(1)[0], 8, 1.0, 0), **SIZE)
+    assert told[2] == {"rows": [4], "tokens": [12, 2 * 2]}
     assert made.weights.moved == [best]
-    assert [call.program.mesh for call in calls] == [best] * 2
+    assert [call.program.mesh for call in calls] == [best] * 3
 
 
 def test_a_mesh_that_does_not_divide_the_tokens_is_refused_before_the_work(maker):
@@ -367,9 +398,9 @@ def test_a_length_by_the_model_follows_its_sound_too_and_keeps_to_the_limits(mak
     made.weights.connectors = lambda: nnx.split(Connectors())
     shared = {"text_mask": np.ones((2, 2), bool), "video_text": np.ones((2, 2, 1), np.float32)}
     made.texts = lambda prompts: {**shared, "audio_text": np.full((2, 2, 1), 0.2, np.float32)}
-    for limits in ((1.0, 20.0), (1.0, 2.0), (4.0, 8.0)):
+    for limits in ((1.0, 20.0), (1.0, 2.0), (4.0, 8.0), (3.1, 20.0)):
         made.make(["a dog"], auto_duration=limits, **SIZE)
-    assert [call.task.num_frames for call in calls] == [65, 41, 97]  # of 3, 2 and 4 s
+    assert [call.task.num_frames for call in calls] == [65, 41, 97, 81]  # of 3, 2, 4 and 3.1 s
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -387,6 +418,38 @@ def test_a_clip_that_is_given_is_made_at_the_nearest_size(maker):
     assert (calls[0].task.height, calls[0].task.width) == (96, 64)
 
 
+def test_a_clip_that_is_read_at_half_its_size_divides_twice_as_often(maker):
+    half = Adapter(Lora({}, {"reference_downscale_factor": "2"}), (even(1.0),))
+    made, calls, _ = maker(adapters=(half,))
+    with pytest.raises(UserError, match="height=96 is not a multiple of 64"):
+        made.make(["a dog"], references=[clip(9)], num_frames=9, height=96, width=64)
+    made.make(["a dog"], references=[clip(9)], num_frames=9, height=128, width=64)
+    assert calls[0].encoded.references[0].latents.shape[1:3] == (2, 1)
+
+
+def test_an_adapter_that_reads_a_clip_as_large_as_ours_does_without_one(maker, capsys):
+    same = Lora({}, {"reference_downscale_factor": "1"}, name="pose")
+    made, _, _ = maker(adapters=(Adapter(same, (even(1.0),)),))
+    made.make(["a dog"], num_frames=9, **SIZE)
+    assert "pose says that it reads a reference clip; none is given" in capsys.readouterr().out
+
+
+def test_without_the_second_stage_a_clip_has_the_size_of_the_first(maker):
+    made, calls, _ = maker(distilled_lora=(Lora({}), 1.0))
+    (one,) = made.make(["a dog"], num_frames=9, recipe="two_stage", skip_stage_2=True, height=128,
+                       width=192)  # fmt: skip
+    assert [call.shapes.video for call in calls] == [(2, 2, 3)]
+    assert (one.task.height, one.task.width) == (64, 96)
+
+
+def test_guidance_on_a_distilled_model_is_told(maker, capsys):
+    made, _, _ = maker()
+    for kind in ("dev", "distilled"):
+        made.files.kind = kind
+        made.make(["a dog"], num_frames=9, recipe="one_stage", **SIZE)
+    assert capsys.readouterr().out.count("note: guidance on a distilled model") == 1
+
+
 def test_sound_alone_and_a_part_of_a_clip_are_made_in_one_stage(maker):
     made, calls, _ = maker(distilled_lora=(Lora({}), 1.0))
     made.make(["a dog"], recipe="two_stage", picture=False, num_frames=9)
@@ -398,6 +461,39 @@ def test_a_sound_that_is_longer_than_the_model_knows_is_told(maker):
     made, calls, _ = maker({"max_pos": (1.0,)})
     made.make(["a dog"], audio=(ramp(2000), RATE), **SIZE)
     assert any("2.0 s are more than the 1 s" in note for note in calls[0].task.notes)
+
+
+def test_parts_of_a_slow_clip_share_a_latent_at_least_and_their_seconds_are_added(
+    maker, monkeypatch
+):
+    ticks = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))  # a phase lasts one
+    monkeypatch.setattr(making, "time", clock)
+    made, calls, _ = maker({"max_pos": (28.5,)})
+    made.make(["a dog"], num_frames=81, fps=2.0, **SIZE)  # two seconds are four frames
+    assert [call.task.num_frames for call in calls] == [57, 9 + 24]
+    assert (made.seconds["text"], made.seconds["stage 1"]) == (2, 2)
+
+
+def test_only_what_follows_from_text_and_images_is_made_in_parts():
+    sound = KnownAudio(ramp(100), RATE)
+    assert Task(9, 64, 64, FPS, images=(Picture(film(1)),)).fresh
+    for wish in ({"video": KnownVideo(film(9))}, {"audio": sound}, {"voice": sound},
+                 {"references": (Reference(film(9)),)}):  # fmt: skip
+        assert not Task(9, 64, 64, FPS, **wish).fresh
+
+
+def test_a_span_that_ends_where_a_latent_begins_leaves_it():
+    asked = Task(17, 64, 64, FPS, video=KnownVideo(film(17), 0, (1 / FPS, 9 / FPS)))
+    np.testing.assert_array_equal(encode(asked, CODEC, 64, 64, 0).video_given, [True, False, True])
+
+
+def test_a_silent_clip_stays_silent_only_where_a_span_of_it_is_made_anew(maker):
+    made, calls, _ = maker()
+    silent = dataclasses.replace(clip(9), audio=None, sample_rate=RATE)
+    made.make(["a dog"], video=silent, retake="video")
+    made.make(["a dog"], video=silent, retake="video", start=0.1, end=0.2)
+    assert [call.task.sound for call in calls] == [True, False]
 
 
 def test_a_model_without_attention_between_the_streams_makes_none_for_the_other(maker):
