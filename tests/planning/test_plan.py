@@ -48,6 +48,15 @@ def test_a_long_clip_needs_no_more_than_a_tile(eight_devices):
     many = plan_vae.plan_vae(TINY, "decode", (4801, 32, 64), "v5p:2x2x2")
     assert many["peak_bytes_per_device"] < 1.25 * one["peak_bytes_per_device"]
     assert many["flops_of_clip"] > 60 * one["flops_of_clip"]
+    assert one["tiles"] == 1
+    assert many["tiles"] > 4801 / 73
+
+
+def test_each_half_has_its_own_operations(eight_devices, monkeypatch):
+    monkeypatch.setattr(plan_vae, "compile_facts", lambda *_: {})
+    halves = [plan_vae.plan_vae(TINY, x, (9, 128, 128), "v5p:2x2x2") for x in ("encode", "decode")]
+    encode, decode = (facts["flops_of_tile"] for facts in halves)
+    assert encode == halves[0]["flops_of_clip"] != decode
 
 
 def test_what_does_not_fit_is_said_and_is_not_success(eight_devices, monkeypatch, capsys):

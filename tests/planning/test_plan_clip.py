@@ -113,7 +113,7 @@ def programs(monkeypatch):
 
     monkeypatch.setattr(clip, "tpu_devices", lambda name: jax.devices())
     monkeypatch.setattr(clip, "compile_facts", compile_facts)
-    monkeypatch.setattr(clip, "plan_text", lambda *_, **how: facts(0.125))
+    monkeypatch.setattr(clip, "plan_text", lambda _, prompts, *__, **how: facts(prompts / 16))
     monkeypatch.setattr(clip, "plan_vae", lambda *_: facts(0.0625) | {"tiles": 4})
     return lowered
 
@@ -147,6 +147,17 @@ def test_a_recipe_is_one_program_after_another(networks, programs):
     json.dumps(facts)
 
 
+def test_passes_are_work_and_stages_of_one_size_have_nothing_between_them(networks, programs):
+    recipe = recipes.distilled("2.3").replaced({"stage1.size": "1", "stage1.video.cfg": "3"})
+    rows = clip.plan_clip(networks, recipe, SIZE, "v5p:2x2x2")["programs"]
+    assert [row["name"] for row in rows[1:3]] == [
+        "stage 1: 8 x euler, 2 passes",
+        "stage 2: 3 x euler, 1 pass",
+    ]
+    work = [flops for *_, flops in programs[:2]]
+    assert work[0] / work[1] == pytest.approx(2 * 8 / 3)
+
+
 def test_a_program_that_does_not_fit_is_named_and_no_time_is_told():
     fine = {"fits": True, "compile_seconds": 1.0, "peak_bytes_per_device": 2**30,
             "roofline": {"practical": {"step": 1.0, "bound": "compute"}}}  # fmt: skip
@@ -170,6 +181,8 @@ def test_released_weights_are_split_as_far_as_a_chip_needs_it():
     recipe = recipes.distilled("2.3")
     assert clip._sizes(networks, recipe, shapes, 8, 31.25 * 2**30) == (1, 2, 4)
     assert clip._sizes(networks, recipe, shapes, 1, 15.75 * 2**30) == (1, 1, 1)  # and told so
+    # Layers that wait on the host are no reason to split.
+    assert clip._sizes(networks, recipe, shapes, 8, 31.25 * 2**30, offload=True) == (1, 1, 8)
 
 
 @pytest.mark.parametrize(

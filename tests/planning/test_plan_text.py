@@ -22,6 +22,7 @@ from ltx2_jax.planning.text import (
     plan_text,
     text_mesh,
 )
+from ltx2_jax.sharding import make_mesh
 
 VIDEO = ConnectorConfig(num_layers=3, num_heads=4, head_dim=8, registers=16)
 GEMMA_3 = TextConfig(
@@ -55,6 +56,24 @@ def test_flops_are_those_of_the_program(config):
     tokens, mask = (jax.ShapeDtypeStruct((2, 32), dtype) for dtype in (jnp.int32, jnp.bool))
     program = jax.make_jaxpr(lambda p, *x: nnx.merge(graphdef, p)(*x))(params, tokens, mask)
     assert matmul_flops(program.jaxpr) == 2 * forward_flops(config, 32)
+
+
+def test_norms_stay_float32_and_matrices_are_bfloat16_as_they_are_loaded():
+    _, params = module._abstract(GEMMA_3, make_mesh(devices=jax.devices()[:1]), True)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params["gemma"])[0]:
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+
+
+def test_one_chip_shares_nothing_and_features_need_no_connectors(monkeypatch):
+    monkeypatch.setattr(module, "tpu_devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(module, "compile_facts", lambda *_: {})
+    monkeypatch.setattr(module, "WHOLE", 0)
+    facts = plan_text(GEMMA_4, 1, "v5p:2x2x2", length=8)
+    assert facts["whole_on_every_chip"] == []
+    alone = plan_text(GEMMA_4, 1, "v5p:2x2x2", length=8, connect=False)
+    for name in ("parameters", "flops_of_batch"):
+        assert 0 < alone[name] < facts[name]
 
 
 def test_a_plan_says_what_a_chip_holds_and_sends_and_whether_it_fits(monkeypatch):
@@ -93,6 +112,16 @@ def test_a_plan_says_what_a_chip_holds_and_sends_and_whether_it_fits(monkeypatch
 def test_the_model_axis_is_as_large_as_the_heads_allow(version, count, model):
     mesh = text_mesh(TEXT_ENCODERS[version], jax.devices()[:count])
     assert dict(mesh.shape) == {"data": count // model, "model": model, "sequence": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "size"), [("gemma", "mlp"), ("video", "num_heads"), ("audio", "num_heads")]
+)
+def test_the_model_axis_divides_all_that_it_splits(part, size):
+    config = TEXT_ENCODERS["2.3"]
+    narrow = {part: dataclasses.replace(getattr(config, part), **{size: 6})}
+    mesh = text_mesh(dataclasses.replace(config, **narrow), jax.devices()[:4])
+    assert mesh.shape["model"] == 2
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.5"])
