@@ -369,7 +369,6 @@ class Maker:
             made = found(params, head, first["video_text"], audio, first["text_mask"])
             seconds = float(hosts.whole(made)[0])
         stride = self.codec.video.strides[0]
-        seconds = min(max(seconds, low), high)
         lowest, highest = math.ceil(low * fps - 1e-6), math.floor(high * fps + 1e-6)
         frames = geometry.seconds_to_frames(seconds, fps, max(1, lowest), max(1, highest), stride)
         hosts.say(f"duration: {seconds:.2f} s by the model, {frames} frames")
