@@ -1,4 +1,4 @@
-"""A small LTX-2 on two CPU cores: from nothing to clips with sound in less than six minutes.
+"""A small LTX-2 on two CPU cores: from nothing to clips with sound in about six minutes.
 
     python -m ltx2_jax.train --config=configs/quickstart.py
 
