@@ -118,8 +118,8 @@ def pytest_generate_tests(metafunc):
 def modules_are_apart():
     """The garbage of a module goes, and what is left after it is not looked through again.
 
-    Compiled programs go before they are too many: about 4 GiB, and Linux maps 65,530 pieces of
-    memory at most.
+    Compiled programs go before they are too many: a worker stays below 6 GiB then, and far from the
+    65,530 pieces of memory that Linux maps at most.
     """
     yield
     maps = Path("/proc/self/maps")

@@ -356,7 +356,7 @@ def test_the_work_moves_to_the_mesh_that_is_best_for_it(maker):
 
 def test_a_mesh_that_does_not_divide_the_tokens_is_refused_before_the_work(maker):
     made, calls, asked = maker(mesh=make_mesh(1, 1, 8))
-    with pytest.raises(UserError, match="12"):
+    with pytest.raises(UserError, match="sequence=8 does not divide 12 video tokens"):
         made.make(["a dog"], num_frames=17, **SIZE)
     assert (calls, asked) == ([], [])
 
