@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import film
 import jax
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_a_written_clip_is_the_decoded_one_in_pieces(paths, tmp_path, source):
     decoded = clips.decode_clip(tiled, *latents, clip.fps)
     decoded.save(tmp_path / "whole.mp4")
     clips.write_clip(tmp_path / "pieces.mp4", tiled, *latents, clip.fps)
-    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
+    film.assert_same(tmp_path / "whole.mp4", tmp_path / "pieces.mp4")
 
 
 def test_a_written_clip_is_as_fine_as_asked(tmp_path):

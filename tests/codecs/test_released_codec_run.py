@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import film
 import jax
 import numpy as np
 import pytest
@@ -98,6 +99,5 @@ def test_clips_are_sampled_through_it_and_large_ones_are_streamed(dataset, tmp_p
     out = tmp_path / "out"
     assert sample.cli([f"--workdir={tmp_path}", f"--out={out}", *prompts]) == 0
     for number in range(2):
-        streamed = out / "samples" / f"{number:03d}.mp4"
-        assert streamed.read_bytes() == (tmp_path / f"held-{number}.mp4").read_bytes()
+        film.assert_same(out / "samples" / f"{number:03d}.mp4", tmp_path / f"held-{number}.mp4")
     assert [path.name for path in out.iterdir()] == ["samples"]
