@@ -259,6 +259,11 @@ def resident_weights() -> Iterator[None]:
         _RESIDENT.reset(token)
 
 
+def is_resident() -> bool:
+    """Whether `resident_weights` is in force."""
+    return _RESIDENT.get()
+
+
 @contextlib.contextmanager
 def gradients_reduced_in(dtype: str) -> Iterator[None]:
     """Gradients traced within are summed over the shards of a batch in `dtype`.
@@ -282,7 +287,7 @@ def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
 
     And without that of slices within `summed_over_slices`, where there is one.
     """
-    if name is None or (name == "fsdp" and _RESIDENT.get()):
+    if name is None or (name == "fsdp" and is_resident()):
         return ()
     if name not in RULES:
         raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")

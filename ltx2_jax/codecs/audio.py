@@ -21,6 +21,7 @@ from ltx2_jax.models.codecs.audio_vae import FRAMES_PER_LATENT, AudioVAEConfig
 from ltx2_jax.models.codecs.inputs import as_stereo
 from ltx2_jax.models.codecs.vocoder import VocoderConfig
 from ltx2_jax.sharding import replicated_on
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import audio_vae as audio_weights
 from ltx2_jax.weights.names import vocoder as vocoder_weights
 
@@ -60,7 +61,7 @@ class AudioCodec:
         create = [partial(audio_weights.create, self.config)]
         if self.vocoder is not None:
             create.append(partial(vocoder_weights.create, self.vocoder))
-        return tuple(nnx.graphdef(nnx.eval_shape(network)) for network in create)
+        return tuple(mapping.graph(network) for network in create)
 
     @cached_property
     def params(self) -> tuple[Any, ...]:

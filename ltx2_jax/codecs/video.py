@@ -61,15 +61,13 @@ class VideoCodec:
         self.tiling = tiling
         self._read = read
 
-    @cached_property
-    def _abstract(self) -> tuple[Any, Any]:
-        vae = nnx.eval_shape(partial(video_weights.create, self.config))
-        return nnx.split(vae, nnx.Param)
-
     @property
     def graph(self) -> Any:
         """Structure of the network."""
-        return self._abstract[0]
+        return mapping.graph(partial(video_weights.create, self.config))
+
+    def _abstract_params(self) -> dict[Any, Any]:
+        return mapping.nested(mapping.abstract_params(partial(video_weights.create, self.config)))
 
     @cached_property
     def params(self) -> Any:
@@ -166,7 +164,7 @@ class VideoCodec:
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, self.config.dtype if leaf.ndim > 1 else leaf.dtype, sharding=everywhere
             ),
-            nnx.to_pure_dict(self._abstract[1]),
+            self._abstract_params(),
         )
         where = picture_sharding(mesh)
         with jax.set_mesh(mesh):
@@ -202,7 +200,7 @@ class VideoCodec:
 
     @property
     def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self._abstract[1]))
+        return sum(leaf.size for leaf in jax.tree.leaves(self._abstract_params()))
 
     def _grid(self, pixels: Sequence[int]) -> tiles.Shape:
         """(F, H, W) -> (F', H', W')."""

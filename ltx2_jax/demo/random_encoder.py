@@ -90,8 +90,8 @@ class RandomEncoder:
         try:
             config = from_json(RandomEncoderConfig, metadata["config"])
             length, tensors = int(metadata["length"]), load_file(path)
-            abstract = nnx.eval_shape(lambda: _create(config))
-            shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
+            create = partial(_create, config)
+            shapes = mapping.nested(mapping.abstract_params(create))
             values = [_fitting(tensors[name], leaf) for name, leaf in _named(shapes)]
         except (KeyError, ValueError, UserError) as error:
             raise UserError(
@@ -101,7 +101,7 @@ class RandomEncoder:
         mesh = _one_device()
         with jax.set_mesh(mesh):
             params = jax.device_put(params, sharding_of(mesh))
-            model = mapping.build(lambda: _create(config), params)
+            model = mapping.build(create, params)
         return cls(Path(path), Tokenizer(path), model, length)
 
     def features(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

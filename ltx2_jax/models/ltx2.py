@@ -5,7 +5,7 @@ Text features -> connectors -> context of both streams -> transformer -> velocit
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from ltx2_jax.models.quantized import check_form, quantize, stored
 from ltx2_jax.models.text.connectors import ConnectorConfig, Connectors
 from ltx2_jax.models.transformer.config import TransformerConfig
 from ltx2_jax.models.transformer.transformer import LTX2Transformer
-from ltx2_jax.sharding import abstract_state, resident_weights
+from ltx2_jax.sharding import abstract_state, is_resident, resident_weights
 
 # What the model reads of a text: features [B, S, Dv], [B, S, Da] (absent where audio receives those
 # of video), and True where there is a token [B, S].
@@ -65,17 +65,29 @@ def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
     are those beside the transformer's weights (`lora.attach`), of which the shapes alone count.
     """
 
+    if not adapters:
+        return _graph(config, jax.sharding.get_abstract_mesh())
+
     def create() -> LTX2:
         model = LTX2(config, rngs=Rngs(0))
-        if adapters:
-            attach(model.transformer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))
+        attach(model.transformer, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters))
         return model
 
     return nnx.graphdef(jax.eval_shape(create))
 
 
+@lru_cache(64)
+def _graph(config: LTX2Config, _mesh: Any) -> Any:
+    return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=Rngs(0))))
+
+
 def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
     """Fresh float32 parameters as a nested dict, born on their shards."""
+    return _init_params(key, config, is_resident())
+
+
+@partial(jax.jit, static_argnums=(1, 2))  # on paper, a network is built once and not at every use
+def _init_params(key: Array, config: LTX2Config, _resident: bool) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=Rngs(key)), nnx.Param)[1])
 
 

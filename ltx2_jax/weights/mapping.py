@@ -6,7 +6,6 @@ stacked on a leading layer axis, the official name has the one number more that 
 `parameters` spells a table out for one network; what reads and writes files works on its result.
 """
 
-import contextlib
 import functools
 import math
 import re
@@ -141,12 +140,8 @@ def abstract_params(
     `where` is a mesh on which the module places its parameters itself, or one sharding for all, or
     None.
     """
-    mesh = where if isinstance(where, jax.sharding.Mesh) else None
-    if isinstance(create, functools.partial) and not create.keywords:  # of a config, as a rule
-        found = _traced(mesh, create.func, *create.args)
-    else:
-        found = _traced.__wrapped__(mesh, create)
-    if mesh is not None:
+    found = _on_paper(create, where)[1]
+    if isinstance(where, jax.sharding.Mesh):
         return dict(found)
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -154,12 +149,24 @@ def abstract_params(
     }
 
 
-@functools.lru_cache(64)  # to build a network, if only on paper, takes half a second
-def _traced(mesh: jax.sharding.Mesh | None, create: Callable[..., nnx.Module], *args: Any) -> Any:
-    def state() -> Any:
-        return nnx.to_pure_dict(nnx.state(create(*args), nnx.Param))
+def graph(create: Callable[[], nnx.Module], where: Any = None) -> Any:
+    """The static half of the module that `create` builds: `nnx.merge(graph, params)` is it."""
+    return _on_paper(create, where)[0]
 
-    return leaves(jax.eval_shape(state) if mesh is None else abstract_state(state, mesh=mesh))
+
+def _on_paper(create: Callable[[], nnx.Module], where: Any) -> tuple[Any, dict[Any, Any]]:
+    mesh = where if isinstance(where, jax.sharding.Mesh) else jax.sharding.get_abstract_mesh()
+    if isinstance(create, functools.partial) and not create.keywords:  # of a config, as a rule
+        return _traced(mesh, create.func, *create.args)
+    return _traced.__wrapped__(mesh, create)
+
+
+@functools.lru_cache(64)  # to build a network, if only on paper, takes up to half a second
+def _traced(mesh: Any, create: Callable[..., nnx.Module], *args: Any) -> tuple[Any, dict[Any, Any]]:
+    create, placed = functools.partial(create, *args), isinstance(mesh, jax.sharding.Mesh)
+    module = abstract_state(create, mesh=mesh) if placed else jax.eval_shape(create)
+    graphdef, params = nnx.split(module)
+    return graphdef, leaves(nnx.to_pure_dict(params))
 
 
 def leaves(tree: Mapping[Any, Any]) -> dict[tuple[str | int, ...], Any]:
@@ -193,10 +200,7 @@ def build(
     create: Callable[[], nnx.Module], params: Mapping[Any, Any], where: Any = None
 ) -> nnx.Module:
     """The module that `create` builds, with `params` as its weights; `where` as for them."""
-    mesh = where.abstract_mesh if isinstance(where, jax.sharding.Mesh) else None
-    with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
-        graphdef = nnx.graphdef(nnx.eval_shape(create))
-    return nnx.merge(graphdef, params)
+    return nnx.merge(graph(create, where), params)
 
 
 # ---------------------------------------------------------------------------------------- checking
