@@ -1,15 +1,21 @@
-"""Several processes of one command on this machine, as several hosts would run it."""
+"""Several processes of one command on this machine, as several hosts would run it.
+
+They are forked from one that has imported what they all need, which takes longer than their work.
+"""
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import re
-import signal
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 TESTS = Path(__file__).parent
 
@@ -42,6 +48,15 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | more | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
 
+@functools.cache
+def forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ltx2_jax.sample", "ltx2_jax.train"])
+    with mock.patch.dict(os.environ, environment(1)):  # JAX reads some of it as it is imported
+        forkserver.ensure_running()
+    return context
+
+
 def pod(
     folder: Path,
     processes: int,
@@ -57,29 +72,43 @@ def pod(
     """
     folder.mkdir(parents=True, exist_ok=True)
     address, running = f"--coordinator=127.0.0.1:{free_port()}", []
-    with contextlib.ExitStack() as files:
-        for index in range(processes):
-            flags = [address, f"--num-processes={processes}", f"--process-id={index}"]
-            stdout, stderr = (
-                files.enter_context(open(folder / f"{name}-{index}", "w"))
-                for name in ("out", "err")
-            )
-            own_flags = [*(own or {}).get(index, []), *flags]
-            given = {"env": environment(devices), "stdout": stdout, "stderr": stderr}
-            running.append(subprocess.Popen([sys.executable, *command, *own_flags], **given))
-        first, deadline = None, time.monotonic() + timeout
-        while (left := [p for p in running if p.poll() is None]) and time.monotonic() < deadline:
-            if len(left) < processes:
-                first = first or time.monotonic()
-            if first and all(stopped(p.pid) for p in left):
-                break
-            time.sleep(0.05)
-        seconds = time.monotonic() - (first or time.monotonic())
-        for process in left:
-            process.send_signal(signal.SIGKILL)
-        codes = [process.wait() for process in running]
+    for index in range(processes):
+        flags = [address, f"--num-processes={processes}", f"--process-id={index}"]
+        argv = [*command, *(own or {}).get(index, []), *flags]
+        printed = folder / f"out-{index}", folder / f"err-{index}"
+        running.append(forks().Process(target=_python, args=(argv, environment(devices), *printed)))
+        running[-1].start()
+    first, deadline = None, time.monotonic() + timeout
+    while (left := [p for p in running if p.is_alive()]) and time.monotonic() < deadline:
+        if len(left) < processes:
+            first = first or time.monotonic()
+        if first and all(stopped(p.pid) for p in left):
+            break
+        time.sleep(0.05)
+    seconds = time.monotonic() - (first or time.monotonic())
+    for process in left:
+        process.kill()
+    for process in running:
+        process.join()
+    codes = [process.exitcode for process in running]
     read = lambda name: [(folder / f"{name}-{i}").read_text() for i in range(processes)]  # noqa: E731
     return Ended(codes, read("out"), read("err"), seconds)
+
+
+def _python(argv: list[str], environ: dict[str, str], out: Path, err: Path) -> None:
+    """`python ARGV`, in this process."""
+    for path, number in ((out, 1), (err, 2)):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environ)
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.modules.pop(argv[1], None)  # imported already; it is to run as if it were not
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def stopped(pid: int) -> bool:
