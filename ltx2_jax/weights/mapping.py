@@ -161,7 +161,7 @@ def _on_paper(create: Callable[[], nnx.Module], where: Any) -> tuple[Any, dict[A
     return _traced.__wrapped__(mesh, create)
 
 
-@functools.lru_cache(64)  # to build a network, if only on paper, takes up to half a second
+@functools.lru_cache(256)  # to build a network, if only on paper, takes up to half a second
 def _traced(mesh: Any, create: Callable[..., nnx.Module], *args: Any) -> tuple[Any, dict[Any, Any]]:
     create, placed = functools.partial(create, *args), isinstance(mesh, jax.sharding.Mesh)
     module = abstract_state(create, mesh=mesh) if placed else jax.eval_shape(create)
