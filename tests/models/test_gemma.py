@@ -13,9 +13,15 @@ from flax import nnx
 from tiny_gemma import GEMMA_3, GEMMA_4
 
 from ltx2_jax.errors import UserError
-from ltx2_jax.models.layers import Rngs
+from ltx2_jax.models.layers import Linear, Rngs
 from ltx2_jax.models.text.gemma import GEMMA_3_12B, GEMMA_4_12B, Gemma
-from ltx2_jax.models.text.gemma_layers import Attention, attention_mask, repeating, rope_tables
+from ltx2_jax.models.text.gemma_layers import (
+    Attention,
+    Norm,
+    attention_mask,
+    repeating,
+    rope_tables,
+)
 from ltx2_jax.sharding import abstract_state, bytes_per_chip
 
 BOTH = pytest.mark.parametrize("cfg", [GEMMA_3, GEMMA_4], ids=["gemma3", "gemma4"])
@@ -175,6 +181,30 @@ def test_norms_and_logits_of_bfloat16_are_computed_in_float32():
     assert same.mean() > 0.99  # but for those half-way between two
 
 
+def test_logits_are_those_of_the_embedding_and_gemma_4_caps_them():
+    x = np.random.default_rng(0).normal(size=(2, GEMMA_4.width)).astype(np.float32)
+    model = tiny_gemma.build(GEMMA_4)
+    plain = 30 * x @ np.asarray(model.embedding[...]).T
+    assert np.abs(plain).max() > 2 * GEMMA_4.logit_cap
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(model.logits(30 * x), 5 * np.tanh(plain / 5), atol=1e-4)
+
+
+@BOTH
+def test_a_new_norm_gives_its_input_the_size_1(cfg):
+    x = np.random.default_rng(0).normal(3, 2, (4, 16)).astype(np.float32)
+    y = np.asarray(Norm(16, cfg, rngs=Rngs(0))(jnp.asarray(x)))
+    np.testing.assert_allclose((y**2).mean(-1), 1, rtol=1e-4)
+
+
+def test_quantised_weights_are_multiplied_by_what_is_read_as_it_is():
+    """It runs once for a prompt: there is nothing to win by rounding that, too."""
+    model = abstract(dataclasses.replace(GEMMA_3, quantized="int8-products"))
+    maps = [x for _, x in nnx.iter_graph(model) if isinstance(x, Linear)]
+    assert len(maps) == 4 * 7  # of four patterns of layers
+    assert all(x.weight.dtype == jnp.int8 and not x.rounds_input for x in maps)
+
+
 # ------------------------------------------------------------------------------------------ scan
 
 
@@ -188,6 +218,27 @@ def test_groups_are_the_layers_in_order():
     # A last layer that is full out of turn adds two bodies, not a whole pattern of them.
     groups = repeating(7 * pattern + 3 * ("sliding",) + ("full",))
     assert [n for _, n in groups] == [7, 3, 1]
+
+
+@BOTH
+def test_hidden_states_are_the_outputs_of_the_layers_one_after_another(cfg):
+    """Whatever groups they are run in."""
+    model, (tokens, mask) = tiny_gemma.build(cfg), tiny_gemma.prompts()
+    x, positions = model.embed(jnp.asarray(tokens)), jnp.arange(tokens.shape[1])
+    want = [x]
+    with jax.default_matmul_precision("highest"):
+        for group in model.groups:
+            graphdef, stacked = nnx.split(group)
+            for i in range(jax.tree.leaves(stacked)[0].shape[0]):
+                one = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+                for layer, name in zip(one.layers, one.pattern, strict=True):
+                    kind = cfg.kind(name)
+                    seen = attention_mask(jnp.asarray(mask), positions, kind.window)
+                    x, _ = layer(x, rope_tables(kind, positions), seen)
+                    want.append(x)
+    want[-1] = model.norm(want[-1])
+    got = tiny_gemma.hidden_states(model, tokens, mask)
+    np.testing.assert_allclose(got, np.stack(want), rtol=1e-4, atol=1e-4)
 
 
 def test_48_layers_compile_as_six_and_are_never_all_in_memory():

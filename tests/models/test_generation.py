@@ -106,6 +106,9 @@ def test_draws_follow_the_softmax_at_their_temperature():
         counts = np.bincount(drawn, minlength=5)
         assert (counts[p == 0] == 0).all()
         assert chisquare(counts[p > 0], 20_000 * p[p > 0] / p.sum()).pvalue > 1e-3
+    # Of more than there are, all.
+    some = (draw(jax.random.key(5), many[:50], 0.7, top_k) for top_k in (0, 9))
+    np.testing.assert_array_equal(*some)
 
 
 def test_sampling_repeats_with_its_key_and_differs_without():

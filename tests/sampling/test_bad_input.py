@@ -413,7 +413,8 @@ class Fused(loading.Weights):
 
 def test_loras_are_put_into_weights_that_were_read_again(pipe, monkeypatch):
     def fuse(weights, parts, *_, **__):
-        return weights | {"loras": [lora.name for lora, _ in parts]}, dict(weights)
+        names = [*weights.get("loras", []), *(lora.name for lora, _ in parts)]
+        return weights | {"loras": names}, dict(weights)
 
     monkeypatch.setattr(loading, "parts", lambda loras: loras)
     monkeypatch.setattr(loading, "fuse", fuse)
@@ -423,13 +424,26 @@ def test_loras_are_put_into_weights_that_were_read_again(pipe, monkeypatch):
     first = weights.params(style)
     assert first == {"transformer": {"read": 1, "loras": ["style"]}}
     assert weights.params(style) is first
-    assert weights.params() == {
-        "transformer": {"read": 1, "loras": []}
-    }  # as if there had been none
+    none = {"transformer": {"read": 1, "loras": []}}
+    assert weights.params() == none  # as if there had been none
     for number, forget in ((2, weights.free), (3, lambda: weights.move(maker.mesh))):
         weights.params(style)
         forget()
         assert weights.params(style) == {"transformer": {"read": number, "loras": ["style"]}}
+
+
+def test_loras_beside_the_weights_take_the_place_of_those_before(pipe, monkeypatch):
+    monkeypatch.setattr(loading, "parts", lambda loras: loras)
+    found = lambda loras, *_, **__: {lora.name: {"a": 3} for lora, _ in loras}  # noqa: E731
+    monkeypatch.setattr(loading, "adapters", found)
+    config = dataclasses.replace(pipe.maker.weights.config, quantized="int8")
+    weights = loading.Weights(pipe.maker.files.release, config, pipe.maker.mesh)
+    plain = {"x": {"weight": 1}, "y": {"weight": 2}}
+    monkeypatch.setattr(weights, "_load", lambda: {"transformer": plain})
+    for names in (["x"], ["y"], ["x", "y"], []):
+        loras_of = tuple((Lora({}, name=name), loras.even(1.0)) for name in names)
+        want = {n: w | ({"adapter": {"a": 3}} if n in names else {}) for n, w in plain.items()}
+        assert weights.params(loras_of) == {"transformer": want}
 
 
 # ----------------------------------------------------------------------------------------- memory
