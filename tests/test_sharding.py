@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_gemma
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -16,12 +17,16 @@ from ltx2_jax import sharding
 from ltx2_jax.config import Config, DataConfig, OptimConfig, TextConfig
 from ltx2_jax.errors import UserError
 from ltx2_jax.models import ltx2
+from ltx2_jax.models.layers import Rngs
+from ltx2_jax.models.text.connectors import ConnectorConfig
+from ltx2_jax.models.text.gemma import Gemma
 from ltx2_jax.models.transformer.config import LTX2_19B
 from ltx2_jax.planning.compiled.facts import program_facts
 from ltx2_jax.training import objective
 from ltx2_jax.training.batch import place
 from ltx2_jax.training.state import init_state
 from ltx2_jax.training.step import gradients, make_train_step
+from ltx2_jax.weights import mapping
 
 # As tiny.MODEL, but wide enough that its matrices exceed 1 MB.
 WIDE = dataclasses.replace(
@@ -84,6 +89,30 @@ def test_no_weight_moment_or_average_is_replicated(mesh_context, mesh):
     large = [leaf for leaf in jax.tree.leaves(state) if leaf.size * 4 > 1_000_000]
     assert len(large) > 100
     assert sharding.replicated(state, limit_bytes=1_000_000) == []
+
+
+def test_weights_of_a_sampler_are_whole_along_data_whatever_was_asked_for_before():
+    networks, mesh = tiny.config().networks, sharding.make_mesh(2, 2, 2)
+    for order in ((False, True), (True, False)):
+        ltx2._init_params.clear_cache()
+        for sampled in order:
+            params = ltx2.abstract_params(networks, mesh, for_sampling=sampled)
+            entries = {x for leaf in jax.tree.leaves(params) for x in leaf.sharding.spec if x}
+            axes = {axis for x in entries for axis in ([x] if isinstance(x, str) else x)}
+            assert axes == ({"model"} if sampled else {"data", "model", "sequence"})
+
+
+def test_a_network_on_paper_is_that_of_the_mesh_in_context(mesh_context):
+    networks = dataclasses.replace(tiny.config().networks, video_connector=ConnectorConfig())
+    gemma = partial(lambda cfg: Gemma(cfg, rngs=Rngs(0)), tiny_gemma.GEMMA_4)
+    found = []
+    for model in (2, 4, 2):  # 4 does not divide the 30 heads
+        with mesh_context(1, model, 2):
+            found.append((ltx2.graph(networks), mapping.graph(gemma)))
+    assert found[0] == found[2]
+    assert found[0][0] != found[1][0]
+    with mesh_context(8, 1, 1):
+        assert mapping.graph(gemma) != found[0][1]
 
 
 def full_size_config() -> Config:

@@ -139,3 +139,23 @@ def test_of_gpus_there_is_arithmetic_alone():
     for name in ("h100:9", "h100:0", "h100", "2xh100:1", "v5p:4"):
         with pytest.raises(UserError, match=f"^--topology={name}: no such slice"):
             topology.slice_of(name)
+
+
+def test_places_are_numbered_along_x_then_y_then_z_and_core_by_core():
+    coords = [place.coords for place in topology.places(topology.slice_of("v5p:2x2x2"))]
+    assert coords[:3] == [(0, 0, 0), (1, 0, 0), (0, 1, 0)]
+    assert coords[4] == (0, 0, 1)
+    cores = [(p.id, p.coords[0], p.core_on_chip)
+             for p in topology.places(topology.slice_of("tpu7x:2x2x1"))]  # fmt: skip
+    assert cores[:3] == [(0, 0, 0), (1, 0, 1), (2, 1, 0)]
+
+
+@needs_compiler
+def test_places_are_those_of_the_compiler():
+    for name in ("v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1"):
+        where = topology.slice_of(name)
+        ours, theirs = topology.places(where), topology.tpu_devices(name)
+        told = lambda devices: {  # noqa: E731
+            (d.id, tuple(d.coords), d.core_on_chip, d.device_kind) for d in devices
+        }
+        assert told(ours) == told(theirs)

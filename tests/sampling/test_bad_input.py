@@ -1,5 +1,6 @@
 """What cannot be is one line before the work begins; what is changed is said."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -279,6 +280,39 @@ def test_parts_of_a_model_that_are_missing_or_of_another_are_refused():
         )
 
 
+@pytest.fixture
+def files():
+    return loading.Files.open([V20], GEMMA, None, None)
+
+
+def test_a_transformer_of_other_latents_than_the_vae_is_refused(files, monkeypatch):
+    real = files.release.config
+    few = SimpleNamespace(in_channels=7)
+    config = lambda name, **how: few if name == "transformer" else real(name, **how)  # noqa: E731
+    monkeypatch.setattr(files.release, "config", config)
+    with pytest.raises(UserError, match=r"its latents have \d+ channels, the transformer takes 7"):
+        files._check()
+
+
+@pytest.mark.parametrize(
+    ("transformer", "vae", "fits"),
+    [("2.5", "2.3", True), ("2.3", "2.5", True), ("2.0", "2.3", False), ("2.3", "2.0", False)],
+)
+def test_a_vae_of_another_release_fits_where_latents_stayed(
+    files, monkeypatch, transformer, vae, fits
+):
+    release_of = {"transformer": transformer, "video_vae": vae}.get
+    monkeypatch.setattr(files.release, "release_of", release_of)
+    why = f"is the video VAE of LTX-2 {vae}, the transformer is of {transformer}"
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match=why):
+        files._check()
+
+
+def test_a_model_is_distilled_if_its_name_or_its_user_says_so(files):
+    assert files.kind == "dev"
+    assert loading.Files.open([V20], GEMMA, None, "distilled").kind == "distilled"
+
+
 def test_an_ic_lora_without_its_reference_is_refused(tmp_path):
     ours = read_lora(GOLDEN / "v2.0" / "lora.safetensors")
     metadata = {"reference_spatial_scale_factor": "2"}
@@ -430,6 +464,15 @@ def test_loras_are_put_into_weights_that_were_read_again(pipe, monkeypatch):
         weights.params(style)
         forget()
         assert weights.params(style) == {"transformer": {"read": number, "loras": ["style"]}}
+
+
+def test_connectors_that_are_loaded_are_not_read_again(pipe, monkeypatch):
+    maker, read = pipe.maker, []
+    weights = loading.Weights(maker.files.release, maker.weights.config, maker.mesh)
+    monkeypatch.setattr(weights, "_network", lambda name, config: read.append(name) or {name: 1})
+    assert weights.connectors()[1] == {"connectors": 1}
+    assert weights.params()["connectors"] is weights.connectors()[1]
+    assert read == ["connectors", "connectors", "transformer"]
 
 
 def test_loras_beside_the_weights_take_the_place_of_those_before(pipe, monkeypatch):
