@@ -1,6 +1,6 @@
 """Several processes of one command on this machine, as several hosts would run it.
 
-They are forked from one that has imported what they all need, which takes longer than their work.
+They are forked from one that has imported what all of them need: that takes two seconds of a core.
 """
 
 import contextlib

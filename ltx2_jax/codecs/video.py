@@ -55,7 +55,7 @@ class VideoCodec:
           tiling: `AUTOMATIC` is the official choice, with tiles as many times larger as there are
             devices to share one, and of equal length. None never cuts.
         """
-        self.config = config
+        self.config, self._create = config, partial(video_weights.create, config)
         self.strides, self.channels = config.strides, config.latent_channels
         self.devices = list(devices or jax.local_devices())
         self.tiling = tiling
@@ -64,10 +64,10 @@ class VideoCodec:
     @property
     def graph(self) -> Any:
         """Structure of the network."""
-        return mapping.graph(partial(video_weights.create, self.config))
+        return mapping.graph(self._create)
 
     def _abstract_params(self) -> dict[Any, Any]:
-        return mapping.nested(mapping.abstract_params(partial(video_weights.create, self.config)))
+        return mapping.nested(mapping.abstract_params(self._create))
 
     @cached_property
     def params(self) -> Any:

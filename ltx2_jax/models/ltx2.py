@@ -64,7 +64,6 @@ def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
     Call it under the mesh that the model runs on, which decides whether heads are split. `adapters`
     are those beside the transformer's weights (`lora.attach`), of which the shapes alone count.
     """
-
     if not adapters:
         return _graph(config, jax.sharding.get_abstract_mesh())
 
@@ -76,7 +75,7 @@ def graph(config: LTX2Config, adapters: Mapping[str, Any] | None = None) -> Any:
     return nnx.graphdef(jax.eval_shape(create))
 
 
-@lru_cache(64)
+@lru_cache(64)  # by the mesh in context too: it decides what is split
 def _graph(config: LTX2Config, _mesh: Any) -> Any:
     return nnx.graphdef(jax.eval_shape(lambda: LTX2(config, rngs=Rngs(0))))
 
@@ -86,7 +85,9 @@ def init_params(key: Array, config: LTX2Config) -> dict[str, Any]:
     return _init_params(key, config, is_resident())
 
 
-@partial(jax.jit, static_argnums=(1, 2))  # on paper, a network is built once and not at every use
+# Jitted so that a network is traced once, not at every use on paper. JAX knows the mesh in context
+# by itself, but not whether weights are resident.
+@partial(jax.jit, static_argnums=(1, 2))
 def _init_params(key: Array, config: LTX2Config, _resident: bool) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(LTX2(config, rngs=Rngs(key)), nnx.Param)[1])
 

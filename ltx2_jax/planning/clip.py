@@ -47,6 +47,7 @@ from ltx2_jax.sharding import (
 )
 from ltx2_jax.text.encoder import LENGTH
 from ltx2_jax.training.checks import check_mesh
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import audio_vae, upsampler, vocoder
 
 
@@ -221,8 +222,7 @@ def _weights(create: Callable[[], nnx.Module], where: Any, dtype: Any = None) ->
         kept = dtype is None or leaf.ndim < 2
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else dtype, sharding=where)
 
-    params = nnx.split(nnx.eval_shape(create), nnx.Param)[1]
-    return jax.tree.map(placed, nnx.to_pure_dict(params))
+    return jax.tree.map(placed, mapping.nested(mapping.abstract_params(create)))
 
 
 def _shapes(recipe: Recipe, number: int, task: Task, codec: ReleasedCodec) -> stages.Shapes:
@@ -346,7 +346,7 @@ def upsampler_program(
 ) -> jax.stages.Lowered:
     """Twice the height and width, for the latents of a stage."""
     create = partial(upsampler.create, config)
-    graph, where = nnx.graphdef(nnx.eval_shape(create)), replicated_on([device])
+    graph, where = mapping.graph(create), replicated_on([device])
     given = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
         for shape in ((1, *shapes.video, shapes.channels), (shapes.channels,), (shapes.channels,))

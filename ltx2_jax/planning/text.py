@@ -5,6 +5,7 @@ The program is that of `TextEncoder.encode`: token ids to the context of both st
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,8 +33,9 @@ from ltx2_jax.models.text.gemma_layers import GemmaConfig
 from ltx2_jax.models.text.model import TextModel
 from ltx2_jax.planning.reports import compile_facts, counted
 from ltx2_jax.planning.topology import one_slice, tpu_devices
-from ltx2_jax.sharding import abstract_state, make_mesh, replicated, sharding_of
+from ltx2_jax.sharding import make_mesh, replicated, sharding_of
 from ltx2_jax.text.encoder import LENGTH
+from ltx2_jax.weights import mapping
 
 WHOLE = 2**24  # bytes above which a weight that no chip shares with another is worth a line
 
@@ -144,11 +146,6 @@ def _run(model: TextModel, *inputs: jax.Array) -> tuple[jax.Array | None, ...]:
 
 def _abstract(config: TextConfig, mesh: jax.sharding.Mesh, connect: bool) -> tuple[Any, Any]:
     """Structure of the networks, and their weights as shapes on `mesh`, in the loaders' dtypes."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: _create(config, connect)))
-
-    def weights() -> Any:
-        return nnx.to_pure_dict(nnx.state(_create(config, connect), nnx.Param))
 
     def stored(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Gemma's norms and scalars stay float32, and what is quantised as it is; released
@@ -158,5 +155,6 @@ def _abstract(config: TextConfig, mesh: jax.sharding.Mesh, connect: bool) -> tup
         dtype = leaf.dtype if kept or leaf.dtype != jnp.float32 else jnp.bfloat16
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
-    params = abstract_state(weights, mesh=mesh)
-    return graphdef, jax.tree_util.tree_map_with_path(stored, params)
+    create = partial(_create, config, connect)
+    params = mapping.nested(mapping.abstract_params(create, mesh))
+    return mapping.graph(create, mesh), jax.tree_util.tree_map_with_path(stored, params)

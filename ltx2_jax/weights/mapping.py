@@ -155,17 +155,18 @@ def graph(create: Callable[[], nnx.Module], where: Any = None) -> Any:
 
 
 def _on_paper(create: Callable[[], nnx.Module], where: Any) -> tuple[Any, dict[Any, Any]]:
+    """The static half of a module, and path -> shape, dtype and, on a mesh, sharding."""
     mesh = where if isinstance(where, jax.sharding.Mesh) else jax.sharding.get_abstract_mesh()
     if isinstance(create, functools.partial) and not create.keywords:  # of a config, as a rule
         return _traced(mesh, create.func, *create.args)
     return _traced.__wrapped__(mesh, create)
 
 
-@functools.lru_cache(256)  # to build a network, if only on paper, takes up to half a second
+@functools.lru_cache(256)  # to build a network, if only on paper, takes up to a second
 def _traced(mesh: Any, create: Callable[..., nnx.Module], *args: Any) -> tuple[Any, dict[Any, Any]]:
     create, placed = functools.partial(create, *args), isinstance(mesh, jax.sharding.Mesh)
     module = abstract_state(create, mesh=mesh) if placed else jax.eval_shape(create)
-    graphdef, params = nnx.split(module)
+    graphdef, params = nnx.split(module, nnx.Param)
     return graphdef, leaves(nnx.to_pure_dict(params))
 
 

@@ -26,6 +26,7 @@ from ltx2_jax.models.codecs.video_vae import VIDEO_VAE_2_0, VIDEO_VAE_2_3
 from ltx2_jax.models.codecs.vocoder import VOCODER_2_0, VOCODER_2_3
 from ltx2_jax.planning.bench.timing import best_of
 from ltx2_jax.planning.vae import check_size
+from ltx2_jax.weights import mapping
 from ltx2_jax.weights.names import audio_vae as audio_weights
 from ltx2_jax.weights.names import video_vae as video_weights
 from ltx2_jax.weights.names import vocoder as vocoder_weights
@@ -109,9 +110,7 @@ def measure_audio(vocoder: Any, args: argparse.Namespace) -> Iterator[Measuremen
 
 def random_weights(create: Callable[[], nnx.Module], seed: int = 0) -> Any:
     """Weights that keep activations finite: matrices of unit gain, vectors of ones."""
-    state = nnx.to_pure_dict(nnx.split(nnx.eval_shape(create), nnx.Param)[1])
-    leaves, tree = jax.tree.flatten(state)
-
+    leaves, tree = jax.tree.flatten(mapping.nested(mapping.abstract_params(create)))
     largest = max(leaf.size for leaf in leaves)
 
     @jax.jit
