@@ -347,11 +347,12 @@ def test_a_slice_of_tpus_is_not_cut(monkeypatch):
         sharding.make_mesh(slices=2, devices=devices_of((0, 4)))
 
 
-def test_gradients_of_micro_batches_cross_between_slices_once(one_device):
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_gradients_of_micro_batches_cross_between_slices_once(one_device, chunks):
     """Those of two slices are those of one device; what is sent between them is sent at the end."""
     wanted, wanted_grads = one_device
     mesh = sharding.make_mesh(2, slices=2, devices=jax.devices()[:4])
-    value, grads, program = loss_and_gradients(mesh, chunks=2)
+    value, grads, program = loss_and_gradients(mesh, chunks)
     assert value == pytest.approx(wanted, rel=2e-6)
     for want, got in zip(jax.tree.leaves(wanted_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))

@@ -57,7 +57,45 @@ def block_parameters():
     return LAYERS * (flops.total_parameters(two) - flops.total_parameters(one))
 
 
-# First, so that two workers then share the long ones evenly.
+# First, and not beside the sampler's: workers are dealt two tests each.
+def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
+    """One of two micro-batches on each of two slices."""
+    micro = 2
+    config = dataclasses.replace(
+        CONFIG,
+        data=dataclasses.replace(CONFIG.data, batch_size=2 * micro),
+        optim=dataclasses.replace(CONFIG.optim, accumulate_steps=micro),
+    )
+    mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("2xv5p:2x2x1"))
+    lowered, state = programs.train_program(config, REQUEST, mesh)
+    compiled = lowered.compile()
+    facts = program_facts(compiled, mesh)
+    assert sharding.replicated(state, 2**20) == []
+
+    # Gradients alone go from slice to slice, once a step, when all are there: in float32, each
+    # shard of a slice; of two slices, either sends as much as it holds.
+    sent, shard = facts["between_slices"], sharding.bytes_per_chip(state["params"])
+    assert shard <= sent["bytes"] <= 1.1 * shard
+    assert sent["forward"] == sent["backward"] == 0
+
+    # Weights in bfloat16, their features split over model, are gathered for either pass; nothing
+    # else is, and never over the model axis.
+    weights = 2 * block_parameters() / 2
+    gathers = {tuple(r["axes"]) for r in facts["collectives"]
+               if r["kind"] == "all-gather" and r["in_layers"]}  # fmt: skip
+    assert gathers == {("sequence",)}
+    assert in_layers(facts, "all-gather", "sequence")[1] <= 1.1 * micro * 2 * weights
+    # Tokens of queries, keys, values and the result are traded for heads in three passes.
+    row = 2 * TOKENS / 2 * CONFIG.model.width / 2
+    assert in_layers(facts, "all-to-all", "sequence")[1] <= 1.1 * micro * LAYERS * 12 * row
+
+    calls = {"fwd": 0, "dkv": 0}
+    for kernel in facts["kernels"]:
+        for kind in calls:
+            calls[kind] += kernel["times"] * (f"_{kind}_" in kernel["name"])
+    assert calls["fwd"] == calls["dkv"] > 0
+
+
 @pytest.mark.parametrize("tokens", [1408, 2688, 2816])
 def test_attention_whose_keys_are_one_block_fits_the_fast_memory(tokens):
     jax.config.update("jax_optimization_level", "O2")
@@ -67,54 +105,6 @@ def test_attention_whose_keys_are_one_block_fits_the_fast_memory(tokens):
     with jax.set_mesh(mesh):
         run = partial(kernels.splash_forward, target=sharding.target(), residuals=True)
         jax.jit(run).lower(x, x, x).compile()
-
-
-def check_between_slices(facts, state):
-    """Gradients alone go from slice to slice, and once a step."""
-    # In float32, each shard of a slice; of two slices, either sends as much as it holds.
-    sent, shard = facts["between_slices"], sharding.bytes_per_chip(state["params"])
-    assert shard <= sent["bytes"] <= 1.1 * shard
-    assert sent["forward"] == sent["backward"] == 0  # but when all gradients are there
-
-
-def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=2))
-    mesh = sharding.make_mesh(1, 2, 2, devices=tpu_devices("2xv5p:2x2x1"))
-    lowered, state = programs.train_program(config, REQUEST, mesh)
-    compiled = lowered.compile()
-    facts = program_facts(compiled, mesh)
-    assert sharding.replicated(state, 2**20) == []
-    check_between_slices(facts, state)
-
-    # Weights in bfloat16, their features split over model, are gathered for either pass; nothing
-    # else is, and never over the model axis.
-    weights = 2 * block_parameters() / 2
-    gathers = {tuple(r["axes"]) for r in facts["collectives"]
-               if r["kind"] == "all-gather" and r["in_layers"]}  # fmt: skip
-    assert gathers == {("sequence",)}
-    assert in_layers(facts, "all-gather", "sequence")[1] <= 1.1 * 2 * weights
-    # Tokens of queries, keys, values and the result are traded for heads in three passes.
-    row = 2 * TOKENS / 2 * CONFIG.model.width / 2
-    assert in_layers(facts, "all-to-all", "sequence")[1] <= 1.1 * LAYERS * 12 * row
-
-    calls = {"fwd": 0, "dkv": 0}
-    for kernel in facts["kernels"]:
-        for kind in calls:
-            calls[kind] += kernel["times"] * (f"_{kind}_" in kernel["name"])
-    assert calls["fwd"] == calls["dkv"] > 0
-
-
-def test_gradients_of_micro_batches_cross_between_slices_once():
-    config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(CONFIG.model, num_layers=4),
-        data=dataclasses.replace(CONFIG.data, batch_size=32),
-        optim=dataclasses.replace(CONFIG.optim, accumulate_steps=4),
-    )
-    mesh = sharding.make_mesh(devices=tpu_devices("2xv5p:2x2x1"))
-    lowered, state = programs.train_program(config, REQUEST, mesh)
-    check_between_slices(program_facts(lowered.compile(), mesh), state)
-    assert sharding.replicated(state, 2**20) == []
 
 
 def test_the_sampler_keeps_its_weights_and_sends_little():
