@@ -41,7 +41,7 @@ class RandomEncoder:
     """
 
     release = "random"
-    batch_size = 64  # captions that run at a time
+    batch_size = 32  # captions that run at a time: always as many, as each size is a program
 
     def __init__(self, path: Path, tokenizer: Tokenizer, model: TextModel, length: int):
         self.path, self.tokenizer, self.length = path, tokenizer, length
@@ -113,11 +113,9 @@ class RandomEncoder:
         if not len(prompts):
             raise UserError("no prompts to encode")
         tokens, mask = self.tokenizer.encode(prompts, self.length)
-        count, size = len(tokens), min(self.batch_size, len(tokens))
-        parts = []
+        count, size, parts = len(tokens), self.batch_size, []
         with jax.set_mesh(_one_device()):
             for start in range(0, count, size):
-                # Full batches only: another size is another program to compile.
                 rows = np.minimum(np.arange(start, start + size), count - 1)
                 parts.append(_features(self._params, tokens[rows], mask[rows], graph=self._graph))
         video, audio = (np.concatenate(some)[:count] for some in zip(*parts, strict=True))

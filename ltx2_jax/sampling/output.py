@@ -1,10 +1,13 @@
 """Clips out: decoded, what was given put back in its place, and files for a person to look at."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,8 +179,16 @@ def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> 
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(("video", "caption"))
     rows.writerows(zip(names, prompts, strict=True))
-    for name, clip in zip(names, clips, strict=True):
+
+    def write(name: str, clip: Clip) -> None:
         (enlarged(clip) if len(clip.video) else clip).save(folder / "samples" / name)
+
+    # Closed, so that whoever interrupts it does not wait for the rest.
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        contextlib.closing(pool.map(write, names, clips)) as writing,
+    ):
+        list(writing)
     with replacing(folder / "samples" / "captions.csv") as temporary:
         temporary.write_text(table.getvalue(), encoding="utf-8")
     count = f"{len(clips)} clip{'s' if len(clips) > 1 else ''}"
@@ -195,6 +206,7 @@ def write_clips(clips: Sequence[Clip], prompts: Sequence[str], folder: Path) -> 
 
 def enlarged(clip: Clip, shortest: int = 256) -> Clip:
     """A clip of at least `shortest` pixels a side, every pixel repeated."""
-    factor = max(1, shortest // min(clip.video.shape[1:3]))
+    if (factor := shortest // min(clip.video.shape[1:3])) < 2:
+        return clip
     video = clip.video.repeat(factor, axis=1).repeat(factor, axis=2)
     return dataclasses.replace(clip, video=video)
