@@ -251,8 +251,9 @@ outcome() {
                 if grep -qx "$code" <<<"$found"; then echo "$code"; return; fi
             done
             if [[ $(sort -u <<<"$found") == 0 ]]; then echo 0; return; fi
-            found=$(grep -vx 0 <<<"$found" | head -n 1)
-            if [[ $found == gone ]]; then echo 137; else echo "$found"; fi
+            # Nor does a host that was ended know why; one that ended by itself does.
+            found=$(grep -vxE '0|137|gone' <<<"$found" || echo 137)
+            head -n 1 <<<"$found"
             return
         elif grep -qv running <<<"$found" && ((++patience > 10)); then
             say "some hosts ended and others go on: they are ended"

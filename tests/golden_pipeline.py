@@ -80,7 +80,7 @@ def run_two_stage(case: Case):
     _, _, height, width, _ = image.shape
     half = image.reshape(1, 1, height // 2, 2, width // 2, 2, 3).mean((3, 5)).round()
     images = [np.asarray(codec.video.encode(i.astype(np.uint8))) for i in (half, image)]
-    encoded = [Encoded(images=(Placed(i[0], 0, 1.0, 1),)) for i in images]
+    encoded = [Encoded(images=(Placed(i[0], 0, 1.0),)) for i in images]
     first = noises_of({**x, "v_noise": x["v_noise_stage1"], "a_noise": x["a_noise_stage1"]})
     v, a = stage(case, 0, encoded[0], None, first)
     vae = load(file_of(case.folder, "video_vae"), "video_vae")

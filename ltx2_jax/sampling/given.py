@@ -26,7 +26,6 @@ class Placed:
     latents: np.ndarray  # [f, h, w, C]
     frame: int
     strength: float
-    pixel_frames: int
     reference: Reference | None = None
 
 
@@ -57,14 +56,14 @@ def encode(
         if quality and len(pixels) == 1 and min(pixels.shape[1:3]) > 1:
             pixels = through_h264(pixels[0], quality)[None]
         latents = _encoded(codec, covering(pixels, height, width))
-        return Placed(latents, picture.frame, picture.strength, len(pixels))
+        return Placed(latents, picture.frame, picture.strength)
 
     def reference(given: Reference) -> Placed:
         rows, columns = height // given.downscale, width // given.downscale
         times = [0, *range(1, len(given.pixels), given.time_scale)]
         pixels = given.pixels[times][: geometry.snap_frames(len(times), strides[0])]
         latents = _encoded(codec, covering(pixels, rows, columns))
-        return Placed(latents, 0, given.strength, len(pixels), given)
+        return Placed(latents, 0, given.strength, given)
 
     if task.video is not None:
         known = _encoded(codec, covering(task.video.pixels, height, width))

@@ -212,11 +212,6 @@ class Total:
     starts: int
 
     @property
-    def wall(self) -> float:
-        """From the beginning of the first start."""
-        return sum(self.parts.values()) + self.stopped
-
-    @property
     def share(self) -> float:
         """Of steps that count in the time that the program ran, from 0 to 1."""
         ran = sum(self.parts.values())

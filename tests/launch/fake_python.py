@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Stands in for a host's Python: makes environments that hold itself, and trains by counting.
 
-A training counts to 30 in the file WORKDIR/step, and ends as the file WORKDIR/exit says, once. It
-counts no further while there is a file WORKDIR/hold.
+A training counts to 30 in the file WORKDIR/step, and ends as the file WORKDIR/exit says, once: a
+code, and which host, if not any. It counts no further while there is a file WORKDIR/hold.
 """
 
 import contextlib
@@ -50,9 +50,10 @@ def train(workdir: Path) -> int:
             part.write_text(str(step + 1))
             part.replace(file)
         with contextlib.suppress(FileNotFoundError):
-            code = (workdir / "exit").read_text()
-            (workdir / "exit").unlink()
-            return int(code)
+            code, host = (workdir / "exit").read_text().split()
+            if host in ("any", os.environ["FAKE_HOST"]):
+                (workdir / "exit").unlink()
+                return int(code)
         if stopped:
             print(f"stopped and saved at step {step + 1}", flush=True)
             return 143

@@ -139,9 +139,9 @@ def test_a_training_from_up_to_down(tmp_path, cloud):
     assert not (tmp_path / "cloud" / "first").exists()
 
 
-def end_with(workdir, code):
+def end_with(workdir, code, host="any"):
     """Tells the trainings there how to end; they look at any moment."""
-    (workdir / "exit.part").write_text(str(code))
+    (workdir / "exit.part").write_text(f"{code} {host}")
     (workdir / "exit.part").replace(workdir / "exit")
 
 
@@ -177,12 +177,16 @@ def test_run_asks_again_when_preempted_and_starts_again_after_a_lost_host(tmp_pa
     assert not request.exists()  # given back
 
 
-@pytest.mark.parametrize("code", [2, 3])
-def test_run_does_not_repeat_a_mistake(tmp_path, cloud, code):
-    end_with(tmp_path, code)
+@pytest.mark.parametrize(("code", "host"), [(2, "any"), (3, "any"), (1, "first/1")])
+def test_run_does_not_repeat_a_mistake(tmp_path, cloud, code, host):
+    """Also where the first host had to be ended, because it waited for the one that failed."""
+    end_with(tmp_path, code, host)
+    if host != "any":
+        (tmp_path / "hold").touch()
     words = ["run", "first", "--type=v5p-16", "--", f"--config.workdir={tmp_path}"]
     returned, _, said = tpu(*words, **cloud)
     assert (returned, f"ended with {code}; see launch/tpu.sh tail first" in said) == (code, True)
+    assert ("some hosts ended and others go on: they are ended" in said) == (host != "any")
 
 
 # ------------------------------------------------------------------------------------ GKE and SLURM

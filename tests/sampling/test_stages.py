@@ -80,7 +80,7 @@ def test_a_sound_that_is_given_is_not_guided_and_hears_the_prompt_in_all_passes(
 
 
 def test_images_and_keyframes_are_given_with_their_own_strengths():
-    placed = lambda frame, strength: Placed(np.ones((1, 2, 2, 4)), frame, strength, 1)  # noqa: E731
+    placed = lambda frame, strength: Placed(np.ones((1, 2, 2, 4)), frame, strength)  # noqa: E731
     encoded = Encoded(images=(placed(0, 0.5), placed(8, 0.25)), keyframes=(placed(16, 0.75),))
     video = known(encoded, rows=2, images=(IMAGE,)).video
     want = np.repeat([0.5, 0, 0, 0.25, 0.75], 4)
@@ -98,7 +98,7 @@ def test_frames_of_a_clip_are_given_as_they_are_known_and_its_sound_is_made():
 
 
 def test_latent_frame_0_is_marked_for_a_model_that_knows_the_mark():
-    image = Encoded(images=(Placed(np.ones((1, 2, 2, 4)), 0, 1, 1),))
+    image = Encoded(images=(Placed(np.ones((1, 2, 2, 4)), 0, 1),))
     np.testing.assert_array_equal(known(image).video.marks[0], [1] * 4 + [0] * 8)
     plain = stages.conditions(task(), image, SHAPES, marked=False, rows=1)
     assert plain.video.marks is None
@@ -106,7 +106,7 @@ def test_latent_frame_0_is_marked_for_a_model_that_knows_the_mark():
 
 def test_a_reference_covers_the_clip_with_the_strengths_that_it_is_given():
     read = Reference(None, 0.9, 0.5, downscale=2, time_scale=2)
-    encoded = Encoded(references=(Placed(np.ones((2, 1, 1, 4)), 0, 0.75, 9, read),))
+    encoded = Encoded(references=(Placed(np.ones((2, 1, 1, 4)), 0, 0.75, read),))
     video = known(encoded, references=(read,)).video
     np.testing.assert_array_equal(video.strength[0], [0] * 12 + [0.75] * 2)
     seconds, rows, columns = np.asarray(video.positions)[0, :, 12:]

@@ -182,7 +182,7 @@ def test_an_image_is_the_first_frame_and_another_stands_beside(make, folder):
 
 def test_keyframes_are_all_beside_the_clip():
     pixels = np.zeros((1, 64, 64, 3), np.uint8)
-    placed = tuple(Placed(np.ones((1, 2, 2, 4)), frame, 1.0, 1) for frame in (0, 8))
+    placed = tuple(Placed(np.ones((1, 2, 2, 4)), frame, 1.0) for frame in (0, 8))
     asked = Task(9, 64, 64, FPS, keyframes=(Picture(pixels), Picture(pixels, 8)))
     clock = geometry.AUDIO_CLOCK
     shapes = stages.Shapes((2, 2, 2), 9, 4, 2, 16, (8, 32, 32), clock)
