@@ -1,5 +1,6 @@
 """plan of training and sampling: the programs that run, the estimates, what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from ltx2_jax.models.text.connectors import Connectors
 from ltx2_jax.models.transformer.streams import Keep, Modality
 from ltx2_jax.models.transformer.transformer import Block, LTX2Transformer
 from ltx2_jax.planning import changes, estimate, programs, reports, search, topology, transformer
+from ltx2_jax.planning.compiled import memory
 from ltx2_jax.training import checks
 
 CLIPS = SyntheticConfig(num_clips=8, num_frames=5, height=16, width=32, fps=12.0)
@@ -44,6 +46,7 @@ def eight_devices(monkeypatch):
     monkeypatch.setattr(transformer, "tpu_devices", lambda name: jax.devices())
     monkeypatch.setattr(transformer, "has_compiler", lambda: True)
     monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**30)
+    monkeypatch.setattr(memory, "_kept_in_no_cache", contextlib.nullcontext)  # these are here
 
 
 def test_a_clip_is_as_large_as_the_config_the_flags_or_the_default_say():
