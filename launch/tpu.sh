@@ -251,7 +251,7 @@ outcome() {
                 if grep -qx "$code" <<<"$found"; then echo "$code"; return; fi
             done
             if [[ $(sort -u <<<"$found") == 0 ]]; then echo 0; return; fi
-            # Nor does a host that was ended know why; one that ended by itself does.
+            # A host that was ended does not know why; one that ended by itself does.
             found=$(grep -vxE '0|137|gone' <<<"$found" || echo 137)
             head -n 1 <<<"$found"
             return

@@ -41,7 +41,7 @@ class RandomEncoder:
     """
 
     release = "random"
-    batch_size = 8  # captions that run at a time: always as many, as each size is a program
+    batch_size = 8  # captions that run at a time, always: another number is another program
 
     def __init__(self, path: Path, tokenizer: Tokenizer, model: TextModel, length: int):
         self.path, self.tokenizer, self.length = path, tokenizer, length

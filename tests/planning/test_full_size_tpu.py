@@ -57,9 +57,9 @@ def block_parameters():
     return LAYERS * (flops.total_parameters(two) - flops.total_parameters(one))
 
 
-# First, and not beside the sampler's: workers are dealt two tests each.
+# First: workers are dealt two tests each, and none should get both this and the sampler's.
 def test_the_train_step_moves_weights_and_never_runs_a_forward_kernel_twice():
-    """One of two micro-batches on each of two slices."""
+    """A step of two micro-batches, on two slices."""
     micro = 2
     config = dataclasses.replace(
         CONFIG,

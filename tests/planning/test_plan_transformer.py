@@ -46,7 +46,7 @@ def eight_devices(monkeypatch):
     monkeypatch.setattr(transformer, "tpu_devices", lambda name: jax.devices())
     monkeypatch.setattr(transformer, "has_compiler", lambda: True)
     monkeypatch.setattr(chips, "hbm_bytes", lambda kind: 2**30)
-    monkeypatch.setattr(memory, "_kept_in_no_cache", contextlib.nullcontext)  # these are here
+    monkeypatch.setattr(memory, "_kept_in_no_cache", contextlib.nullcontext)  # they are here
 
 
 def test_a_clip_is_as_large_as_the_config_the_flags_or_the_default_say():
